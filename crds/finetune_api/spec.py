@@ -1,0 +1,323 @@
+"""The spec of a FineTuneJob: what a user writes, with bounds, defaults and the effect of each field.
+
+This is the single source: the CRD (crd.py), the offline verdicts (validation.py) and the digests (digests.py) are derived from it.
+What one field alone can't express stands in rules.py.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import StringConstraints
+
+from finetune_api.fields import ApiModel, FieldClass, spec_field
+
+GROUP = "finetune.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
+
+_DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+ObjectName = Annotated[str, StringConstraints(max_length=253, pattern=rf"^{_DNS_LABEL}(\.{_DNS_LABEL})*$")]
+OptionalName = Annotated[str, StringConstraints(max_length=253, pattern=rf"^({_DNS_LABEL}(\.{_DNS_LABEL})*)?$")]
+Quantity = Annotated[str, StringConstraints(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
+PositiveNumber = Annotated[
+    str, StringConstraints(max_length=24, pattern=r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)([eE][-+]?[0-9]{1,2})?$")
+]
+ModelSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(hf|s3|pvc|file|builtin)://[^\s]+$")]
+DataSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(hf|s3|pvc|file|builtin|configmap)://[^\s]+$")]
+DestinationUri = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(s3|hf|file)://[^\s]+$")]
+Endpoint = Annotated[str, StringConstraints(max_length=512, pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$")]
+CheckpointUri = Annotated[str, StringConstraints(max_length=1024, pattern=r"^s3://[^\s]+$")]
+ModuleName = Annotated[str, StringConstraints(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")]
+LabelKey = Annotated[str, StringConstraints(max_length=317)]
+LabelValue = Annotated[str, StringConstraints(max_length=63)]
+
+
+class Scheme(StrEnum):
+    """Quantization schemes; weight grid first where there is no activation grid, else activation-weight."""
+
+    NONE = "none"
+    INT8 = "int8"
+    INT8_INT4 = "int8-int4"
+    INT4 = "int4"
+    FP8_INT4 = "fp8-int4"
+    FP8_FP8 = "fp8-fp8"
+
+
+class Artifact(StrEnum):
+    """What a job can ship."""
+
+    ADAPTER = "adapter"
+    QUANTIZED = "quantized"
+    MERGED = "merged"
+
+
+class SecretReference(ApiModel):
+    """A Secret in the job's own namespace, mounted into the trainer's pod; a laptop ignores it and uses the ambient credentials."""
+
+    secret_name: OptionalName = spec_field(
+        "Name of the Secret. Accepted keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, HF_TOKEN. Default: none.",
+        default="",
+    )
+
+
+class ModelSpec(ApiModel):
+    """The base model."""
+
+    source: ModelSource = spec_field(
+        "Where the base model is: hf://owner/name[@revision], s3://bucket/prefix, pvc://claim/path, file:///path (laptop only) or builtin://smollm2-135m. "
+        "No default. A branch is resolved to a commit once and reported in status.",
+    )
+    credentials: SecretReference = spec_field(
+        "Secret that opens the source. Default: none.", default=SecretReference, field_class=FieldClass.RUN
+    )
+    endpoint: Endpoint | Literal[""] = spec_field("S3 endpoint of the source. Default: AWS.", default="", field_class=FieldClass.RUN)
+    dtype: Literal["auto", "float32", "bfloat16"] = spec_field(
+        "Precision of the base weights and the arithmetic. Default auto: bfloat16 on a GPU, float32 on a CPU.", default="auto"
+    )
+    trust_remote_code: bool = spec_field(
+        "Run Python code that the model's repository contains. Default false: such a model is refused.", default=False
+    )
+
+
+class EvaluationSpec(ApiModel):
+    """The held-out data on which every loss in the report is measured."""
+
+    percent: int = spec_field(
+        "Share of the dataset that is held out, in percent, drawn with the seed. Default 5; 0 measures nothing. Ignored when a source is given.",
+        default=5, ge=0, le=50,
+    )  # fmt: skip
+    source: DataSource | Literal[""] = spec_field("Held-out data of its own, in the dataset's format. Default: none.", default="")
+
+
+class DatasetSpec(ApiModel):
+    """The training data: JSON Lines."""
+
+    source: DataSource = spec_field(
+        "Where the JSON Lines file is: hf://owner/name[@revision]/file, s3://bucket/key, pvc://claim/path, configmap://name/key, file:///path (laptop only) or "
+        "builtin://python-docs. No default.",
+    )
+    credentials: SecretReference = spec_field(
+        "Secret that opens the source. Default: none.", default=SecretReference, field_class=FieldClass.RUN
+    )
+    endpoint: Endpoint | Literal[""] = spec_field("S3 endpoint of the source. Default: AWS.", default="", field_class=FieldClass.RUN)
+    format: Literal["auto", "chat", "prompt-completion", "instruction", "text"] = spec_field(
+        "Columns of a row: messages (chat), prompt and completion, instruction [, input] and output, or text. Default auto: detected from the first row.",
+        default="auto",
+    )
+    evaluation: EvaluationSpec = spec_field("Held-out data. Default: 5 percent of the dataset.", default=EvaluationSpec)
+
+
+class LoraSpec(ApiModel):
+    """The low-rank adapter."""
+
+    rank: int = spec_field("Rank of the adapter's two factors. Default 32. Larger learns more and costs memory.", default=32, ge=1, le=512)
+    alpha: int | None = spec_field("Scale of the update: alpha / rank. Default: twice the rank.", default=None, ge=1, le=2048)
+    target_modules: Literal["all-linear"] | tuple[ModuleName, ...] = spec_field(
+        "Linear layers that get an adapter: all-linear, or a list of module name endings such as q_proj. Default all-linear (without the output head).",
+        default="all-linear",
+        max_length=64,
+    )
+
+
+class QuantizationSpec(ApiModel):
+    """Low-bit weights, and how much of the training learns to live with them."""
+
+    scheme: Scheme = spec_field(
+        "none (plain LoRA), int8, int8-int4 (8-bit activations, 4-bit weights), int4, fp8-int4 or fp8-fp8. Default int8-int4, which converts and runs on any machine.",
+        default=Scheme.INT8_INT4,
+    )
+    group_size: Literal[32, 64, 128] | None = spec_field(
+        "Weights that share one scale. Default: 32 for int8-int4, 128 for int4 and fp8-int4; the others have one scale per output channel.",
+        default=None,
+    )
+    qat_percent: int = spec_field(
+        "Share of the optimizer steps, at the end, under exact quantization-aware training, in percent. Default 50. 100 is QAT from the first step, 0 quantizes after training.",
+        default=50, ge=0, le=100,
+    )  # fmt: skip
+    distill: bool = spec_field(
+        "Half of the loss of the QAT steps is the divergence from the adapter at the switch. Default false.", default=False,
+        not_yet="distillation from the adapter at the switch is not served yet; remove quantization.distill",
+    )  # fmt: skip
+    accept_inexact: bool = spec_field(
+        "Ship a model that differs from the trained one (unsloth's split fake quantization). Default false.", default=False,
+        not_yet="no backend that is inexact is served yet; remove quantization.acceptInexact",
+    )  # fmt: skip
+
+
+class TrainingSpec(ApiModel):
+    """The optimizer's work."""
+
+    backend: Literal["auto", "native", "unsloth"] = spec_field(
+        "native (transformers, peft, torchao) or unsloth. Default auto, which is native.", default="auto",
+    )  # fmt: skip
+    epochs: int = spec_field("Passes over the training data. Default 1.", default=1, ge=1, le=1000)
+    batch_size: int = spec_field(
+        "Rows per optimizer step (the effective batch). Default 16. The micro-batch is chosen.", default=16, ge=1, le=65536
+    )
+    learning_rate: PositiveNumber = spec_field('Peak learning rate, as a string. Default "2e-4".', default="2e-4")
+    max_length: int = spec_field("Tokens of a row; longer rows are cut at the end. Default 2048.", default=2048, ge=8, le=1048576)
+    seed: int = spec_field("Seed of data order, initialization and evaluation split. Default 42.", default=42, ge=0, le=2147483647)
+    checkpoint_every: int = spec_field("Optimizer steps between checkpoints. Default 100.", default=100, ge=1, le=1000000)
+
+
+class QualitySpec(ApiModel):
+    """The gate between a trained model and its destinations."""
+
+    max_loss_increase_percent: PositiveNumber | None = spec_field(
+        "Largest allowed held-out loss of the quantized model over the tuned one, in percent, as a string. Default: no limit.", default=None
+    )
+    on_failure: Literal["Fail", "Warn"] = spec_field("Fail publishes nothing; Warn publishes and says so. Default Fail.", default="Fail")
+
+
+class DestinationSpec(ApiModel):
+    """One place the artifacts go to."""
+
+    uri: DestinationUri = spec_field("s3://bucket/prefix, hf://owner/name or file:///path (laptop only). No default.")
+    credentials: SecretReference = spec_field("Secret with write access. Default: none.", default=SecretReference)
+    endpoint: Endpoint | Literal[""] = spec_field("S3 endpoint. Default: AWS.", default="")
+    private: bool = spec_field("Make a Hub repository private when it is created. Default false.", default=False)
+
+
+class OutputsSpec(ApiModel):
+    """What is shipped, and where to."""
+
+    artifacts: tuple[Artifact, ...] = spec_field(
+        "adapter, quantized. Default: adapter, and quantized unless the scheme is none.", default=(), max_length=3
+    )
+    destinations: tuple[DestinationSpec, ...] = spec_field("Where every artifact goes. At least one.", min_length=1, max_length=8)
+
+
+class ResourcesSpec(ApiModel):
+    """What the training pod asks for."""
+
+    gpus: int = spec_field("GPUs (nvidia.com/gpu) of the pod. Default 1. 0 trains on the CPU.", default=1, ge=0, le=16)
+    gpu_type: Annotated[str, StringConstraints(max_length=63)] = spec_field(
+        "Name of the GPU for the memory estimate. Default: none.", default="",
+        not_yet="the memory estimate is not served yet; remove resources.gpuType and choose nodes with scheduling.nodeSelector",
+    )  # fmt: skip
+    nodes: int = spec_field("Nodes of the job. Default 1.", default=1, ge=1, le=64)
+    memory: Quantity = spec_field("Memory request and limit of the pod. Default 16Gi.", default="16Gi")
+    cpu: Quantity = spec_field("CPU request of the pod; there is no CPU limit. Default 2.", default="2")
+
+
+class Toleration(ApiModel):
+    """A Kubernetes toleration."""
+
+    key: LabelKey = spec_field("Taint key. Default: all keys.", default="")
+    operator: Literal["Exists", "Equal"] = spec_field("Exists or Equal. Default Equal.", default="Equal")
+    value: LabelValue = spec_field("Taint value for Equal. Default: empty.", default="")
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = spec_field("Taint effect. Default: all effects.", default="")
+
+
+class SchedulingSpec(ApiModel):
+    """Where the pod may run."""
+
+    node_selector: dict[LabelKey, LabelValue] = spec_field("Labels of the node. Default: none.", default=dict, max_length=16)
+    tolerations: tuple[Toleration, ...] = spec_field("Taints the pod tolerates. Default: none.", default=(), max_length=16)
+    priority_class_name: OptionalName = spec_field("PriorityClass of the pod. Default: the cluster's.", default="")
+    runtime_class_name: OptionalName = spec_field("RuntimeClass of the pod. Default: the cluster's.", default="")
+    queue_name: OptionalName = spec_field(
+        "Kueue LocalQueue. Default: none.", default="", not_yet="Kueue is not served yet; remove scheduling.queueName"
+    )
+
+
+class PodSpec(ApiModel):
+    """The trainer's pod, within the administrator's allow lists."""
+
+    image: Annotated[str, StringConstraints(max_length=512)] = spec_field(
+        "Trainer image, if the administrator allows it. Default: the operator's.", default=""
+    )
+    image_pull_secrets: tuple[ObjectName, ...] = spec_field("Secrets for pulling the image. Default: none.", default=(), max_length=8)
+    service_account_name: OptionalName = spec_field(
+        "Service account, if the administrator allows it; its token is never mounted. Default: the namespace's default.", default=""
+    )
+
+
+class ClaimSpec(ApiModel):
+    """A volume that lasts."""
+
+    persistent_volume_claim: OptionalName = spec_field("Name of a PersistentVolumeClaim. Default: none.", default="")
+
+
+class WorkspaceSpec(ClaimSpec):
+    """Where outputs/, lora_model/ and model-torchao/ are written."""
+
+    size: Quantity = spec_field("Space for checkpoints and artifacts. Default 50Gi.", default="50Gi")
+    storage_class_name: OptionalName = spec_field(
+        "StorageClass of a volume that lives as long as the pod. Default: an emptyDir of that size.", default=""
+    )
+
+
+class CheckpointsSpec(ApiModel):
+    """Where checkpoints are mirrored when the workspace does not last."""
+
+    uri: CheckpointUri | Literal[""] = spec_field(
+        "s3://bucket/prefix. Default: .checkpoints/<trainDigest>/ under the first s3 destination.", default=""
+    )
+    credentials: SecretReference = spec_field("Secret with write access. Default: the destination's.", default=SecretReference)
+    endpoint: Endpoint | Literal[""] = spec_field("S3 endpoint. Default: the destination's.", default="")
+
+
+class StorageSpec(ApiModel):
+    """Volumes and the checkpoint mirror."""
+
+    cache: ClaimSpec = spec_field("Keeps downloaded models between jobs. Default: gone with the pod.", default=ClaimSpec)
+    workspace: WorkspaceSpec = spec_field("Working directory. Default: an emptyDir of 50Gi.", default=WorkspaceSpec)
+    checkpoints: CheckpointsSpec = spec_field("Checkpoint mirror. Default: under the first s3 destination.", default=CheckpointsSpec)
+
+
+class RunPolicySpec(ApiModel):
+    """How the run is started, retried and cleaned up."""
+
+    suspend: bool = spec_field(
+        "Stop the pod (checkpointed) until set to false again. Default false.", default=False, field_class=FieldClass.LIVE
+    )
+    preflight: Literal["Auto", "Skip"] = spec_field(
+        "A preflight Job without a GPU before the training Job. Default Auto; today preflight runs in the training pod itself.", default="Auto",
+        not_yet="a preflight Job of its own is not served yet, so there is none to skip; remove runPolicy.preflight",
+    )  # fmt: skip
+    rerun: Annotated[str, StringConstraints(max_length=64)] = spec_field(
+        "Any new string asks for another run of a finished job. Default: empty.", default=""
+    )
+    backoff_limit: int = spec_field(
+        "Retries after failures that may pass (disruptions are not counted). Default 3.",
+        default=3,
+        ge=0,
+        le=20,
+        field_class=FieldClass.LIVE,
+    )
+    active_deadline_seconds: int | None = spec_field(
+        "Seconds after which the run is stopped as failed. Default: no limit. Resuming a suspended job restarts it.",
+        default=None, ge=1, le=31536000, field_class=FieldClass.LIVE,
+    )  # fmt: skip
+    ttl_seconds_after_finished: int | None = spec_field(
+        "Seconds after which the finished Job and its pods are removed; the FineTuneJob stays. Default: kept.",
+        default=None, ge=0, le=31536000, field_class=FieldClass.LIVE,
+    )  # fmt: skip
+
+
+class FineTuneJobSpec(ApiModel):
+    """What a user writes under `spec`."""
+
+    model: ModelSpec = spec_field("The base model.", field_class=FieldClass.TRAIN)
+    dataset: DatasetSpec = spec_field("The training data.", field_class=FieldClass.TRAIN)
+    lora: LoraSpec = spec_field("The low-rank adapter.", default=LoraSpec, field_class=FieldClass.TRAIN)
+    quantization: QuantizationSpec = spec_field("The low-bit format.", default=QuantizationSpec, field_class=FieldClass.TRAIN)
+    training: TrainingSpec = spec_field("The optimizer's work.", default=TrainingSpec, field_class=FieldClass.TRAIN)
+    quality: QualitySpec = spec_field("The gate before publishing.", default=QualitySpec, field_class=FieldClass.RUN)
+    outputs: OutputsSpec = spec_field("What is shipped, and where to.", field_class=FieldClass.RUN)
+    resources: ResourcesSpec = spec_field("What the pod asks for.", default=ResourcesSpec, field_class=FieldClass.RUN)
+    scheduling: SchedulingSpec = spec_field("Where the pod may run.", default=SchedulingSpec, field_class=FieldClass.RUN)
+    pod: PodSpec = spec_field("The trainer's pod.", default=PodSpec, field_class=FieldClass.RUN)
+    storage: StorageSpec = spec_field("Volumes and the checkpoint mirror.", default=StorageSpec, field_class=FieldClass.RUN)
+    run_policy: RunPolicySpec = spec_field("Starting, retrying, cleaning up.", default=RunPolicySpec, field_class=FieldClass.RUN)
+
+    @property
+    def wanted_artifacts(self) -> tuple[Artifact, ...]:
+        """The artifacts that this job ships, with the default worked out."""
+        if self.outputs.artifacts:
+            return self.outputs.artifacts
+        plain = self.quantization.scheme is Scheme.NONE
+        return (Artifact.ADAPTER,) if plain else (Artifact.ADAPTER, Artifact.QUANTIZED)
