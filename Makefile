@@ -1,14 +1,83 @@
 # Everything a newcomer types; `make demo` and `make test` set up what they need, in a cache outside the tree.
 SHELL := bash
-CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
+UV_VERSION := 0.13.9
+UV := $(CACHE)/uv-$(UV_VERSION)/bin/uv
 VENV := $(CACHE)/venv
-BIN := $(VENV)/bin
-UV_VERSION := 0.11.0
+PY := $(VENV)/bin/python
+ARGS ?=
+
+# The virtual environment holds third-party packages only, so that several clones can share it; our own packages are found here.
+export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer
+export FINETUNE_BIN ?= $(CACHE)/bin
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
-.PHONY: lock
-lock:
+.DEFAULT_GOAL := help
+.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster bench-qat clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed, $$($(PYTHON) --version) was found; name another with PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing uv $(UV_VERSION) into $(CACHE)"
+	@$(PYTHON) -m venv --clear $(CACHE)/uv-$(UV_VERSION).new && $(CACHE)/uv-$(UV_VERSION).new/bin/python -m pip install --quiet --disable-pip-version-check --prefix $(CACHE)/uv-$(UV_VERSION) uv==$(UV_VERSION)
+	@rm -rf $(CACHE)/uv-$(UV_VERSION).new
+
+setup: $(UV) ## the virtual environment, from hashed requirements; nothing to do when they are as they were
+	@wanted="$$(cat requirements/dev.txt | sha256sum) $$($(PYTHON) --version)"; \
+	mkdir -p $(CACHE); exec 9>$(CACHE)/.venv.lock; flock -n 9 || { echo "waiting for another set-up"; flock 9; }; \
+	[ "$$(cat $(VENV)/.requirements 2>/dev/null)" = "$$wanted" ] || { \
+	  echo "installing the Python packages (3 GB to download; about 5 minutes the first time)"; \
+	  $(UV) venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV); \
+	  $(UV) pip sync --python $(VENV) --require-hashes requirements/dev.txt; \
+	  echo "$$wanted" > $(VENV)/.requirements; }
+
+cluster-setup: ## the programs of the test cluster: Debian packages, and Kubernetes, helm and versitygw from Go modules
+	@tests/cluster/setup.sh
+
+test: ## everything: lint, types, import rules, unit, trainer, cluster and end-to-end tests
+	@$(MAKE) --no-print-directory -j2 setup cluster-setup
+	@$(MAKE) --no-print-directory lint
+	@$(PY) -m pytest tests/unit tests/trainer tests/cluster tests/e2e $(ARGS)
+
+pytest: setup ## some tests: make pytest ARGS="tests/unit -k digest"
+	@$(PY) -m pytest $(ARGS)
+
+lint: setup types ## formatting, lint, types, import rules
+	@$(VENV)/bin/ruff format --check --quiet
+	@$(VENV)/bin/ruff check --quiet
+	@$(VENV)/bin/lint-imports --no-cache
+
+types: setup ## strict type checks
+	@$(PY) -m mypy
+
+format: setup ## formats the code and mends what lint can mend
+	@$(VENV)/bin/ruff format
+	@$(VENV)/bin/ruff check --fix
+
+demo: setup ## fine-tunes a small model on this machine: one YAML in, one verified, quantized model out (.demo/)
+	@$(PY) -m finetune_trainer.cli run examples/laptop.yaml --workdir .demo
+
+crd: setup ## the CRD and docs/api.md from the models of finetune_api
+	@$(PY) -m finetune_api.crd
+
+lock: $(UV) ## the pinned, hashed requirement files
 	@for target in operator trainer unsloth dev; do \
-	  extras="--extra $$target"; [ $$target = dev ] && extras="--extra operator --extra trainer --extra dev"; \
-	  uv pip compile -q pyproject.toml $$extras --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/$$target.txt || exit 1; \
+	  extras="--extra $$target"; [ $$target != dev ] || extras="--extra operator --extra trainer --extra dev"; \
+	  $(UV) pip compile -q pyproject.toml $$extras --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/$$target.txt; \
 	done
+
+images: ## both container images, with Docker or buildah
+	@images/build.sh operator trainer
+
+cluster: cluster-setup ## a whole Kubernetes that runs until Ctrl-C; prints its KUBECONFIG
+	@tests/cluster/up.sh $(CACHE)/cluster
+
+bench-qat: setup ## exact QAT against plain LoRA: time and memory
+	@$(PY) benchmarks/qat.py
+
+clean: ## removes what runs left in the tree; the cache stays
+	@rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist

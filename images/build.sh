@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Builds the images for real: images/build.sh operator|trainer... prints, for each, the OCI layout folder and the image's tag in it.
+#
+# With a Docker engine it uses that, else buildah (as root) on a Debian base image that mmdebstrap makes. The tag is a digest of everything that goes
+# into the image, so an image that is there already is not built again. Callers: `make images`, the end-to-end test.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator/images
+base_tag=localhost/finetune-base:bookworm
+certificates=/etc/ssl/certs/ca-certificates.crt
+uv_cache=${UV_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/uv}
+mkdir -p "$cache" "$uv_cache"
+export STORAGE_DRIVER=overlay
+cd "$root"
+
+say() { echo "$*" >&2; }
+
+inputs_digest() {  # of the files that the Dockerfile of $1 copies, by name and content
+  local packages="crds/finetune_api operator/finetune_operator trainer/finetune_trainer"
+  find $packages "Dockerfile.$1" "requirements/$1.txt" pyproject.toml README.md -type f -not -path '*/__pycache__/*' -print0 \
+    | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
+}
+
+has_docker() { command -v docker >/dev/null && docker info >/dev/null 2>&1; }
+
+require_buildah() {
+  [ "$(id -u)" = 0 ] && command -v buildah >/dev/null && command -v mmdebstrap >/dev/null && return
+  say "images need a Docker engine, or root with buildah and mmdebstrap (tests/cluster/packages.sh installs them)"
+  exit 1
+}
+
+make_base() {
+  buildah inspect --type image "$base_tag" >/dev/null 2>&1 && return
+  say "making a Debian base image (20 seconds; once)"
+  local work
+  work=$(mktemp -d)
+  mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/base.tar"
+  printf 'FROM scratch\nADD base.tar /\n' > "$work/Dockerfile"
+  run_buildah "$base_tag" "$work/Dockerfile" "$work"
+  rm -rf "$work"
+}
+
+run_buildah() {  # run_buildah TAG DOCKERFILE CONTEXT OPTIONS...
+  local tag=$1 dockerfile=$2 context=$3
+  shift 3
+  echo '{"default": [{"type": "insecureAcceptAnything"}]}' > "$cache/policy.json"
+  buildah bud --quiet --layers --isolation chroot --network host --signature-policy "$cache/policy.json" \
+    -v "$certificates:$certificates:ro" -v "$uv_cache:/root/.cache/uv" "$@" -t "$tag" -f "$dockerfile" "$context" >&2
+}
+
+build_with_buildah() {
+  local name=$1 tag=$2
+  require_buildah
+  make_base
+  run_buildah "localhost/finetune-$name:$tag" "Dockerfile.$name" . --build-arg "BASE=$base_tag"
+  say "writing the $name image to $cache/$name"
+  buildah push --quiet --disable-compression --signature-policy "$cache/policy.json" \
+    "localhost/finetune-$name:$tag" "oci:$cache/$name:$tag" >&2
+}
+
+build_with_docker() {
+  local name=$1 tag=$2
+  docker build --quiet -t "localhost/finetune-$name:$tag" -f "Dockerfile.$name" . >&2
+  mkdir -p "$cache/$name"
+  docker save "localhost/finetune-$name:$tag" | tar -x -C "$cache/$name"
+}
+
+build() {
+  local name=$1 tag
+  tag=$(inputs_digest "$name")
+  if ! grep -qs "\"$tag\"" "$cache/$name/index.json"; then
+    say "building the $name image (the trainer's takes some minutes when its requirements changed, else seconds)"
+    if has_docker; then build_with_docker "$name" "$tag"; else build_with_buildah "$name" "$tag"; fi
+  fi
+  echo "$cache/$name" "$tag"
+}
+
+# Two clones build one after the other.
+exec 9>"$cache/.lock"
+flock -n 9 || { say "waiting for another image build"; flock 9; }
+for name in "$@"; do build "$name"; done

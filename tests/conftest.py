@@ -1,0 +1,44 @@
+"""Fixtures that several test folders share: the real Kubernetes, namespaces in it, and the rule for machines that can't run it."""
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+
+import pytest
+from support.kubernetes import Cluster, running_cluster, what_is_missing
+
+
+@pytest.fixture(scope="session")
+def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A whole one-node Kubernetes. On a machine that can't run one the test is left out; under CI=true that is a failure."""
+    missing = what_is_missing()
+    if missing and os.environ.get("CI") == "true":
+        pytest.fail(missing, pytrace=False)
+    if missing:
+        pytest.skip(missing)
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def make_namespace(kube: Cluster) -> Iterator[Callable[[str], str]]:
+    """Makes a fresh namespace under the restricted Pod Security Standard, ready for pods, and returns its name."""
+    made: list[str] = []
+
+    def make(stem: str = "test") -> str:
+        name = f"{stem}-{secrets.token_hex(4)}"
+        made.append(name)
+        kube.kubectl("create", "namespace", name)
+        kube.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+        kube.wait(f"the default service account of {name}", lambda: kube.get("serviceaccount", "default", "-n", name))
+        return name
+
+    yield make
+    for name in made:
+        kube.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
+
+
+@pytest.fixture
+def namespace(make_namespace: Callable[[str], str]) -> str:
+    """A fresh namespace of this test alone."""
+    return make_namespace("test")
