@@ -1,0 +1,111 @@
+"""Fetches what a job reads: the base model, the dataset, the held-out data. Called by preflight (`check`), load and data.
+
+One module a scheme: local (file, pvc, configmap), s3, hub, builtin. A source is resolved once (branch to commit, key to ETag), and the
+resolved form is what the report and the status quote. Must not import torch at the top: `check` runs before it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_trainer.context import RunContext
+from finetune_trainer.sources import builtin, hub, local, location, s3
+from finetune_trainer.sources.credentials import note_ambient
+from finetune_trainer.sources.location import Location
+
+_LOCAL = ("file", "pvc", "configmap")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A source on this machine: a model's folder or a JSON Lines file, and its URI with the resolved commit, version or digest."""
+
+    path: Path
+    resolved: str
+
+
+def fetch_model(ctx: RunContext) -> Fetched:
+    """The base model's folder.
+
+    Raises:
+        AccessError, DataError, InfrastructureError, SpecError: one sentence each.
+    """
+    where = location.model(ctx.job)
+    if where.scheme in _LOCAL:
+        path = local.local_path(where, in_cluster=ctx.job.in_cluster)
+        local.check_model(where, path)
+        return Fetched(path, where.uri)
+    if where.scheme == "s3":
+        return Fetched(*s3.fetch_model(ctx, where))
+    if where.scheme == "hf":
+        return Fetched(*hub.fetch_model(ctx, where))
+    builtin.check(where, builtin.MODEL)
+    return Fetched(builtin.fetch_model(ctx.cache), where.uri)
+
+
+def fetch_dataset(ctx: RunContext) -> Fetched:
+    """The dataset's JSON Lines file.
+
+    Raises:
+        AccessError, DataError, InfrastructureError, SpecError: one sentence each.
+    """
+    return _fetch_file(ctx, location.dataset(ctx.job))
+
+
+def fetch_evaluation(ctx: RunContext) -> Fetched | None:
+    """The held-out data's JSON Lines file, or None where a share of the dataset is held out.
+
+    Raises:
+        AccessError, DataError, InfrastructureError, SpecError: one sentence each.
+    """
+    where = location.evaluation(ctx.job)
+    return _fetch_file(ctx, where) if where else None
+
+
+def check(ctx: RunContext) -> None:
+    """Every source exists and opens; weights are not downloaded, torch is not imported. Ends within seconds.
+
+    Raises:
+        AccessError, DataError, InfrastructureError, SpecError: one sentence each.
+    """
+    note_ambient(ctx)
+    _check_model(ctx, location.model(ctx.job))
+    _check_file(ctx, location.dataset(ctx.job))
+    held_out = location.evaluation(ctx.job)
+    if held_out:
+        _check_file(ctx, held_out)
+
+
+def _check_model(ctx: RunContext, where: Location) -> None:
+    if where.scheme in _LOCAL:
+        local.check_model(where, local.local_path(where, in_cluster=ctx.job.in_cluster))
+    elif where.scheme == "s3":
+        s3.check_model(ctx, where)
+    elif where.scheme == "hf":
+        hub.check_model(ctx, where)
+    else:
+        builtin.check(where, builtin.MODEL)
+
+
+def _check_file(ctx: RunContext, where: Location) -> None:
+    if where.scheme in _LOCAL:
+        local.check_file(where, local.local_path(where, in_cluster=ctx.job.in_cluster))
+    elif where.scheme == "s3":
+        s3.check_file(ctx, where)
+    elif where.scheme == "hf":
+        hub.check_file(ctx, where)
+    else:
+        builtin.check(where, builtin.DATASET)
+
+
+def _fetch_file(ctx: RunContext, where: Location) -> Fetched:
+    if where.scheme in _LOCAL:
+        path = local.local_path(where, in_cluster=ctx.job.in_cluster)
+        local.check_file(where, path)
+        return Fetched(path, f"{where.uri}?sha256={local.file_digest(path)}")
+    if where.scheme == "s3":
+        return Fetched(*s3.fetch_file(ctx, where))
+    if where.scheme == "hf":
+        return Fetched(*hub.fetch_file(ctx, where))
+    builtin.check(where, builtin.DATASET)
+    path = builtin.fetch_dataset(ctx.cache)
+    return Fetched(path, f"{where.uri}?sha256={local.file_digest(path)}")

@@ -1,0 +1,109 @@
+"""hf:// sources: a model repository's safetensors, configuration and tokenizer, or one file of a dataset repository.
+
+A branch or tag is resolved to a commit once; everything is then read at that commit. Called by sources/__init__.py.
+"""
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.context import RunContext
+from finetune_trainer.errors import DataError
+from finetune_trainer.sources.credentials import hub_api
+from finetune_trainer.sources.hub_errors import hub_errors
+from finetune_trainer.sources.location import HubAddress, Location, hub_address
+from finetune_trainer.sources.model_files import require_model, wanted_files
+
+LOOKUP_TIMEOUT_SECONDS = 10
+_PARALLEL_DOWNLOADS = 8
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at one commit."""
+
+    address: HubAddress
+    commit: str
+    files: frozenset[str]
+
+
+def check_model(ctx: RunContext, where: Location) -> None:
+    """The repository exists, opens and holds a model, and its config.json may be read (a gated repository's listing is public).
+
+    Raises:
+        AccessError, DataError, InfrastructureError, SpecError
+    """
+    api = hub_api(ctx, where.role)
+    found = _find(api, where, dataset=False)
+    _may_read(api, where, found, "config.json", dataset=False)
+
+
+def check_file(ctx: RunContext, where: Location) -> None:
+    """The dataset repository exists and has the file, and it may be read.
+
+    Raises:
+        AccessError, DataError, InfrastructureError, SpecError
+    """
+    api = hub_api(ctx, where.role)
+    found = _find(api, where, dataset=True)
+    _may_read(api, where, found, found.address.path, dataset=True)
+
+
+def fetch_model(ctx: RunContext, where: Location) -> tuple[Path, str]:
+    """The model's folder in the cache, and its URI at the commit.
+
+    Raises:
+        AccessError, CapacityError, DataError, InfrastructureError, SpecError
+    """
+    api = hub_api(ctx, where.role)
+    found = _find(api, where, dataset=False)
+    wanted = wanted_files(found.files, trust_remote_code=ctx.spec.model.trust_remote_code)
+    with hub_errors(where):
+        folder = api.snapshot_download(
+            found.address.repo_id,
+            revision=found.commit,
+            cache_dir=ctx.cache / "hub",
+            allow_patterns=[glob.escape(name) for name in wanted],
+            max_workers=_PARALLEL_DOWNLOADS,
+        )
+    return Path(folder), f"hf://{found.address.repo_id}@{found.commit}"
+
+
+def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str]:
+    """The file of a dataset repository in the cache, and its URI at the commit.
+
+    Raises:
+        AccessError, CapacityError, DataError, InfrastructureError, SpecError
+    """
+    api = hub_api(ctx, where.role)
+    found = _find(api, where, dataset=True)
+    with hub_errors(where):
+        path = api.hf_hub_download(
+            found.address.repo_id, found.address.path, repo_type="dataset", revision=found.commit, cache_dir=ctx.cache / "hub"
+        )
+    return Path(path), f"hf://{found.address.repo_id}@{found.commit}/{found.address.path}"
+
+
+def _find(api: Any, where: Location, *, dataset: bool) -> Snapshot:
+    """Resolves the revision and requires what the job needs to be there."""
+    address = hub_address(where, with_path=dataset)
+    with hub_errors(where):
+        read = api.dataset_info if dataset else api.model_info
+        info = read(address.repo_id, revision=address.revision, timeout=LOOKUP_TIMEOUT_SECONDS)
+    files = frozenset(item.rfilename for item in info.siblings or ())
+    if not dataset:
+        require_model(files, f"{where.field}: {where.uri}")
+    elif address.path not in files:
+        raise DataError(f"{where.field}: {where.uri} has no such file; correct the path after the repository's name.")
+    return Snapshot(address, info.sha, files)
+
+
+def _may_read(api: Any, where: Location, found: Snapshot, name: str, *, dataset: bool) -> None:
+    from huggingface_hub import hf_hub_url
+
+    url = hf_hub_url(found.address.repo_id, name, repo_type="dataset" if dataset else None, revision=found.commit, endpoint=api.endpoint)
+    with hub_errors(where):
+        size = api.get_hf_file_metadata(url, timeout=LOOKUP_TIMEOUT_SECONDS).size
+    if dataset and size == 0:
+        raise DataError(f"{where.field}: {where.uri} is empty; a dataset needs at least one row.")
