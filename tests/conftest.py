@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.kubernetes import Cluster, running_cluster, what_is_missing
+from support.s3_server import S3Server, running_s3
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +43,10 @@ def make_namespace(kube: Cluster) -> Iterator[Callable[[str], str]]:
 def namespace(make_namespace: Callable[[str], str]) -> str:
     """A fresh namespace of this test alone."""
     return make_namespace("test")
+
+
+@pytest.fixture(scope="session")
+def s3(kube: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server that pods of the cluster reach."""
+    with running_s3(tmp_path_factory.mktemp("s3"), address=kube.host) as server:
+        yield server

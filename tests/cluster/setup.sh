@@ -6,11 +6,13 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 leave_out() {
   echo "the cluster and end-to-end tests are left out: $*" >&2
-  if [ "${CI:-}" = true ]; then exit 1; else exit 0; fi
+  [ "${CI:-}" != true ] || exit 1
+  exit 0
 }
 
 [ "$(uname -s)" = Linux ] || leave_out "they need Linux, this is $(uname -s)"
+command -v go >/dev/null || leave_out "they need Go >= 1.21, to build Kubernetes, helm and an S3 server"
+"$here/build.sh" versitygw || leave_out "the S3 server could not be built"
 [ "$(id -u)" = 0 ] || leave_out "they need root, to make namespaces and run containers"
-command -v go >/dev/null || leave_out "they need Go >= 1.21, to build Kubernetes"
 "$here/packages.sh" || leave_out "Debian packages are missing"
 "$here/build.sh" || leave_out "the cluster's programs could not be built"

@@ -1,0 +1,78 @@
+"""The world of the end-to-end test: images just built, the chart installed, SmolLM2 and a dataset in a bucket, a Hub beside it."""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+from finetune_trainer.sources import builtin
+from finetune_trainer.sources.python_docs import instruction_rows
+from support.hub_server import HubServer, running_hub
+from support.kubernetes import CACHE, Cluster
+from support.s3_server import S3Server
+from support.world import World
+
+ROOT = Path(__file__).parents[2]
+ROWS = 40
+
+
+@pytest.fixture(scope="session")
+def images(kube: Cluster) -> dict[str, str]:
+    """References of both images, built from this checkout and given to the node."""
+    built = subprocess.run([ROOT / "images" / "build.sh", "operator", "trainer"], check=True, stdout=subprocess.PIPE, text=True)
+    references = {}
+    for line in built.stdout.splitlines():
+        layout, tag = line.split()
+        name = Path(layout).name
+        references[name] = kube.load_image(Path(layout), tag, f"localhost/finetune-{name}")
+    return references
+
+
+@pytest.fixture(scope="session")
+def hub(kube: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """A small Hub that pods of the cluster reach."""
+    with running_hub(tmp_path_factory.mktemp("hub"), address=kube.host) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def operator(kube: Cluster, images: dict[str, str], hub: HubServer, make_namespace: Callable[[str], str]) -> Iterator[str]:
+    """The chart, installed as a user would, for one namespace of jobs; yields that namespace."""
+    jobs, system = make_namespace("jobs"), make_namespace("finetune-system")
+    repository, _, tag = images["operator"].rpartition(":")
+    values = {
+        "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
+        "trainer": {"image": images["trainer"], "env": {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}},
+        "namespaces": [jobs],
+    }
+    chart = str(ROOT / "charts" / "finetune-operator")
+    kube.helm("install", "ft", chart, "-n", system, "--wait", "--timeout", "120s", *_set_json(values))
+    yield jobs
+    kube.helm("uninstall", "ft", "-n", system, check=False)
+
+
+@pytest.fixture(scope="session")
+def world(kube: Cluster, operator: str, s3: S3Server, hub: HubServer) -> World:
+    """Model, dataset and Secrets, where the jobs look for them."""
+    bucket = s3.make_bucket("models")
+    client = s3.client()
+    for path in sorted(builtin.fetch_model(CACHE).iterdir()):
+        client.upload_file(str(path), bucket, f"smollm2/{path.name}")
+    rows = "".join(json.dumps(row) + "\n" for row in instruction_rows(topics, ROWS))
+    client.put_object(Bucket=bucket, Key="rows.jsonl", Body=rows.encode())
+    make_secret(kube, operator, "s3-keys", AWS_ACCESS_KEY_ID=s3.access_key, AWS_SECRET_ACCESS_KEY=s3.secret_key)
+    make_secret(kube, operator, "hub-token", HF_TOKEN=hub.token)
+    return World(kube, operator, s3, hub, bucket)
+
+
+def make_secret(kube: Cluster, namespace: str, name: str, **values: str) -> None:
+    """A Secret of literal values."""
+    literals = [f"--from-literal={key}={value}" for key, value in values.items()]
+    kube.kubectl("create", "secret", "generic", name, "-n", namespace, *literals)
+
+
+def _set_json(values: dict[str, Any]) -> list[str]:
+    return [word for key, value in values.items() for word in ("--set-json", f"{key}={json.dumps(value)}")]

@@ -1,0 +1,33 @@
+"""Bad input on the cluster: the run ends at once, and the status says in one sentence what is wrong and what to do."""
+
+from typing import Any
+
+import pytest
+from support.world import World
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+MISSING_SECRET = {"model": {"credentials": {"secretName": "no-such-secret"}}}
+MISSING_BUCKET = {"model": {"source": "s3://no-such-bucket/smollm2"}}
+MISSING_KEY = {"dataset": {"source": "s3://{bucket}/no-such-rows.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "reason", "named"),
+    [
+        ("missing-secret", MISSING_SECRET, "AccessDenied", "no-such-secret"),
+        ("missing-bucket", MISSING_BUCKET, "InvalidData", "no-such-bucket"),
+        ("missing-rows", MISSING_KEY, "InvalidData", "no-such-rows.jsonl"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence_that_names_it(world: World, name: str, spec: dict[str, Any], reason: str, named: str) -> None:
+    if "dataset" in spec:
+        spec = {"dataset": {"source": spec["dataset"]["source"].format(bucket=world.bucket)}}
+    job = world.job("experiment", {"metadata": {"name": name}, "spec": spec})
+    job.apply()
+    status = job.wait_for_phase("Failed", 90)
+    (ready,) = [item for item in status["conditions"] if item["type"] == "Ready"]
+    assert ready["reason"] == reason
+    assert named in status["message"]
+    assert "Traceback" not in status["message"]
+    assert len(status["attempts"]) == 1
