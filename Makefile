@@ -15,7 +15,7 @@ export FINETUNE_BIN ?= $(CACHE)/bin
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster bench-qat clean
+.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster bench-qat clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -41,7 +41,9 @@ cluster-setup: ## the programs of the test cluster: Debian packages, and Kuberne
 test: ## everything: lint, types, import rules, unit, trainer, cluster and end-to-end tests
 	@$(MAKE) --no-print-directory -j2 setup cluster-setup
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest tests/unit tests/trainer tests/cluster tests/e2e $(ARGS)
+	@images/build.sh --in-time operator trainer & building=$$!; status=0; \
+	$(PY) -m pytest tests/unit tests/trainer tests/cluster tests/e2e $(ARGS) || status=$$?; \
+	wait $$building || true; exit $$status
 
 pytest: setup ## some tests: make pytest ARGS="tests/unit -k digest"
 	@$(PY) -m pytest $(ARGS)
@@ -78,6 +80,10 @@ cluster: cluster-setup ## a whole Kubernetes that runs until Ctrl-C; prints its 
 
 bench-qat: setup ## exact QAT against plain LoRA: time and memory
 	@$(PY) benchmarks/qat.py
+
+clean-images: ## removes the built images, their layers too (about 15 GB)
+	@rm -rf $(CACHE)/images $(CACHE)/containerd
+	@! command -v buildah >/dev/null || buildah images --format '{{.Name}}:{{.Tag}}' | awk '/^localhost\/finetune-/' | xargs -r buildah rmi --force
 
 clean: ## removes what runs left in the tree; the cache stays
 	@rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
