@@ -23,8 +23,11 @@ help: ## this list
 $(UV):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed, $$($(PYTHON) --version) was found; name another with PYTHON=python3.12" >&2; exit 1; }
 	@echo "installing uv $(UV_VERSION) into $(CACHE)"
-	@$(PYTHON) -m venv --clear $(CACHE)/uv-$(UV_VERSION).new && $(CACHE)/uv-$(UV_VERSION).new/bin/python -m pip install --quiet --disable-pip-version-check --prefix $(CACHE)/uv-$(UV_VERSION) uv==$(UV_VERSION)
-	@rm -rf $(CACHE)/uv-$(UV_VERSION).new
+	@bootstrap=$(CACHE)/bootstrap; install="-m pip install --quiet --disable-pip-version-check --target $(CACHE)/uv-$(UV_VERSION) uv==$(UV_VERSION)"; \
+	if $(PYTHON) -m venv --clear $$bootstrap >/dev/null 2>&1; then $$bootstrap/bin/python $$install; \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then $(PYTHON) $$install; \
+	else echo "$(PYTHON) has neither venv nor pip; on Debian: apt-get install python3-venv" >&2; exit 1; fi; \
+	rm -rf $$bootstrap
 
 setup: $(UV) ## the virtual environment, from hashed requirements; nothing to do when they are as they were
 	@wanted="$$(cat requirements/dev.txt | sha256sum) $$($(PYTHON) --version)"; \
