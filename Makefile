@@ -12,6 +12,7 @@ ARGS ?=
 # The virtual environment holds third-party packages only, so that several clones can share it; our own packages are found here.
 export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer
 export FINETUNE_BIN ?= $(CACHE)/bin
+export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
