@@ -45,7 +45,7 @@ run_outside() {
   take_the_addresses
   echo $$ > /run/lock/finetune-cluster.pid
   ip link del ftj0 2>/dev/null || true
-  CLUSTER_INSIDE=1 unshare --net --mount --pid --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" "$dir" &
+  CLUSTER_INSIDE=1 setpriv --pdeathsig KILL unshare --net --mount --pid --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" "$dir" &
   outer=$!
   trap stop_inside EXIT
   trap 'exit 143' TERM INT
