@@ -32,20 +32,22 @@ class ApiModel(BaseModel):
 
 
 def spec_field(
-    description: str, *, default: Any = ..., field_class: FieldClass | None = None, not_yet: str = "", **constraints: Any
+    description: str, *, default: Any = ..., field_class: FieldClass | None = None, not_yet: str = "", served: tuple[str | int, ...] = (), **constraints: Any
 ) -> Any:
     """A field of the spec.
 
     Args:
         description: unit, default and effect, for `kubectl explain`.
         field_class: what an edit does; None inherits the class of the object that holds the field.
-        not_yet: a sentence when no code serves the field (or some values of it, see rules.py) yet; any value but the default is then refused with it.
+        not_yet: a sentence when no code serves the field yet; rules.py makes CEL rule and offline verdict of it, which refuse any value but the default.
+        served: with `not_yet`, the values that are served already; of a list, its items.
     """
     marks: dict[str, Any] = {}
     if field_class is not None:
         marks["fieldClass"] = field_class.value
     if not_yet:
         marks["notYet"] = not_yet
+        marks["served"] = list(served)
     factory = {"default_factory": default} if callable(default) else {"default": default}
     return Field(description=description, json_schema_extra={"x-finetune": marks}, **factory, **constraints)
 

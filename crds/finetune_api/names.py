@@ -21,6 +21,7 @@ OUTPUTS = "outputs"  # checkpoints
 ADAPTER = "lora_model"
 QUANTIZED = "model-torchao"
 REPORT = "report.json"
+PROOF = "proof"  # reference.safetensors: token ids and the trained model's logits, for anyone who wants to check the proof
 MANIFEST = "manifest.json"
 
 _NAME_LIMIT = 63

@@ -27,9 +27,13 @@ PositiveNumber = Annotated[
 ModelSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(hf|s3|pvc|file|builtin)://[^\s]+$")]
 DataSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(hf|s3|pvc|file|builtin|configmap)://[^\s]+$")]
 DestinationUri = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(s3|hf|file)://[^\s]+$")]
-Endpoint = Annotated[str, StringConstraints(max_length=512, pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$")]
-CheckpointUri = Annotated[str, StringConstraints(max_length=1024, pattern=r"^s3://[^\s]+$")]
-ModuleName = Annotated[str, StringConstraints(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")]
+Endpoint = Annotated[str, StringConstraints(max_length=512, pattern=r"^(https?://[^\s/@]+(/[^\s@]*)?)?$")]
+CheckpointUri = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(s3://[^\s/]+(/[^\s]*)?)?$")]
+_MODULE = r"[A-Za-z_][A-Za-z0-9_.]*"
+TargetModules = Annotated[str, StringConstraints(max_length=1024, pattern=rf"^(all-linear|{_MODULE}(,{_MODULE})*)$")]
+OptionalDataSource = Annotated[
+    str, StringConstraints(max_length=1024, pattern=r"^((hf|s3|pvc|file|builtin|configmap)://[^\s]+)?$")
+]
 LabelKey = Annotated[str, StringConstraints(max_length=317)]
 LabelValue = Annotated[str, StringConstraints(max_length=63)]
 
@@ -72,7 +76,7 @@ class ModelSpec(ApiModel):
     credentials: SecretReference = spec_field(
         "Secret that opens the source. Default: none.", default=SecretReference, field_class=FieldClass.RUN
     )
-    endpoint: Endpoint | Literal[""] = spec_field("S3 endpoint of the source. Default: AWS.", default="", field_class=FieldClass.RUN)
+    endpoint: Endpoint = spec_field("S3 endpoint of the source. Default: AWS.", default="", field_class=FieldClass.RUN)
     dtype: Literal["auto", "float32", "bfloat16"] = spec_field(
         "Precision of the base weights and the arithmetic. Default auto: bfloat16 on a GPU, float32 on a CPU.", default="auto"
     )
@@ -88,7 +92,7 @@ class EvaluationSpec(ApiModel):
         "Share of the dataset that is held out, in percent, drawn with the seed. Default 5; 0 measures nothing. Ignored when a source is given.",
         default=5, ge=0, le=50,
     )  # fmt: skip
-    source: DataSource | Literal[""] = spec_field("Held-out data of its own, in the dataset's format. Default: none.", default="")
+    source: OptionalDataSource = spec_field("Held-out data of its own, in the dataset's format. Default: none.", default="")
 
 
 class DatasetSpec(ApiModel):
@@ -101,7 +105,7 @@ class DatasetSpec(ApiModel):
     credentials: SecretReference = spec_field(
         "Secret that opens the source. Default: none.", default=SecretReference, field_class=FieldClass.RUN
     )
-    endpoint: Endpoint | Literal[""] = spec_field("S3 endpoint of the source. Default: AWS.", default="", field_class=FieldClass.RUN)
+    endpoint: Endpoint = spec_field("S3 endpoint of the source. Default: AWS.", default="", field_class=FieldClass.RUN)
     format: Literal["auto", "chat", "prompt-completion", "instruction", "text"] = spec_field(
         "Columns of a row: messages (chat), prompt and completion, instruction [, input] and output, or text. Default auto: detected from the first row.",
         default="auto",
@@ -114,10 +118,10 @@ class LoraSpec(ApiModel):
 
     rank: int = spec_field("Rank of the adapter's two factors. Default 32. Larger learns more and costs memory.", default=32, ge=1, le=512)
     alpha: int | None = spec_field("Scale of the update: alpha / rank. Default: twice the rank.", default=None, ge=1, le=2048)
-    target_modules: Literal["all-linear"] | tuple[ModuleName, ...] = spec_field(
-        "Linear layers that get an adapter: all-linear, or a list of module name endings such as q_proj. Default all-linear (without the output head).",
+    target_modules: TargetModules = spec_field(
+        "Linear layers that get an adapter: all-linear, or module name endings joined by commas, such as q_proj,v_proj. "
+        "Default all-linear (without the output head).",
         default="all-linear",
-        max_length=64,
     )
 
 
@@ -150,8 +154,11 @@ class TrainingSpec(ApiModel):
     """The optimizer's work."""
 
     backend: Literal["auto", "native", "unsloth"] = spec_field(
-        "native (transformers, peft, torchao) or unsloth. Default auto, which is native.", default="auto",
-    )  # fmt: skip
+        "native (transformers, peft, torchao) or unsloth. Default auto, which is native.",
+        default="auto",
+        not_yet="the unsloth backend is not served yet; use native or auto",
+        served=("auto", "native"),
+    )
     epochs: int = spec_field("Passes over the training data. Default 1.", default=1, ge=1, le=1000)
     batch_size: int = spec_field(
         "Rows per optimizer step (the effective batch). Default 16. The micro-batch is chosen.", default=16, ge=1, le=65536
@@ -176,7 +183,7 @@ class DestinationSpec(ApiModel):
 
     uri: DestinationUri = spec_field("s3://bucket/prefix, hf://owner/name or file:///path (laptop only). No default.")
     credentials: SecretReference = spec_field("Secret with write access. Default: none.", default=SecretReference)
-    endpoint: Endpoint | Literal[""] = spec_field("S3 endpoint. Default: AWS.", default="")
+    endpoint: Endpoint = spec_field("S3 endpoint. Default: AWS.", default="")
     private: bool = spec_field("Make a Hub repository private when it is created. Default false.", default=False)
 
 
@@ -184,7 +191,11 @@ class OutputsSpec(ApiModel):
     """What is shipped, and where to."""
 
     artifacts: tuple[Artifact, ...] = spec_field(
-        "adapter, quantized. Default: adapter, and quantized unless the scheme is none.", default=(), max_length=3
+        "adapter, quantized, merged. Default: adapter, and quantized unless the scheme is none.",
+        default=(),
+        max_length=3,
+        not_yet="merged 16-bit models are not served yet; use adapter, quantized or both",
+        served=("adapter", "quantized"),
     )
     destinations: tuple[DestinationSpec, ...] = spec_field("Where every artifact goes. At least one.", min_length=1, max_length=8)
 
@@ -192,12 +203,21 @@ class OutputsSpec(ApiModel):
 class ResourcesSpec(ApiModel):
     """What the training pod asks for."""
 
-    gpus: int = spec_field("GPUs (nvidia.com/gpu) of the pod. Default 1. 0 trains on the CPU.", default=1, ge=0, le=16)
+    gpus: int = spec_field(
+        "GPUs (nvidia.com/gpu) of the pod. Default 1. 0 trains on the CPU.",
+        default=1,
+        ge=0,
+        le=16,
+        not_yet="more than one GPU is not served yet; use 1, or 0 for the CPU",
+        served=(0, 1),
+    )
     gpu_type: Annotated[str, StringConstraints(max_length=63)] = spec_field(
         "Name of the GPU for the memory estimate. Default: none.", default="",
         not_yet="the memory estimate is not served yet; remove resources.gpuType and choose nodes with scheduling.nodeSelector",
     )  # fmt: skip
-    nodes: int = spec_field("Nodes of the job. Default 1.", default=1, ge=1, le=64)
+    nodes: int = spec_field(
+        "Nodes of the job. Default 1.", default=1, ge=1, le=64, not_yet="more than one node is not served yet; use 1", served=(1,)
+    )
     memory: Quantity = spec_field("Memory request and limit of the pod. Default 16Gi.", default="16Gi")
     cpu: Quantity = spec_field("CPU request of the pod; there is no CPU limit. Default 2.", default="2")
 
@@ -214,7 +234,7 @@ class Toleration(ApiModel):
 class SchedulingSpec(ApiModel):
     """Where the pod may run."""
 
-    node_selector: dict[LabelKey, LabelValue] = spec_field("Labels of the node. Default: none.", default=dict, max_length=16)
+    node_selector: dict[str, LabelValue] = spec_field("Labels of the node. Default: none.", default=dict, max_length=16)
     tolerations: tuple[Toleration, ...] = spec_field("Taints the pod tolerates. Default: none.", default=(), max_length=16)
     priority_class_name: OptionalName = spec_field("PriorityClass of the pod. Default: the cluster's.", default="")
     runtime_class_name: OptionalName = spec_field("RuntimeClass of the pod. Default: the cluster's.", default="")
@@ -253,11 +273,11 @@ class WorkspaceSpec(ClaimSpec):
 class CheckpointsSpec(ApiModel):
     """Where checkpoints are mirrored when the workspace does not last."""
 
-    uri: CheckpointUri | Literal[""] = spec_field(
+    uri: CheckpointUri = spec_field(
         "s3://bucket/prefix. Default: .checkpoints/<trainDigest>/ under the first s3 destination.", default=""
     )
     credentials: SecretReference = spec_field("Secret with write access. Default: the destination's.", default=SecretReference)
-    endpoint: Endpoint | Literal[""] = spec_field("S3 endpoint. Default: the destination's.", default="")
+    endpoint: Endpoint = spec_field("S3 endpoint. Default: the destination's.", default="")
 
 
 class StorageSpec(ApiModel):

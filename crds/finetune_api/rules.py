@@ -1,0 +1,219 @@
+"""The table of validation rules: what the structure of the spec alone can't express.
+
+A row is said twice, as CEL for the API server and as Python for `finetune validate`; a differential property test holds the two together.
+Rows for fields that no code serves yet are made from the fields' own marks.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.fields import leaves, marks_of
+from finetune_api.spec import FineTuneJobSpec
+
+Spec = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule over a spec as written.
+
+    Attributes:
+        field: path of the field that the message names, below `spec`.
+        cel: holds when the spec is good; `self` is the spec.
+        holds: the same in Python, on the spec's JSON values; only called when the structure is right.
+        message: what is expected, and the mend.
+    """
+
+    field: str
+    cel: str
+    holds: Callable[[Spec], bool]
+    message: str
+
+
+def value_at(spec: Spec, path: str, default: Any = None) -> Any:
+    """The value at a dotted path of a spec as written; `default` when it is not written."""
+    value: Any = spec
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return default
+        value = value[key]
+    return value
+
+
+def written(path: str) -> str:
+    """CEL: whether a dotted path of the spec is written."""
+    keys = path.split(".")
+    return " && ".join(f"has(self.{'.'.join(keys[: end + 1])})" for end in range(len(keys)))
+
+
+def _or_default(path: str, default: str) -> str:
+    """CEL: the value at a path, or its default."""
+    return f"({written(path)} ? self.{path} : {default})"
+
+
+def _not_yet_rules() -> Iterator[Rule]:
+    for path, info, _ in leaves(FineTuneJobSpec):
+        marks = marks_of(info)
+        if "notYet" not in marks:
+            continue
+        field = ".".join(path)
+        served = marks["served"] or [info.get_default(call_default_factory=True, validated_data={})]
+        listed = json.dumps(served)
+        if "artifacts" in path:
+            cel, holds = f"!({written(field)}) || self.{field}.all(item, item in {listed})", _items_in(field, served)
+        else:
+            cel, holds = f"!({written(field)}) || self.{field} in {listed}", _value_in(field, served)
+        yield Rule(field, cel, holds, str(marks["notYet"]))
+
+
+def _value_in(field: str, served: list[Any]) -> Callable[[Spec], bool]:
+    return lambda spec: value_at(spec, field, served[0]) in served
+
+
+def _items_in(field: str, served: list[Any]) -> Callable[[Spec], bool]:
+    return lambda spec: all(item in served for item in value_at(spec, field, []))
+
+
+def _matching(field: str, scheme: str, pattern: str, message: str) -> Rule:
+    """A source of one scheme has one form."""
+    cel = f"!({written(field)}) || !self.{field}.startsWith('{scheme}://') || self.{field}.matches('{pattern}')"
+
+    def holds(spec: Spec) -> bool:
+        uri = value_at(spec, field, "")
+        return not uri.startswith(f"{scheme}://") or re.search(pattern, uri) is not None
+
+    return Rule(field, cel, holds, message)
+
+
+def _only_scheme(field: str, scheme: str, uri: str) -> Rule:
+    """A field that belongs to one scheme of the URI beside it."""
+    cel = f"!({written(field)}) || self.{field} == '' || self.{uri}.startsWith('{scheme}://')"
+    return Rule(
+        field,
+        cel,
+        lambda spec: not value_at(spec, field, "") or value_at(spec, uri, "").startswith(f"{scheme}://"),
+        f"an endpoint belongs to {scheme}:// only; remove it or correct the URI beside it",
+    )
+
+
+def _destinations(condition_cel: str, holds: Callable[[Spec], bool], message: str) -> Rule:
+    """A rule that each destination fulfils by itself."""
+
+    def all_hold(spec: Spec) -> bool:
+        return all(holds(item) for item in value_at(spec, "outputs.destinations", []))
+
+    return Rule("outputs.destinations", f"self.outputs.destinations.all(d, {condition_cel})", all_hold, message)
+
+
+def _scheme(spec: Spec) -> str:
+    return str(value_at(spec, "quantization.scheme", "int8-int4"))
+
+
+_SCHEME = _or_default("quantization.scheme", "'int8-int4'")
+_GROUPS = {"int8-int4": (32, 64, 128), "int4": (32, 64, 128), "fp8-int4": (128,)}
+_FORMS = {
+    "s3": (r"^s3://[^/]+/.+$", "an S3 object is s3://bucket/key"),
+    "hf": (r"^hf://[^/]+/[^/]+/.+$", "a file on the Hub is hf://owner/name[@revision]/file"),
+    "pvc": (r"^pvc://[^/]+/.+$", "a file in a claim is pvc://claim/path"),
+    "configmap": (r"^configmap://[^/]+/[^/]+$", "a key of a ConfigMap is configmap://name/key"),
+    "builtin": (r"^builtin://python-docs$", "the only builtin dataset is builtin://python-docs"),
+}
+
+
+def _gate_has_reference(spec: Spec) -> bool:
+    measured = value_at(spec, "dataset.evaluation.percent", 5) > 0 or value_at(spec, "dataset.evaluation.source", "") != ""
+    return _scheme(spec) != "none" and value_at(spec, "quantization.qatPercent", 50) < 100 and measured
+
+
+def _unique(items: list[Any]) -> bool:
+    return len(items) == len(set(items))
+
+
+_TABLE: tuple[Rule, ...] = (
+    _matching("model.source", "s3", r"^s3://[^/]+(/.*)?$", "a model in S3 is s3://bucket/prefix"),
+    _matching("model.source", "hf", r"^hf://[^/]+/[^/]+$", "a model on the Hub is hf://owner/name[@revision]"),
+    _matching("model.source", "pvc", r"^pvc://[^/]+/.+$", "a model in a claim is pvc://claim/path"),
+    _matching("model.source", "builtin", r"^builtin://smollm2-135m$", "the only builtin model is builtin://smollm2-135m"),
+    *(_matching(field, scheme, *form) for field in ("dataset.source", "dataset.evaluation.source") for scheme, form in _FORMS.items()),
+    _only_scheme("model.endpoint", "s3", "model.source"),
+    _only_scheme("dataset.endpoint", "s3", "dataset.source"),
+    Rule(
+        "quantization.groupSize",
+        f"!({written('quantization.groupSize')}) || {_SCHEME} == 'int8-int4' || {_SCHEME} == 'int4' || ({_SCHEME} == 'fp8-int4' && self.quantization.groupSize == 128)",
+        lambda spec: value_at(spec, "quantization.groupSize") is None or spec["quantization"]["groupSize"] in _GROUPS.get(_scheme(spec), ()),
+        "a group size fits int8-int4 and int4 (32, 64, 128) and fp8-int4 (128); the other schemes have one scale for each output channel: remove it",
+    ),
+    Rule(
+        "outputs.artifacts",
+        f"!({written('outputs.artifacts')}) || !('quantized' in self.outputs.artifacts) || {_SCHEME} != 'none'",
+        lambda spec: "quantized" not in value_at(spec, "outputs.artifacts", []) or _scheme(spec) != "none",
+        "a quantized model needs a quantization scheme; choose one other than none, or remove quantized",
+    ),
+    Rule(
+        "outputs.artifacts",
+        f"!({written('outputs.artifacts')}) || self.outputs.artifacts.all(a, self.outputs.artifacts.exists_one(b, a == b))",
+        lambda spec: _unique(value_at(spec, "outputs.artifacts", [])),
+        "an artifact is named once; remove the second one",
+    ),
+    Rule(
+        "outputs.destinations",
+        "self.outputs.destinations.all(d, self.outputs.destinations.exists_one(e, d.uri == e.uri))",
+        lambda spec: _unique([item["uri"] for item in value_at(spec, "outputs.destinations", [])]),
+        "a uri is named once; remove the second one",
+    ),
+    _destinations(
+        "!d.uri.startsWith('hf://') || d.uri.matches('^hf://[^/@]+/[^/@]+$')",
+        lambda item: not item["uri"].startswith("hf://") or re.search(r"^hf://[^/@]+/[^/@]+$", item["uri"]) is not None,
+        "a uri on the Hub is hf://owner/name, without a revision",
+    ),
+    _destinations(
+        "!has(d.private) || !d.private || d.uri.startsWith('hf://')",
+        lambda item: not item.get("private") or item["uri"].startswith("hf://"),
+        "private belongs to hf:// only; remove it",
+    ),
+    _destinations(
+        "!has(d.endpoint) || d.endpoint == '' || d.uri.startsWith('s3://')",
+        lambda item: not item.get("endpoint") or item["uri"].startswith("s3://"),
+        "endpoint belongs to s3:// only; remove it",
+    ),
+    Rule(
+        "quality.maxLossIncreasePercent",
+        f"!({written('quality.maxLossIncreasePercent')}) || ({_SCHEME} != 'none' && {_or_default('quantization.qatPercent', '50')} < 100"
+        f" && ({_or_default('dataset.evaluation.percent', '5')} > 0 || {_or_default('dataset.evaluation.source', repr(''))} != ''))",
+        lambda spec: value_at(spec, "quality.maxLossIncreasePercent") is None or _gate_has_reference(spec),
+        "the gate compares with the tuned model's held-out loss: it needs a scheme, qatPercent below 100 and held-out data; change these or remove it",
+    ),
+    Rule(
+        "storage.workspace.storageClassName",
+        f"!({written('storage.workspace.storageClassName')}) || self.storage.workspace.storageClassName == ''"
+        f" || {_or_default('storage.workspace.persistentVolumeClaim', repr(''))} == ''",
+        lambda spec: not value_at(spec, "storage.workspace.storageClassName", "") or not value_at(spec, "storage.workspace.persistentVolumeClaim", ""),
+        "a workspace is a claim or a volume of a storage class; remove one of the two",
+    ),
+)
+
+
+def _placed(field: str, schemes: tuple[str, ...], message: str) -> Rule:
+    """Sources that only exist on one kind of machine."""
+    starts = " || ".join(f"self.{field}.startsWith('{scheme}://')" for scheme in schemes)
+    return Rule(
+        field,
+        f"!({written(field)}) || !({starts})",
+        lambda spec: not any(value_at(spec, field, "").startswith(f"{scheme}://") for scheme in schemes),
+        message,
+    )
+
+
+_SOURCES = ("model.source", "dataset.source", "dataset.evaluation.source")
+_NO_FILE = "file:// works only on a laptop (finetune run); use s3://, hf://, pvc:// or builtin://"
+_NO_VOLUME = "pvc:// and configmap:// work only in a cluster; use file:// here"
+
+ALWAYS: tuple[Rule, ...] = (*_not_yet_rules(), *_TABLE)
+SERVER_ONLY: tuple[Rule, ...] = (
+    *(_placed(field, ("file",), _NO_FILE) for field in _SOURCES),
+    _destinations("!d.uri.startsWith('file://')", lambda item: not item["uri"].startswith("file://"), "file:// works only on a laptop; use s3:// or hf://"),
+)
+LOCAL_ONLY: tuple[Rule, ...] = tuple(_placed(field, ("pvc", "configmap"), _NO_VOLUME) for field in _SOURCES)
