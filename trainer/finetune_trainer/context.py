@@ -57,6 +57,11 @@ class RunContext:
         return self.workdir / names.QUANTIZED
 
     @property
+    def proof(self) -> Path:
+        """Token ids and logits of the trained model, and digests of its weights: what the exported folder is held against."""
+        return self.workdir / names.PROOF
+
+    @property
     def report(self) -> Path:
         """Everything measured, as JSON."""
         return self.workdir / names.REPORT

@@ -1,0 +1,1 @@
+"""The stages, in the order of pipeline.py; each module has one public `run`."""

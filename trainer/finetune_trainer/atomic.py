@@ -1,0 +1,49 @@
+"""Writes folders and files so that a reader, or a restart after a kill, sees all of them or nothing.
+
+Used wherever something is written that a later run could take for a result. Knows nothing of what it writes.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target`; on success its files are synced and it takes `target`'s place."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in partial.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(partial)
+    if target.exists():
+        older = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(older, ignore_errors=True)
+        target.rename(older)
+        partial.rename(target)
+        shutil.rmtree(older, ignore_errors=True)
+    else:
+        partial.rename(target)
+    _sync(target.parent)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Replaces a file's content in one step."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    partial.replace(target)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,79 @@
+"""Checkpoints: complete or ignored. A checkpoint counts only with its seal, which is written last and names every file's digest.
+
+transformers writes the files (adapter, optimizer, schedule, sampler position, RNG); stages/train.py seals them and asks for the newest one.
+A checkpoint of another trainDigest is never resumed from.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer import atomic
+
+SEAL = "sealed.json"
+_PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        facts: what the run knew at that step besides weights, such as the losses at the switch.
+    """
+
+    folder: Path
+    step: int
+    facts: dict[str, Any]
+
+
+def seal(folder: Path, train_digest: str, facts: dict[str, Any]) -> None:
+    """Marks a checkpoint as complete; nothing is written to it afterwards."""
+    files = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL}
+    atomic.write_text(folder / SEAL, json.dumps({"trainDigest": train_digest, "facts": facts, "files": files}, indent=1))
+
+
+def newest(outputs: Path, train_digest: str, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The complete checkpoint of this training with the most steps; damaged ones are passed over with a warning."""
+    found = sorted((folder for folder in outputs.glob(f"{_PREFIX}*") if folder.name.removeprefix(_PREFIX).isdigit()), key=_step, reverse=True)
+    for folder in found:
+        problem, sealed = _read_seal(folder)
+        if problem:
+            warn(f"Checkpoint {folder.name} is passed over: {problem}.")
+        elif sealed["trainDigest"] == train_digest:
+            return Checkpoint(folder, _step(folder), sealed["facts"])
+    return None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint's seal is there and every file is what it says."""
+    return not _read_seal(folder)[0]
+
+
+def _read_seal(folder: Path) -> tuple[str, dict[str, Any]]:
+    """(what is wrong, or nothing; the seal)."""
+    try:
+        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        files = dict(sealed["files"])
+    except FileNotFoundError:
+        return "it was never completed", {}
+    except (ValueError, KeyError, TypeError):
+        return "its seal can't be read", {}
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file() or _digest(path) != digest:
+            return f"{name} is damaged", {}
+    return "", sealed
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

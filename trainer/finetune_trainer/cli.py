@@ -1,0 +1,137 @@
+"""The `finetune` command: run, validate. Prints sentences, never a traceback; the exit code says which class of failure it was.
+
+`validate` and what preflight refuses must not load torch.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from finetune_api import names
+from finetune_api.exits import ExitCode
+from finetune_api.job import JobDescription
+from finetune_api.validation import Problem, parse_job, verdicts
+from finetune_trainer import VERSION
+from finetune_trainer.errors import FineTuneError, SpecError
+from finetune_trainer.failures import classify
+from finetune_trainer.reporting.quiet import quiet_libraries
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fine-tune, quantize, verify and publish a model from one YAML.")
+
+
+@app.command()
+def run(
+    job: Annotated[str | None, typer.Argument(help="A FineTuneJob in YAML, or - for standard input. Default: the FINETUNE_JOB variable of a pod.")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Where outputs/, lora_model/, model-torchao/ and report.json go. Default: work-<name>.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where downloads are kept. Default: the user's cache folder.")] = None,
+) -> None:
+    """Run a job on this machine: load, train, convert, verify, publish."""
+    description = _description(job)
+    in_pod = description.in_cluster
+    workdir = workdir or Path(names.WORKDIR if in_pod else f"work-{description.name}")
+    cache = cache or (Path(names.CACHE_DIR) if in_pod else _user_cache())
+    from finetune_trainer import pipeline
+    from finetune_trainer.reporting.summary import print_summary
+
+    try:
+        report = pipeline.run(description, workdir, cache)
+    except FineTuneError:
+        _write_debug_log(workdir)
+        raise
+    print_summary(report, workdir, [item.uri for item in description.spec.outputs.destinations])
+
+
+@app.command()
+def validate(
+    files: Annotated[list[str], typer.Argument(help="YAML files with FineTuneJobs; - is standard input.")],
+    local: Annotated[bool, typer.Option("--local", help="For a run on this machine: allows file://, refuses pvc:// and configmap://.")] = False,
+) -> None:
+    """Say everything that is wrong with FineTuneJobs, offline, with path and mend."""
+    found = 0
+    for name in files:
+        problems = verdicts(_read(name), local=local)
+        found += len(problems)
+        for problem in problems:
+            typer.echo(f"{name}: {problem}", err=True)
+        if not problems:
+            typer.echo(f"{name}: valid")
+    if found:
+        raise typer.Exit(ExitCode.SPEC)
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+    """Fine-tune, quantize, verify and publish a model from one YAML."""
+    if version:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script. Exit codes: finetune_api.exits; wrong usage counts as a wrong spec."""
+    quiet_libraries()
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ExitCode.SPEC)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 the last line of defence: a sentence, never a traceback
+        failure = classify(error)
+        typer.echo(f"{failure.reason}: {failure}", err=True)
+        sys.exit(failure.exit_code)
+
+
+def _description(job: str | None) -> JobDescription:
+    if job is None:
+        text = os.environ.get(names.ENV_JOB)
+        if text is None:
+            raise SpecError("No job: name a YAML file (finetune run job.yaml).")
+        return JobDescription.from_json(text)
+    text = _read(job)
+    problems = verdicts(text, local=True)
+    if problems:
+        raise SpecError(_listed(job, problems))
+    parsed = parse_job(text)
+    return JobDescription.of(parsed.metadata, parsed.spec, in_cluster=False)
+
+
+def _read(name: str) -> str:
+    if name == "-":
+        return sys.stdin.read()
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SpecError(f"{name} can't be read ({reason}); name a FineTuneJob in YAML.") from error
+
+
+def _listed(name: str, problems: list[Problem]) -> str:
+    first = f"{name}: {problems[0]}"
+    return first if len(problems) == 1 else "\n".join([first, *(f"{name}: {problem}" for problem in problems[1:])])
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
+
+
+def _write_debug_log(workdir: Path) -> None:
+    """The traceback, for people who mend the trainer; best effort, since the disk may be what failed."""
+    if os.environ.get("FINETUNE_DEBUG"):
+        traceback.print_exc()
+    try:
+        (workdir / "debug.log").write_text(traceback.format_exc())
+    except OSError:
+        return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The exact linear layer: `y = fq(W + s B A) fq(x)`, with a straight-through backward pass that never forms a full weight gradient.
+
+prepare.py turns a model's linear layers into these, in place; convert.py exports from the same `merged_weight` through the same quantizer.
+Fake quantization is not idempotent: nothing here ever quantizes a weight that was quantized before.
+
+The backward pass is the low-rank straight-through estimator of L4Q (arXiv 2402.04902) and LR-QAT (arXiv 2406.06385): with y = Wq Xq and the
+quantizers taken as identity, dX = dY Wq, dA = s (dY B)^T Xq, dB = s dY^T (Xq A^T). Not yet run on a GPU.
+"""
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune_trainer.qat.quantizers import ActivationCodes, WeightCodes, WeightQuantizer, dequantize_activation, quantize_activation
+
+
+@dataclass
+class ExactMode:
+    """What all exact layers of one model share.
+
+    Attributes:
+        enabled: whether the layers fake-quantize, or compute what they did before.
+        keep_codes: keep each layer's weight codes until the next optimizer step (one byte a weight), which pays when several
+            micro-batches or evaluation batches use the same weights.
+        generation: bumped whenever weights may have changed; fused optimizers and `.data` don't bump a tensor's own version.
+    """
+
+    enabled: bool = True
+    keep_codes: bool = False
+    generation: int = 0
+    last_input: "SharedInput" = field(default_factory=lambda: SharedInput())
+
+    def drop_caches(self) -> None:
+        """Weights may have changed: forget what was computed from them."""
+        self.generation += 1
+        self.last_input = SharedInput()
+
+
+class SharedInput:
+    """The codes of the activation that was quantized last: q, k and v (gate and up) read the same input and share one copy."""
+
+    def __init__(self) -> None:
+        self._source: weakref.ref[Tensor] | None = None
+        self._version = -1
+        self._codes: ActivationCodes | None = None
+
+    def codes(self, activation: Tensor) -> ActivationCodes:
+        """Codes of `activation` [..., in], made once for each tensor."""
+        if activation.is_inference():  # no version counter to trust
+            return quantize_activation(activation)
+        known = self._source is not None and self._source() is activation and self._version == activation._version
+        if not known or self._codes is None:
+            self._codes = quantize_activation(activation)
+            self._source, self._version = weakref.ref(activation), activation._version
+        return self._codes
+
+
+@dataclass
+class ExactState:
+    """What one exact layer knows besides its weights."""
+
+    mode: ExactMode
+    quantizer: WeightQuantizer
+    int8_activations: bool
+    cached: WeightCodes | None = None
+    cached_key: tuple[object, ...] = ()
+
+
+class ExactLoraLinear(LoraLinear):
+    """A peft LoRA layer whose forward pass fake-quantizes the merged weight. Made by `__class__` assignment, so that names stay."""
+
+    exact: ExactState
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As peft's, unless fake quantization is on. Shapes: [..., in] to [..., out]."""
+        return exact_linear(self, x) if self.exact.mode.enabled else super().forward(x, *args, **kwargs)
+
+
+class ExactFrozenLinear(nn.Linear):
+    """A linear layer without an adapter that export quantizes too: its fake-quantized weight is constant."""
+
+    exact: ExactState
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 nn.Linear's own name
+        """As nn.Linear's, unless fake quantization is on."""
+        return exact_linear(self, input) if self.exact.mode.enabled else super().forward(input)
+
+
+ExactLinear = ExactLoraLinear | ExactFrozenLinear
+
+
+def base_linear(layer: ExactLinear) -> nn.Linear:
+    """The layer that holds the frozen weight and the bias."""
+    return layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
+
+
+def adapter_factors(layer: ExactLinear) -> tuple[Tensor, Tensor, float] | None:
+    """A [rank, in], B [out, rank] and s of the active adapter; None without one, or while adapters are disabled."""
+    if not isinstance(layer, LoraLinear) or layer.disable_adapters:
+        return None
+    name = next((name for name in layer.active_adapters if name in layer.lora_A), None)
+    return None if name is None else (layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+
+
+@torch.no_grad()
+def merged_weight(layer: ExactLinear) -> Tensor:
+    """W + s B A [out, in] in the base weight's dtype: merged in float32 (float64 for a float64 model), then cast. Serves training and export."""
+    weight = base_linear(layer).weight
+    factors = adapter_factors(layer)
+    if factors is None:
+        return weight.detach()
+    a, b, scaling = factors
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scaling).to(weight.dtype)
+
+
+def weight_codes(layer: ExactLinear) -> WeightCodes:
+    """Codes of the merged weight, from the cache where `keep_codes` allows it; a frozen layer's are always kept."""
+    state, factors = layer.exact, adapter_factors(layer)
+    weight = base_linear(layer).weight
+    sources = (weight, *factors[:2]) if factors else (weight,)
+    key = (state.mode.generation, *((id(item), item._version) for item in sources))
+    if state.cached is not None and state.cached_key == key:
+        return state.cached
+    codes = state.quantizer.quantize(merged_weight(layer))
+    keep = state.mode.keep_codes or isinstance(layer, ExactFrozenLinear)
+    state.cached, state.cached_key = (codes, key) if keep else (None, ())
+    return codes
+
+
+def fake_quantized_weight(layer: ExactLinear) -> Tensor:
+    """fq(W + s B A) [out, in]: what the exported tensor dequantizes to."""
+    return layer.exact.quantizer.dequantize(weight_codes(layer))
+
+
+def exact_linear(layer: ExactLinear, x: Tensor) -> Tensor:
+    """fq(W + s B A) fq(x) + bias, differentiable in x, A and B."""
+    state = layer.exact
+    activation = state.mode.last_input.codes(x) if state.int8_activations else None
+    a, b, _ = adapter_factors(layer) or (None, None, 1.0)
+    output: Tensor = _StraightThrough.apply(x, a, b, layer, *(activation or ()))
+    return output
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Saves the activation's codes (or, without activation quantization, the activation), A and B; makes Wq again in the backward pass.
+
+    The same tensors are saved whether the weight codes came from the cache or not: non-reentrant checkpointing compares them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, layer: ExactLinear, *activation: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.quantized = bool(activation)
+        ctx.save_for_backward(a, b, *(activation or (x,)))
+        # The bias is frozen, and part of the same call as in the exported model: added apart, it would round differently.
+        return F.linear(_read(activation or (x,), quantized=ctx.quantized), fake_quantized_weight(layer), base_linear(layer).bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, *activation = ctx.saved_tensors
+        grad_x = grad_output @ fake_quantized_weight(ctx.layer) if ctx.needs_input_grad[0] else None
+        grad_a = grad_b = None
+        if a is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            x = _read(tuple(activation), quantized=ctx.quantized)
+            grad_a, grad_b = _low_rank_gradients(grad_output, x, a, b, float(_scaling(ctx.layer)))
+        return (grad_x, grad_a, grad_b, None, *(None for _ in activation if ctx.quantized))
+
+
+def _scaling(layer: ExactLinear) -> float:
+    factors = adapter_factors(layer)
+    if factors is None:
+        raise RuntimeError("adapters were disabled between the forward and the backward pass")
+    return factors[2]
+
+
+def _read(saved: tuple[Tensor, ...], *, quantized: bool) -> Tensor:
+    return dequantize_activation(ActivationCodes(*saved)) if quantized else saved[0]
+
+
+def _low_rank_gradients(grad_output: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """dA = s (dY B)^T X and dB = s dY^T (X A^T), in the adapter's dtype; [tokens, out] and [tokens, in] in, [rank, in] and [out, rank] out."""
+    grad = grad_output.reshape(-1, grad_output.shape[-1]).to(a.dtype)
+    x = x.reshape(-1, x.shape[-1]).to(a.dtype)
+    grad_a = (grad @ b).mul_(scaling).T @ x
+    grad_b = grad.T @ (x @ a.T).mul_(scaling)
+    return grad_a, grad_b

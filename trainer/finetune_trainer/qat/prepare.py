@@ -1,0 +1,183 @@
+"""Turns a peft model's linear layers into exact ones, in place, and switches them: the interface of train, evaluate and convert.
+
+Every linear that export will quantize is taken: those with an adapter and the frozen ones. The output head, embeddings and layers whose
+input size does not divide into groups stay as they are and are listed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from finetune_api.spec import QuantizationSpec
+from finetune_trainer.errors import ProofError, SpecError
+from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLinear, ExactLoraLinear, ExactMode, ExactState
+from finetune_trainer.qat.schemes import SCHEMES, weight_quantizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was made exact.
+
+    Attributes:
+        layers: names of the exact layers, as the merged model knows them (without peft's prefixes).
+        skipped: linear layers that stay unquantized, with the reason.
+        coverage: share of the linear weights (the output head aside) that are quantized, 0 to 1.
+    """
+
+    layers: tuple[str, ...]
+    skipped: dict[str, str]
+    coverage: float
+
+
+def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool = True) -> Prepared:
+    """Makes every linear exact that export will quantize.
+
+    Args:
+        model: a peft model with one LoRA adapter, not merged.
+        quantization: scheme and group size; the scheme is not `none`.
+        enabled: whether fake quantization is on from now on.
+
+    Raises:
+        SpecError: dropout, DoRA or another LoRA variant, or no layer that fits the group size.
+    """
+    quantizer = weight_quantizer(quantization)
+    mode = ExactMode(enabled=enabled)
+    head = model.get_base_model().get_output_embeddings()
+    names: list[str] = []
+    skipped: dict[str, str] = {}
+    weights = {True: 0, False: 0}
+    for path, module in list(_linears(model)):
+        name, base = plain_name(path), _base(module)
+        if base is head:
+            skipped[name] = "output head"
+            continue
+        fits = quantizer.fits(base.in_features)
+        weights[fits] += base.weight.numel()
+        if not fits:
+            skipped[name] = f"input size {base.in_features} does not divide into groups of {quantizer.group_size}"
+            continue
+        _make_exact(module, ExactState(mode, quantizer, SCHEMES[quantization.scheme].int8_activations), name)
+        names.append(name)
+    if not names:
+        raise SpecError(
+            f"spec.quantization.groupSize: no linear layer of this model divides into groups of {quantizer.group_size}; choose a smaller group size."
+        )
+    model.register_load_state_dict_post_hook(lambda *_: mode.drop_caches())
+    return Prepared(tuple(names), skipped, weights[True] / (weights[True] + weights[False]))
+
+
+def exact_layers(model: nn.Module) -> Iterator[tuple[str, ExactLinear]]:
+    """(name in the merged model, layer) of every exact layer."""
+    for path, module in model.named_modules():
+        if isinstance(module, ExactLoraLinear | ExactFrozenLinear):
+            yield plain_name(path), module
+
+
+def mode_of(model: nn.Module) -> ExactMode | None:
+    """The switch that a prepared model's layers share; None for a model that was not prepared."""
+    return next((layer.exact.mode for _, layer in exact_layers(model)), None)
+
+
+def set_fake_quantization(model: nn.Module, enabled: bool) -> None:
+    """Switches fake quantization of every exact layer; nothing for a model that was not prepared."""
+    mode = mode_of(model)
+    if mode is not None:
+        mode.enabled = enabled
+
+
+@contextmanager
+def fake_quantization(model: nn.Module, enabled: bool, *, keep_codes: bool = False) -> Iterator[None]:
+    """Fake quantization on or off within the block; `keep_codes` quantizes each weight once for all its batches."""
+    mode = mode_of(model)
+    if mode is None:
+        yield
+        return
+    before = mode.enabled, mode.keep_codes
+    mode.enabled, mode.keep_codes = enabled, keep_codes
+    try:
+        yield
+    finally:
+        mode.enabled, mode.keep_codes = before
+        if not mode.keep_codes:
+            _free_codes(model)
+
+
+def drop_caches(model: nn.Module) -> None:
+    """Weights may have changed (a load, a resume, an edit of `.data`): forget what was computed from them."""
+    mode = mode_of(model)
+    if mode is not None:
+        mode.drop_caches()
+
+
+def follow_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+    """Drops caches after each step of the optimizer; fused optimizers don't bump the version of a weight."""
+    return optimizer.register_step_post_hook(lambda *_: drop_caches(model))
+
+
+@torch.no_grad()
+def require_effect(model: PeftModel, input_ids: torch.Tensor) -> None:
+    """Refuses a preparation that does nothing: with fake quantization on, the logits must differ from those without.
+
+    Args:
+        model: a prepared model.
+        input_ids: [1, tokens].
+
+    Raises:
+        ProofError: when they don't differ.
+    """
+    with fake_quantization(model, enabled=False):
+        plain = model(input_ids=input_ids).logits
+    with fake_quantization(model, enabled=True):
+        quantized = model(input_ids=input_ids).logits
+    if torch.equal(plain, quantized):
+        raise ProofError("Fake quantization changes nothing, so nothing would be learnt from it: this is a defect of the trainer, please report it.")
+
+
+def plain_name(path: str) -> str:
+    """A module's name as the merged model knows it."""
+    return path.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def _linears(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield path, module
+        elif isinstance(module, nn.Linear) and ".lora_" not in path and not path.endswith(".base_layer"):
+            yield path, module
+
+
+def _base(module: nn.Module) -> nn.Linear:
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    if not isinstance(base, nn.Linear):
+        raise SpecError(f"Exact quantization-aware training needs nn.Linear layers, but found {type(base).__name__}; choose scheme none.")
+    return base
+
+
+def _make_exact(module: nn.Module, state: ExactState, name: str) -> None:
+    if isinstance(module, LoraLinear):
+        _require_plain_lora(module, name)
+        module.__class__ = ExactLoraLinear
+    else:
+        module.__class__ = ExactFrozenLinear
+    module.exact = state  # type: ignore[assignment]
+
+
+def _require_plain_lora(module: LoraLinear, name: str) -> None:
+    if any(isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in module.lora_dropout.values()):
+        raise SpecError(f"LoRA dropout on {name} does not fit exact quantization-aware training, which merges before it quantizes; set it to 0.")
+    if module.lora_variant:
+        raise SpecError(f"DoRA or another LoRA variant on {name} does not fit exact quantization-aware training; use plain LoRA.")
+    if module.fan_in_fan_out:
+        raise SpecError(f"{name} stores its weight transposed, which exact quantization-aware training does not handle; choose scheme none.")
+
+
+def _free_codes(model: nn.Module) -> None:
+    for _, layer in exact_layers(model):
+        if isinstance(layer, ExactLoraLinear):
+            layer.exact.cached, layer.exact.cached_key = None, ()

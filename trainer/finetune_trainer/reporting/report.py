@@ -1,0 +1,88 @@
+"""report.json: everything that was measured, and what it was measured with. Pure, besides asking for versions and peak memory."""
+
+import platform
+import resource
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from finetune_api.job import JobDescription
+from finetune_api.status import Qat, Quality
+from finetune_trainer import VERSION
+from finetune_trainer.qat.prepare import Prepared
+from finetune_trainer.reporting.progress import four_digits
+from finetune_trainer.stages.convert import Converted
+from finetune_trainer.stages.data import Data
+from finetune_trainer.stages.evaluate import Losses
+from finetune_trainer.stages.train import Trained
+from finetune_trainer.stages.verify import Proof
+
+FORMAT_VERSION = 1
+_PACKAGES = ("torch", "torchao", "transformers", "peft", "trl", "safetensors")
+
+
+def build_report(
+    job: JobDescription, model: str, data: Data, trained: Trained, losses: Losses, converted: Converted | None, proof: Proof | None, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The report as JSON values; what was not measured is null or absent."""
+    return {
+        "formatVersion": FORMAT_VERSION,
+        "job": job.name,
+        "trainDigest": job.train_digest,
+        "runDigest": job.run_digest,
+        "artifacts": [artifact.value for artifact in job.spec.wanted_artifacts],
+        "sources": {"model": model, "dataset": data.resolved},
+        "data": {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), "dropped": data.dropped},
+        "training": {"steps": trained.steps, "resumedFrom": trained.resumed_from, "lastLoss": trained.final_loss},
+        "losses": {**asdict(losses), "recovered": recovered(losses)},
+        "qat": quantized_layers(job, trained.prepared),
+        "bytes": asdict(converted) if converted else None,
+        "proof": asdict(proof) if proof else None,
+        "seconds": seconds,
+        "peakMemoryBytes": peak_memory_bytes(),
+        "seed": job.spec.training.seed,
+        "versions": versions(),
+    }
+
+
+def quality(losses: dict[str, Any], proof: dict[str, Any] | None) -> Quality:
+    """The losses as status shows them."""
+    shown = {f"{name}_loss": four_digits(value) for name, value in losses.items() if name != "recovered" and value is not None}
+    return Quality(**shown, shipped_matches_trained=proof["weights_equal"] and proof["max_logit_difference"] == 0 if proof else None)
+
+
+def qat(report: dict[str, Any]) -> Qat | None:
+    """What was quantized, as status shows it."""
+    known = report["qat"]
+    return Qat(scheme=known["scheme"], layers=known["layers"], coverage=f"{known['coverage']:.0%}") if known else None
+
+
+def recovered(losses: Losses) -> float | None:
+    """(PTQ - quantized) / (PTQ - tuned): the share of PTQ's damage that quantization-aware steps took back; None where PTQ did none."""
+    if losses.tuned is None or losses.ptq is None or losses.quantized is None or losses.ptq <= losses.tuned:
+        return None
+    return (losses.ptq - losses.quantized) / (losses.ptq - losses.tuned)
+
+
+def quantized_layers(job: JobDescription, prepared: Prepared | None) -> dict[str, Any] | None:
+    """Which layers are quantized, and which are not and why."""
+    if prepared is None:
+        return None
+    names = {"names": list(prepared.layers), "skipped": prepared.skipped}
+    return {"scheme": job.spec.quantization.scheme.value, "layers": len(prepared.layers), "coverage": prepared.coverage, **names}
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    found = {"finetune-operator": VERSION, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,155 @@
+"""Says what a run is doing: bar or log lines to people, `/progress` and `/metrics` to the operator, the termination message to the kubelet.
+
+The pipeline makes one and hands it to every stage inside the run context. It never raises over something that is only for show.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from finetune_api.progress import ProgressReport
+from finetune_api.status import Progress, PublishedArtifact, Qat, Quality, Stage
+from finetune_api.termination import TerminationMessage
+from finetune_trainer.errors import FineTuneError
+
+
+@dataclass
+class RunReporter:
+    """Keeps the state that is shown, and shows each change.
+
+    Attributes:
+        train_digest: which training it speaks of.
+        write_termination: takes each new termination message; nothing outside a pod.
+        on_change: called after each change, for the HTTP endpoint.
+    """
+
+    train_digest: str
+    write_termination: Callable[[str], None] = lambda _: None
+    on_change: Callable[[ProgressReport], None] = lambda _: None
+    stage: Stage = Stage.PREFLIGHT
+    progress: Progress | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    screen: "Screen | None" = None
+    _entered: float = field(default_factory=time.monotonic)
+
+    def enter(self, stage: Stage) -> None:
+        """A stage begins."""
+        self._leave()
+        self.stage = stage
+        self._screen.stage(stage)
+        self._changed()
+
+    def step(self, progress: Progress) -> None:
+        """An optimizer step is done."""
+        self.progress = progress
+        self._screen.step(progress)
+        self.on_change(self._report())
+
+    def note(self, sentence: str, **facts: object) -> None:
+        """Something the user should know."""
+        self._screen.note(sentence, **facts)
+
+    def know(self, **facts: str | Quality | Qat | tuple[PublishedArtifact, ...]) -> None:
+        """Results for the termination message: model, dataset, quality, qat, artifacts."""
+        self.facts |= facts
+        self._changed()
+
+    def end(self, error: FineTuneError | None) -> None:
+        """The run is over, well or badly."""
+        self._leave()
+        self._screen.close()
+        if error is None:
+            self._write(reason="Succeeded", exit_code=0)
+        else:
+            self._write(reason=error.reason, message=str(error)[:1024], exit_code=int(error.exit_code))
+
+    @property
+    def _screen(self) -> "Screen":
+        if self.screen is None:
+            self.screen = TerminalScreen() if sys.stderr.isatty() else LogScreen()
+        return self.screen
+
+    def _leave(self) -> None:
+        now = time.monotonic()
+        name = self.stage.value
+        self.stage_seconds[name] = round(self.stage_seconds.get(name, 0.0) + now - self._entered, 2)
+        self._entered = now
+
+    def _changed(self) -> None:
+        self._write()
+        self.on_change(self._report())
+
+    def _report(self) -> ProgressReport:
+        return ProgressReport(train_digest=self.train_digest, stage=self.stage, progress=self.progress)
+
+    def _write(self, **end: Any) -> None:
+        step = {"step": self.progress.step, "total_steps": self.progress.total_steps} if self.progress else {}
+        self.write_termination(TerminationMessage(stage=self.stage, **step, **self.facts, **end).encode())
+
+
+class LogScreen:
+    """One structured line for each event, for log collectors: JSON on stdout."""
+
+    def __init__(self) -> None:
+        self._log = structlog.wrap_logger(
+            structlog.PrintLogger(sys.stdout),
+            processors=[structlog.processors.TimeStamper(fmt="iso"), structlog.processors.JSONRenderer(ensure_ascii=False)],
+        )
+
+    def stage(self, stage: Stage) -> None:
+        """A stage begins."""
+        self._log.msg("stage", stage=stage.value)
+
+    def step(self, progress: Progress) -> None:
+        """An optimizer step is done."""
+        self._log.msg("step", **progress.model_dump(mode="json", exclude={"updated_at"}))
+
+    def note(self, sentence: str, **facts: object) -> None:
+        """A sentence for people."""
+        self._log.msg("note", message=sentence, **facts)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class TerminalScreen:
+    """A progress bar on a terminal; sentences scroll above it."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._bar = Bar(TextColumn("training {task.fields[summary]}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn(), console=self._console)
+        self._task: TaskID | None = None
+
+    def stage(self, stage: Stage) -> None:
+        """A stage begins."""
+        if stage is not Stage.TRAINING:
+            self.close()
+        self._console.print(f"[bold]{stage.value}[/bold]")
+
+    def step(self, progress: Progress) -> None:
+        """An optimizer step is done."""
+        facts = f"loss {progress.loss}  {progress.tokens_per_second} tokens/s"
+        if self._task is None:
+            self._task = self._bar.add_task("training", total=progress.total_steps, summary=progress.summary, facts=facts)
+            self._bar.start()
+        self._bar.update(self._task, completed=progress.step, summary=progress.summary, facts=facts)
+
+    def note(self, sentence: str, **facts: object) -> None:
+        """A sentence for people."""
+        self._console.print(sentence, markup=False, **({} if not facts else {"end": f" {facts}\n"}))
+
+    def close(self) -> None:
+        """Puts the bar away."""
+        self._bar.stop()
+        self._task = None
+
+
+Screen = LogScreen | TerminalScreen

@@ -1,0 +1,60 @@
+"""What a person sees at the end of a run: losses, sizes, the proof, and where everything lies."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from finetune_api import names
+
+
+def print_summary(report: dict[str, Any], workdir: Path, destinations: list[str]) -> None:
+    """Prints the report's figures as a table."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for label, value in [*_losses(report), *_sizes(report), *_proof(report), *_places(report, workdir, destinations)]:
+        table.add_row(label, value)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print()
+    console.print(table)
+
+
+def _losses(report: dict[str, Any]) -> list[tuple[str, str]]:
+    labels = {
+        "base": "held-out loss, base model",
+        "tuned": "  tuned (LoRA, not quantized)",
+        "ptq": "  tuned, then quantized (PTQ)",
+        "quantized": "  shipped quantized model",
+    }
+    losses = report["losses"]
+    rows = [(label, f"{losses[name]:.4g}") for name, label in labels.items() if losses.get(name) is not None]
+    if losses.get("recovered") is not None:
+        rows.append(("  of PTQ's damage taken back", f"{losses['recovered']:.0%}"))
+    return rows
+
+
+def _sizes(report: dict[str, Any]) -> list[tuple[str, str]]:
+    sizes, qat = report["bytes"], report["qat"]
+    if not sizes or not qat:
+        return []
+    ratio = sizes["bytes_before"] / sizes["bytes_after"]
+    return [
+        ("weights before and after", f"{sizes['bytes_before'] / 1e6:.0f} MB -> {sizes['bytes_after'] / 1e6:.0f} MB ({ratio:.1f}x smaller)"),
+        ("quantized", f"{qat['layers']} linear layers, {qat['coverage']:.0%} of the linear weights, {qat['scheme']}"),
+    ]
+
+
+def _proof(report: dict[str, Any]) -> list[tuple[str, str]]:
+    proof = report["proof"]
+    if not proof:
+        return []
+    return [
+        ("proof: shipped = trained", f"{proof['weights']} weights equal bit for bit, largest logit difference {proof['max_logit_difference']}"),
+        ("the shipped model writes", proof["generated"].replace("\n", " ")[:160]),
+    ]
+
+
+def _places(report: dict[str, Any], workdir: Path, destinations: list[str]) -> list[tuple[str, str]]:
+    places = [("checkpoints", names.OUTPUTS), ("adapter (peft)", names.ADAPTER), ("quantized model (torchao)", names.QUANTIZED), ("report", names.REPORT)]
+    rows = [(label, str(workdir / place)) for label, place in places if (workdir / place).exists()]
+    return [*rows, ("published to", ", ".join(destinations)), ("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items()))]

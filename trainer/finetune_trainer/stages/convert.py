@@ -1,0 +1,92 @@
+"""Convert: writes model-torchao/ from the final adapter, and the proof's reference from the model in training mode.
+
+The training's model is left as it was. Whatever is written appears at once and whole, or not at all.
+"""
+
+import json
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from finetune_trainer import atomic
+from finetune_trainer.context import RunContext
+from finetune_trainer.qat.export import plain_model, trained_digests
+from finetune_trainer.qat.prepare import fake_quantization
+from finetune_trainer.stages.train import Trained
+
+REFERENCE = "reference.safetensors"
+EXPECTED = "expected.json"
+_ROWS, _TOKENS = 2, 32
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        bytes_before: size of the base weights, in the dtype they were trained in.
+        bytes_after: size of the exported folder's weight files.
+    """
+
+    bytes_before: int
+    bytes_after: int
+
+
+def run(ctx: RunContext, trained: Trained) -> Converted:
+    """Exports the model and records what it must compute.
+
+    Raises:
+        OSError: no space, or not writable.
+    """
+    write_reference(ctx, trained)
+    prepared = trained.prepared
+    if prepared is None:
+        raise ValueError("convert needs a quantization scheme; the pipeline skips it for none")
+    with atomic.folder(ctx.quantized) as folder:
+        plain = plain_model(trained.model, ctx.spec.quantization, prepared.skipped, trust_remote_code=ctx.spec.model.trust_remote_code)
+        plain.save_pretrained(folder)
+        trained.tokenizer.save_pretrained(folder)
+    base = trained.model.get_base_model()
+    before = sum(item.numel() * item.element_size() for name, item in base.named_parameters() if ".lora_" not in name)
+    return Converted(before, sum(path.stat().st_size for path in ctx.quantized.glob("*.safetensors")))
+
+
+def write_reference(ctx: RunContext, trained: Trained) -> None:
+    """Records token ids and logits of the prepared model in training mode, and a digest of every weight it uses."""
+    input_ids, attention_mask = reference_batch(trained.model.config.vocab_size)
+    device = trained.model.device
+    logits = training_logits(trained.model, input_ids.to(device), attention_mask.to(device)).cpu()
+    expected = {
+        "weights": trained_digests(trained.model),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "attention": trained.model.config._attn_implementation,
+        "dtype": str(trained.model.dtype).removeprefix("torch."),
+    }
+    with atomic.folder(ctx.proof) as folder:
+        save_file({"input_ids": input_ids, "attention_mask": attention_mask, "logits": logits}, folder / REFERENCE)
+        (folder / EXPECTED).write_text(json.dumps(expected, indent=1))
+
+
+def reference_batch(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask [2, 32], the same for every run of a model; the second row ends in padding."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, vocabulary, (_ROWS, _TOKENS), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, _TOKENS * 3 // 4 :] = 0
+    return input_ids, attention_mask
+
+
+@torch.no_grad()
+def training_logits(model: PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Full logits in training mode, fake quantization on, final adapter, no autocast."""
+    before = model.training
+    model.train()
+    try:
+        with fake_quantization(model, enabled=True):
+            logits: torch.Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    finally:
+        model.train(before)
+    return logits

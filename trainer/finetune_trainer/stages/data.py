@@ -1,0 +1,128 @@
+"""Data: rows become token ids and labels; loss on completions only, end-of-sequence trained, padding never.
+
+The rows themselves are read and checked in dataset.py. Works on the CPU with the tokenizer alone.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune_trainer import dataset, sources
+from finetune_trainer.context import RunContext
+from finetune_trainer.dataset import Dataset, Form, Segment
+from finetune_trainer.errors import DataError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and labels of the same length: the token itself where it is trained, -100 elsewhere."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that count in the loss; the first has no prediction."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and what is held out.
+
+    Attributes:
+        dropped: rows whose completion was wholly cut off by maxLength.
+        form: the form of the rows.
+        resolved: the source with its digest, version or commit.
+        preview: the first example, with what is trained between ⟦ and ⟧.
+    """
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    dropped: int
+    form: Form
+    resolved: str
+    preview: str
+
+
+def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Fetches, reads, renders, tokenizes and splits.
+
+    Raises:
+        AccessError, DataError, InfrastructureError: one sentence each.
+    """
+    spec = ctx.spec.dataset
+    fetched, evaluation = sources.fetch_dataset(ctx), sources.fetch_evaluation(ctx)
+    rows = dataset.read_rows(fetched.path, spec.source, spec.format)
+    examples, dropped = _examples(ctx, rows, tokenizer, spec.source)
+    if evaluation is not None:
+        held, held_dropped = _examples(ctx, dataset.read_rows(evaluation.path, spec.evaluation.source, spec.format), tokenizer, spec.evaluation.source)
+        train, held_out, dropped = examples, held, dropped + held_dropped
+    else:
+        train, held_out = split(examples, spec.evaluation.percent, ctx.spec.training.seed)
+    if dropped:
+        ctx.reporter.note(f"{dropped} rows were dropped: nothing of their completion fits into training.maxLength ({ctx.spec.training.max_length} tokens).")
+    shown = dataset.preview(dataset.render(rows.rows[0], rows.form, _template(tokenizer), _eos(tokenizer), spec.source))
+    ctx.reporter.note(f"First example, what is trained between ⟦ and ⟧:\n{shown[:2000]}")
+    return Data(train, held_out, dropped, rows.form, fetched.resolved, shown)
+
+
+def split(examples: Sequence[Example], percent: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """(train, held out): `percent` of the examples drawn with the seed, at least one of two or more."""
+    count = math.ceil(len(examples) * percent / 100) if len(examples) > 1 else 0
+    chosen = set(random.Random(seed).sample(range(len(examples)), count))  # noqa: S311 reproducible, not secret
+    train = tuple(example for index, example in enumerate(examples) if index not in chosen)
+    return train, tuple(examples[index] for index in sorted(chosen))
+
+
+def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, max_length: int, *, bos: bool) -> Example:
+    """Token ids of the segments one after the other, cut at the end to `max_length`.
+
+    Args:
+        bos: whether the beginning-of-sequence token stands first; rendered chat templates bring their own.
+    """
+    input_ids: list[int] = [tokenizer.bos_token_id] if bos else []
+    labels: list[int] = [IGNORED] * len(input_ids)
+    for segment in segments:
+        tokens = tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+        input_ids += tokens
+        labels += tokens if segment.trained else [IGNORED] * len(tokens)
+    return Example(tuple(input_ids[:max_length]), tuple(labels[:max_length]))
+
+
+def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[tuple[Example, ...], int]:
+    template, eos = _template(tokenizer), _eos(tokenizer)
+    chat = rows.form == "chat" or (template is not None and rows.form == "instruction")
+    bos = not chat and _adds_bos(tokenizer)
+    max_length = ctx.spec.training.max_length
+    made = [tokenize(dataset.render(row, rows.form, template, eos, name), tokenizer, max_length, bos=bos) for row in rows.rows]
+    kept = tuple(example for example in made if example.trained_tokens)
+    if not kept:
+        raise DataError(f"{name}: no row has a completion that fits into training.maxLength ({max_length} tokens); raise it or shorten the prompts.")
+    return kept, len(made) - len(kept)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> dataset.Render | None:
+    if not tokenizer.chat_template:
+        return None
+
+    def render(messages: list[dict[str, str]], generation_prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+
+    return render
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.eos_token:
+        raise DataError("The model's tokenizer has no end-of-sequence token, so a model that is trained with it would never stop; set eos_token in its tokenizer_config.json.")
+    return str(tokenizer.eos_token)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

@@ -1,0 +1,83 @@
+"""Verify: the proof that what is shipped is what was trained, measured on every job in a fresh process.
+
+By weights: every dequantized weight of the exported folder has the digest of the one that training used. By logits: the largest difference
+on the recorded batch is 0.0 (reference kernels; low-bit GPU kernels: not yet run on a GPU). And it writes a sentence.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_trainer.context import RunContext
+from finetune_trainer.errors import ProofError
+from finetune_trainer.stages.convert import EXPECTED, REFERENCE
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured.
+
+    Attributes:
+        weights_equal: every weight equals the trained one bit for bit.
+        weights: how many were compared.
+        max_logit_difference: the largest, over the whole recorded batch.
+        verified_by: what computed the logits.
+        generated: a greedy continuation by the shipped model.
+    """
+
+    weights_equal: bool
+    weights: int
+    max_logit_difference: float
+    verified_by: str
+    generated: str
+
+
+def run(ctx: RunContext) -> Proof:
+    """Loads the exported folder with plain transformers in a fresh process and holds it against the record.
+
+    Raises:
+        ProofError: it does not load, or differs; the sentence names the first weight or the difference.
+    """
+    measured = _measure(ctx.quantized, ctx.proof)
+    expected = json.loads((ctx.proof / EXPECTED).read_text())["weights"]
+    differing = sorted(name for name in expected.keys() | measured["weights"].keys() if expected.get(name) != measured["weights"].get(name))
+    proof = Proof(
+        weights_equal=not differing,
+        weights=len(expected),
+        max_logit_difference=measured["max_logit_difference"],
+        verified_by=f"dequantized weights bit for bit, logits through torchao's reference kernels on {measured['device']}",
+        generated=measured["generated"],
+    )
+    _require(proof, differing)
+    return proof
+
+
+def _require(proof: Proof, differing: list[str]) -> None:
+    if differing:
+        raise ProofError(
+            f"The exported model is not the trained one: {len(differing)} of {proof.weights} weights differ, the first is {differing[0]}; "
+            "nothing was published. Run the job again, and report this if it comes back."
+        )
+    if proof.max_logit_difference != 0.0:
+        raise ProofError(
+            f"The exported model is not the trained one: a logit differs by {proof.max_logit_difference:.3g} although all weights are equal; "
+            "nothing was published. Please report this with report.json."
+        )
+
+
+def _measure(folder: Path, proof: Path) -> dict:
+    command = [sys.executable, "-m", "finetune_trainer.stages.verify_folder", str(folder), str(proof / REFERENCE), str(proof / EXPECTED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_clean_environment())
+    if done.returncode:
+        (proof / "verify.log").write_text(done.stderr)
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ProofError(f"The exported model does not load in a fresh process: {last[:300]} (the whole output is in {proof / 'verify.log'}).")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _clean_environment() -> dict[str, str]:
+    """The environment without what would let the fresh process reach a network or a Hub."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
