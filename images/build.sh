@@ -10,8 +10,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator/images
 base_tag=localhost/finetune-base:bookworm
 certificates=/etc/ssl/certs/ca-certificates.crt
-uv_cache=${UV_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/uv}
-mkdir -p "$cache" "$uv_cache"
+mkdir -p "$cache"
 export STORAGE_DRIVER=overlay
 cd "$root"
 
@@ -49,17 +48,34 @@ run_buildah() {  # run_buildah TAG DOCKERFILE CONTEXT OPTIONS...
   shift 3
   echo '{"default": [{"type": "insecureAcceptAnything"}]}' > "$cache/policy.json"
   buildah bud --quiet --layers --isolation chroot --network host --signature-policy "$cache/policy.json" \
-    -v "$certificates:$certificates:ro" -v "$uv_cache:/root/.cache/uv" "$@" -t "$tag" -f "$dockerfile" "$context" >&2
+    -v "$certificates:$certificates:ro" "$@" -t "$tag" -f "$dockerfile" "$context" >&2
+}
+
+# Pushing to an OCI layout compresses every layer anew, a minute for the trainer's requirements, but for layers that lie there uncompressed already.
+keep_requirements() {
+  local name=$1 image=localhost/finetune-$1:requirements blobs=$cache/$1/blobs/sha256 digest
+  run_buildah "$image" "Dockerfile.$name" . --build-arg "BASE=$base_tag" --target requirements
+  for digest in $(buildah inspect --type image --format '{{range .OCIv1.RootFS.DiffIDs}}{{.}} {{end}}' "$image"); do
+    [ -e "$blobs/${digest#sha256:}" ] && continue
+    rm -rf "$cache/$name.new"
+    buildah push --quiet --disable-compression --signature-policy "$cache/policy.json" "$image" "dir:$cache/$name.new" >&2
+    mkdir -p "$blobs"
+    find "$cache/$name.new" -type f -regextype posix-extended -regex '.*/[0-9a-f]{64}' -exec mv -t "$blobs" {} +
+    rm -rf "$cache/$name.new"
+    return
+  done
 }
 
 build_with_buildah() {
   local name=$1 tag=$2
   require_buildah
   make_base
+  keep_requirements "$name"
   run_buildah "localhost/finetune-$name:$tag" "Dockerfile.$name" . --build-arg "BASE=$base_tag"
   say "writing the $name image to $cache/$name"
-  buildah push --quiet --disable-compression --signature-policy "$cache/policy.json" \
-    "localhost/finetune-$name:$tag" "oci:$cache/$name:$tag" >&2
+  buildah push --quiet --signature-policy "$cache/policy.json" "localhost/finetune-$name:$tag" "oci:$cache/$name:$tag" >&2
+  # The folder has it now; older ones would pile up in buildah's own storage, and with them the layers of older requirements.
+  buildah images --format '{{.Name}}:{{.Tag}}' | awk -F : -v name="localhost/finetune-$name" -v tag="$tag" '$1 == name && $2 != tag && $2 != "requirements"' | xargs -r buildah rmi --force >/dev/null
 }
 
 build_with_docker() {
