@@ -37,7 +37,14 @@ def build_crd() -> dict[str, Any]:
         "additionalPrinterColumns": columns,
         "schema": {"openAPIV3Schema": _root_schema()},
     }
-    names = {"kind": KIND, "listKind": f"{KIND}List", "plural": PLURAL, "singular": KIND.lower(), "shortNames": ["ftj"], "categories": ["all", "finetune"]}
+    names = {
+        "kind": KIND,
+        "listKind": f"{KIND}List",
+        "plural": PLURAL,
+        "singular": KIND.lower(),
+        "shortNames": ["ftj"],
+        "categories": ["all", "finetune"],
+    }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -56,7 +63,8 @@ def structural_schema(model: type[ApiModel]) -> Schema:
 def _root_schema() -> Schema:
     spec = structural_schema(FineTuneJobSpec)
     spec["x-kubernetes-validations"] = [
-        {"rule": rule.cel, "message": f"spec.{rule.field}: {rule.message}", "fieldPath": f".{rule.field}"} for rule in (*ALWAYS, *SERVER_ONLY)
+        {"rule": rule.cel, "message": f"spec.{rule.field}: {rule.message}", "fieldPath": f".{rule.field}"}
+        for rule in (*ALWAYS, *SERVER_ONLY)
     ]
     status = structural_schema(FineTuneJobStatus)
     status["properties"]["conditions"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}

@@ -32,7 +32,13 @@ class ApiModel(BaseModel):
 
 
 def spec_field(
-    description: str, *, default: Any = ..., field_class: FieldClass | None = None, not_yet: str = "", served: tuple[str | int, ...] = (), **constraints: Any
+    description: str,
+    *,
+    default: Any = ...,
+    field_class: FieldClass | None = None,
+    not_yet: str = "",
+    served: tuple[str | int, ...] = (),
+    **constraints: Any,
 ) -> Any:
     """A field of the spec.
 

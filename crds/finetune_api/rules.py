@@ -143,7 +143,9 @@ _TABLE: tuple[Rule, ...] = (
     Rule(
         "quantization.groupSize",
         f"!({written('quantization.groupSize')}) || {_SCHEME} == 'int8-int4' || {_SCHEME} == 'int4' || ({_SCHEME} == 'fp8-int4' && self.quantization.groupSize == 128)",
-        lambda spec: value_at(spec, "quantization.groupSize") is None or spec["quantization"]["groupSize"] in _GROUPS.get(_scheme(spec), ()),
+        lambda spec: (
+            value_at(spec, "quantization.groupSize") is None or spec["quantization"]["groupSize"] in _GROUPS.get(_scheme(spec), ())
+        ),
         "a group size fits int8-int4 and int4 (32, 64, 128) and fp8-int4 (128); the other schemes have one scale for each output channel: remove it",
     ),
     Rule(
@@ -190,7 +192,10 @@ _TABLE: tuple[Rule, ...] = (
         "storage.workspace.storageClassName",
         f"!({written('storage.workspace.storageClassName')}) || self.storage.workspace.storageClassName == ''"
         f" || {_or_default('storage.workspace.persistentVolumeClaim', repr(''))} == ''",
-        lambda spec: not value_at(spec, "storage.workspace.storageClassName", "") or not value_at(spec, "storage.workspace.persistentVolumeClaim", ""),
+        lambda spec: (
+            not value_at(spec, "storage.workspace.storageClassName", "")
+            or not value_at(spec, "storage.workspace.persistentVolumeClaim", "")
+        ),
         "a workspace is a claim or a volume of a storage class; remove one of the two",
     ),
 )
@@ -214,6 +219,10 @@ _NO_VOLUME = "pvc:// and configmap:// work only in a cluster; use file:// here"
 ALWAYS: tuple[Rule, ...] = (*_not_yet_rules(), *_TABLE)
 SERVER_ONLY: tuple[Rule, ...] = (
     *(_placed(field, ("file",), _NO_FILE) for field in _SOURCES),
-    _destinations("!d.uri.startsWith('file://')", lambda item: not item["uri"].startswith("file://"), "file:// works only on a laptop; use s3:// or hf://"),
+    _destinations(
+        "!d.uri.startsWith('file://')",
+        lambda item: not item["uri"].startswith("file://"),
+        "file:// works only on a laptop; use s3:// or hf://",
+    ),
 )
 LOCAL_ONLY: tuple[Rule, ...] = tuple(_placed(field, ("pvc", "configmap"), _NO_VOLUME) for field in _SOURCES)

@@ -31,9 +31,7 @@ Endpoint = Annotated[str, StringConstraints(max_length=512, pattern=r"^(https?:/
 CheckpointUri = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(s3://[^\s/]+(/[^\s]*)?)?$")]
 _MODULE = r"[A-Za-z_][A-Za-z0-9_.]*"
 TargetModules = Annotated[str, StringConstraints(max_length=1024, pattern=rf"^(all-linear|{_MODULE}(,{_MODULE})*)$")]
-OptionalDataSource = Annotated[
-    str, StringConstraints(max_length=1024, pattern=r"^((hf|s3|pvc|file|builtin|configmap)://[^\s]+)?$")
-]
+OptionalDataSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^((hf|s3|pvc|file|builtin|configmap)://[^\s]+)?$")]
 LabelKey = Annotated[str, StringConstraints(max_length=317)]
 LabelValue = Annotated[str, StringConstraints(max_length=63)]
 
@@ -273,9 +271,7 @@ class WorkspaceSpec(ClaimSpec):
 class CheckpointsSpec(ApiModel):
     """Where checkpoints are mirrored when the workspace does not last."""
 
-    uri: CheckpointUri = spec_field(
-        "s3://bucket/prefix. Default: .checkpoints/<trainDigest>/ under the first s3 destination.", default=""
-    )
+    uri: CheckpointUri = spec_field("s3://bucket/prefix. Default: .checkpoints/<trainDigest>/ under the first s3 destination.", default="")
     credentials: SecretReference = spec_field("Secret with write access. Default: the destination's.", default=SecretReference)
     endpoint: Endpoint = spec_field("S3 endpoint. Default: the destination's.", default="")
 

@@ -99,7 +99,9 @@ def spec_problems(spec: Any, *, local: bool) -> list[Problem]:
     except ValidationError as error:
         return [_from_pydantic(item) for item in error.errors()]
     except (TypeError, ValueError):
-        return [Problem("spec", "a value that JSON does not know", "strings, numbers, booleans, lists and objects are expected; quote dates")]
+        return [
+            Problem("spec", "a value that JSON does not know", "strings, numbers, booleans, lists and objects are expected; quote dates")
+        ]
     rules = (*ALWAYS, *(LOCAL_ONLY if local else SERVER_ONLY))
     return [_from_rule(rule, spec) for rule in rules if not rule.holds(spec)]
 

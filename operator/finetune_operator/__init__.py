@@ -1,0 +1,1 @@
+"""The operator: FineTuneJobs in, Jobs and an honest status out. Events -> queue -> observe -> decide -> execute."""
