@@ -1,4 +1,4 @@
-"""What a user does with a published model, in a process of its own: load_published.py FOLDER prints one JSON line about it.
+"""What a user does with a published model, in a process of its own: load_published.py MODEL PROOF prints one JSON line about it.
 
 Plain transformers and torchao, nothing of this project. test_whole_line.py runs it.
 """
@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def logits_difference(model: torch.nn.Module, reference: Path) -> float:
+def logits_difference(model: torch.nn.Module, proof: Path) -> float:
     """The largest difference between the model's logits and those that the trainer recorded for the same tokens."""
-    recorded = load_file(reference)
+    recorded = load_file(proof / "reference.safetensors")
     with torch.no_grad():
-        logits = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"]).logits
+        logits = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"], use_cache=False).logits
     return float((logits - recorded["logits"]).abs().max())
 
 
@@ -28,9 +28,10 @@ def sentence(model: torch.nn.Module, tokenizer: AutoTokenizer) -> str:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    folder, proof = Path(sys.argv[1]), Path(sys.argv[2])
+    expected = json.loads((proof / "expected.json").read_text())
+    torch.set_num_threads(expected["threads"])
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=expected["attention"])
     kinds = sorted({type(parameter).__name__ for parameter in model.parameters()})
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    result = {"difference": logits_difference(model, Path(sys.argv[2])), "sentence": sentence(model, tokenizer), "kinds": kinds}
-    print(json.dumps(result))
+    print(json.dumps({"difference": logits_difference(model, proof), "sentence": sentence(model, tokenizer), "kinds": kinds}))

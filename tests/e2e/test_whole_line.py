@@ -16,8 +16,6 @@ from support.world import World
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-QAT = {"spec": {"quantization": {"scheme": "int8-int4", "qatPercent": 50}, "lora": {"rank": 8, "alpha": 16}}}
-
 
 def training_pod(job: JobInCluster) -> str | None:
     """The name of the job's pod that runs."""
@@ -52,7 +50,7 @@ def experiment(world: World) -> JobInCluster:
 @pytest.fixture(scope="module")
 def production(world: World) -> JobInCluster:
     """examples/production.yaml, whose pod is evicted without any grace (SIGKILL) once a checkpoint was mirrored, once it ended."""
-    job = world.job("production", QAT)
+    job = world.job("production")
     job.apply()
     job.wait_until("a mirrored checkpoint", lambda status: any("/.checkpoints/" in f"/{key}" for key in keys(world, "production")))
     evict(job)
@@ -136,7 +134,9 @@ def test_every_published_file_is_what_the_manifest_says(published: Path) -> None
 
 def test_the_published_model_gives_the_logits_that_the_trainer_recorded_and_writes_a_sentence(published: Path) -> None:
     script = Path(__file__).with_name("load_published.py")
-    loaded = subprocess.run([sys.executable, script, published / "model-torchao"], capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, script, published / "model-torchao", published / "proof"], capture_output=True, text=True, check=True
+    )
     result = json.loads(loaded.stdout.splitlines()[-1])
     assert result["difference"] == 0.0
     assert len(result["sentence"].split()) > 6
@@ -153,7 +153,7 @@ def test_the_same_yaml_again_changes_nothing(world: World, production: JobInClus
 
 
 def test_a_model_is_shared_on_the_hub(world: World) -> None:
-    job = world.job("share", QAT)
+    job = world.job("share")
     job.apply()
     status = job.wait_for_phase("Succeeded")
     assert {artifact["uri"].split("://")[0] for artifact in status["artifacts"]} == {"hf"}
