@@ -139,7 +139,7 @@ def _from_pydantic(error: Any) -> Problem:
     path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return Problem(path, "an unknown field", _did_you_mean(error["loc"]))
+        return Problem(path, "", f"unknown field; {_did_you_mean(error['loc'])}")
     if kind == "missing":
         return Problem(path, "nothing", "this field has no default; add it")
     return Problem(path, _shown(error["input"]), _expectation(kind, context, error["msg"]))
@@ -169,7 +169,7 @@ def _did_you_mean(location: tuple[str | int, ...]) -> str:
         model = _child(model, parent)
     known = [info.alias or key for key, info in model.model_fields.items()] if model else []
     close = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {close[0]}?" if close else f"the fields here are {', '.join(known)}; remove it"
+    return f"rename it to {close[0]}" if close else f"the fields here are {', '.join(known)}; remove it"
 
 
 def _child(model: type[ApiModel] | None, name: str) -> type[ApiModel] | None:

@@ -1,11 +1,12 @@
 """Checkpoints: complete or ignored. A checkpoint counts only with its seal, which is written last and names every file's digest.
 
-transformers writes the files (adapter, optimizer, schedule, sampler position, RNG); stages/train.py seals them and asks for the newest one.
+transformers writes the files (adapter, optimizer, schedule, sampler position, RNG); phases.py seals them, stages/train.py asks for the newest.
 A checkpoint of another trainDigest is never resumed from.
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +32,24 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
+def folder_of(outputs: Path, step: int) -> Path:
+    """Where transformers writes the checkpoint of a step."""
+    return outputs / f"{_PREFIX}{step}"
+
+
 def seal(folder: Path, train_digest: str, facts: dict[str, Any]) -> None:
-    """Marks a checkpoint as complete; nothing is written to it afterwards."""
-    files = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL}
+    """Marks a checkpoint as complete, once its files are on the disk; nothing is written to it afterwards."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL]
+    for path in paths:
+        atomic.sync(path)
+    files = {str(path.relative_to(folder)): _digest(path) for path in paths}
     atomic.write_text(folder / SEAL, json.dumps({"trainDigest": train_digest, "facts": facts, "files": files}, indent=1))
+    atomic.sync(folder)
 
 
 def newest(outputs: Path, train_digest: str, warn: Callable[[str], None]) -> Checkpoint | None:
     """The complete checkpoint of this training with the most steps; damaged ones are passed over with a warning."""
-    found = sorted((folder for folder in outputs.glob(f"{_PREFIX}*") if folder.name.removeprefix(_PREFIX).isdigit()), key=_step, reverse=True)
-    for folder in found:
+    for folder in sorted(_folders(outputs), key=_step, reverse=True):
         problem, sealed = _read_seal(folder)
         if problem:
             warn(f"Checkpoint {folder.name} is passed over: {problem}.")
@@ -49,16 +58,31 @@ def newest(outputs: Path, train_digest: str, warn: Callable[[str], None]) -> Che
     return None
 
 
+def remove_all_but(kept: Checkpoint | None, outputs: Path) -> list[str]:
+    """Removes the checkpoints that nothing can resume from any more, and returns their names.
+
+    Left where they are, transformers would count them among those it keeps, and delete new ones in their place.
+    """
+    others = [folder for folder in _folders(outputs) if kept is None or folder != kept.folder]
+    for folder in others:
+        shutil.rmtree(folder)
+    return sorted(folder.name for folder in others)
+
+
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint's seal is there and every file is what it says."""
     return not _read_seal(folder)[0]
+
+
+def _folders(outputs: Path) -> list[Path]:
+    return [folder for folder in outputs.glob(f"{_PREFIX}*") if folder.is_dir() and folder.name.removeprefix(_PREFIX).isdigit()]
 
 
 def _read_seal(folder: Path) -> tuple[str, dict[str, Any]]:
     """(what is wrong, or nothing; the seal)."""
     try:
         sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        files = dict(sealed["files"])
+        files, _, _ = dict(sealed["files"]), dict(sealed["facts"]), str(sealed["trainDigest"])
     except FileNotFoundError:
         return "it was never completed", {}
     except (ValueError, KeyError, TypeError):

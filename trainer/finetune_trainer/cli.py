@@ -11,23 +11,32 @@ from typing import Annotated
 
 import click
 import typer
-
 from finetune_api import names
 from finetune_api.exits import ExitCode
 from finetune_api.job import JobDescription
 from finetune_api.validation import Problem, parse_job, verdicts
+
 from finetune_trainer import VERSION
 from finetune_trainer.errors import FineTuneError, SpecError
 from finetune_trainer.failures import classify
 from finetune_trainer.reporting.quiet import quiet_libraries
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fine-tune, quantize, verify and publish a model from one YAML.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune, quantize, verify and publish a model from one YAML.",
+)
 
 
 @app.command()
 def run(
-    job: Annotated[str | None, typer.Argument(help="A FineTuneJob in YAML, or - for standard input. Default: the FINETUNE_JOB variable of a pod.")] = None,
-    workdir: Annotated[Path | None, typer.Option(help="Where outputs/, lora_model/, model-torchao/ and report.json go. Default: work-<name>.")] = None,
+    job: Annotated[
+        str | None, typer.Argument(help="A FineTuneJob in YAML, or - for standard input. Default: the FINETUNE_JOB variable of a pod.")
+    ] = None,
+    workdir: Annotated[
+        Path | None, typer.Option(help="Where outputs/, lora_model/, model-torchao/ and report.json go. Default: work-<name>.")
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Where downloads are kept. Default: the user's cache folder.")] = None,
 ) -> None:
     """Run a job on this machine: load, train, convert, verify, publish."""
@@ -49,7 +58,9 @@ def run(
 @app.command()
 def validate(
     files: Annotated[list[str], typer.Argument(help="YAML files with FineTuneJobs; - is standard input.")],
-    local: Annotated[bool, typer.Option("--local", help="For a run on this machine: allows file://, refuses pvc:// and configmap://.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="For a run on this machine: allows file://, refuses pvc:// and configmap://.")
+    ] = False,
 ) -> None:
     """Say everything that is wrong with FineTuneJobs, offline, with path and mend."""
     found = 0

@@ -86,7 +86,9 @@ def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -
     if form == "instruction" and template is None:
         return _plain_instruction(row, eos)
     if template is None:
-        raise DataError(f"{name} holds conversations, but the model has no chat template; use an instruction-tuned model, or prompt and completion columns.")
+        raise DataError(
+            f"{name} holds conversations, but the model has no chat template; use an instruction-tuned model, or prompt and completion columns."
+        )
     return _conversation(row, _messages(row, form), template, eos, name)
 
 
@@ -109,7 +111,9 @@ def _parse_lines(path: Path, name: str) -> Iterable[Row]:
         except ValueError as error:
             raise DataError(f"{name}, line {number} is not JSON ({error}); a dataset holds one JSON object a line.") from error
         if not isinstance(value, dict):
-            raise DataError(f"{name}, line {number} is a JSON {type(value).__name__}, but a row is an object such as {{\"prompt\": ..., \"completion\": ...}}.")
+            raise DataError(
+                f'{name}, line {number} is a JSON {type(value).__name__}, but a row is an object such as {{"prompt": ..., "completion": ...}}.'
+            )
         yield Row(number, value)
 
 
@@ -131,7 +135,9 @@ def _check(row: Row, form: Form, name: str) -> None:
     for column in _COLUMNS[form]:
         if column not in row.values:
             found = ", ".join(sorted(row.values)) or "no columns"
-            raise DataError(f"{name}, line {row.line} has no column {column!r} (found: {found}), but the dataset's form is {form}; add it or set dataset.format.")
+            raise DataError(
+                f"{name}, line {row.line} has no column {column!r} (found: {found}), but the dataset's form is {form}; add it or set dataset.format."
+            )
     if form == "chat":
         _check_messages(row.values["messages"], row, name, "messages")
     elif form == "prompt-completion" and isinstance(row.values["prompt"], list):
@@ -154,7 +160,9 @@ def _check_messages(messages: Any, row: Row, name: str, column: str) -> None:
     if not isinstance(messages, list) or not messages or not all(well_formed(item) for item in messages):
         raise DataError(f'{name}, line {row.line}: {column!r} must be a list of {{"role": ..., "content": ...}} with text contents.')
     if column != "prompt" and not any(item["role"] == "assistant" for item in messages):
-        raise DataError(f"{name}, line {row.line}: {column!r} has no assistant turn, so there is nothing to learn from it; add one or drop the row.")
+        raise DataError(
+            f"{name}, line {row.line}: {column!r} has no assistant turn, so there is nothing to learn from it; add one or drop the row."
+        )
 
 
 def _messages(row: Row, form: Form) -> list[dict[str, str]]:
@@ -183,7 +191,9 @@ def _conversation(row: Row, messages: list[dict[str, str]], template: Render, eo
             continue
         asked, answered = template(messages[:index], True), template(messages[: index + 1], False)
         if not asked.startswith(done) or not answered.startswith(asked):
-            raise DataError(f"{name}, line {row.line}: the model's chat template rewrites earlier turns; keep one assistant turn in each row.")
+            raise DataError(
+                f"{name}, line {row.line}: the model's chat template rewrites earlier turns; keep one assistant turn in each row."
+            )
         turn, end, rest = answered[len(asked) :].partition(eos)
         segments += [Segment(asked[len(done) :], trained=False), Segment(turn + eos, trained=True)]
         segments += [Segment(rest, trained=False)] if end and rest else []

@@ -14,6 +14,7 @@ from finetune_api import names
 from finetune_api.job import JobDescription
 from finetune_api.spec import Artifact, Scheme
 from finetune_api.status import Stage
+
 from finetune_trainer import atomic
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import QualityError
@@ -48,13 +49,13 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
 
 def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     """Trains, converts and proves; ends with report.json, which is what says that all of it is done."""
+    reporter.enter(Stage.LOADING)
     # Here, not above: what preflight refuses needs no torch.
     from finetune_trainer.reporting.report import build_report
     from finetune_trainer.stages import convert, data, evaluate, load, train, verify
 
     quiet_bars()
     ctx.report.unlink(missing_ok=True)
-    reporter.enter(Stage.LOADING)
     loaded = load.run(ctx)
     rows = data.run(ctx, loaded.tokenizer)
     reporter.know(model=loaded.resolved, dataset=rows.resolved)
@@ -72,7 +73,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
         converted = convert.run(ctx, trained)
         reporter.enter(Stage.VERIFYING)
         proof = verify.run(ctx)
-    report = build_report(ctx.job, loaded.resolved, rows, trained, losses, converted, proof, dict(reporter.stage_seconds))
+    report = build_report(ctx.job, loaded.resolved, rows, trained, losses, converted, proof, reporter.seconds())
     atomic.write_text(ctx.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 

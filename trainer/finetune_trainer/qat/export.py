@@ -3,10 +3,12 @@
 Called by stages/convert.py. Nothing is quantized twice and nothing is measured here.
 """
 
+import copy
 import hashlib
 from typing import Any
 
 import torch
+from finetune_api.spec import QuantizationSpec
 from peft import PeftModel
 from torch import Tensor, nn
 from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
@@ -16,7 +18,6 @@ from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor 
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from finetune_api.spec import QuantizationSpec
 from finetune_trainer.qat.linear import ExactLinear, base_linear, merged_weight
 from finetune_trainer.qat.prepare import exact_layers, plain_name
 from finetune_trainer.qat.schemes import torchao_config
@@ -27,7 +28,8 @@ def exported_tensor(layer: ExactLinear) -> IntxUnpackedToInt8Tensor:
     quantizer = layer.exact.quantizer
     weight = merged_weight(layer)
     codes, scale = quantizer.quantize(weight)
-    int8 = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
+    # The plain string, as torchao's own conversion has it: safetensors metadata with the enum's member can't be read back.
+    int8 = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN.value
     return IntxUnpackedToInt8Tensor(
         qdata=codes,
         scale=scale,
@@ -49,8 +51,10 @@ def plain_model(model: PeftModel, quantization: QuantizationSpec, skipped: dict[
         trust_remote_code: whether the model's own code may run.
     """
     base = model.get_base_model()
+    config = copy.deepcopy(base.config)
+    config.use_cache = True  # training switches it off
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(base.config, dtype=base.dtype, trust_remote_code=trust_remote_code)
+        plain = AutoModelForCausalLM.from_config(config, dtype=base.dtype, trust_remote_code=trust_remote_code)
     for name, parameter in base.named_parameters():
         if ".lora_" not in name and not _is_head_tied(name, base):
             _assign(plain, plain_name(name.replace(".base_layer", "")), parameter.detach())

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from finetune_api.spec import QuantizationSpec
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from finetune_api.spec import QuantizationSpec
 from finetune_trainer.errors import ProofError, SpecError
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLinear, ExactLoraLinear, ExactMode, ExactState
 from finetune_trainer.qat.schemes import SCHEMES, weight_quantizer
@@ -136,7 +136,9 @@ def require_effect(model: PeftModel, input_ids: torch.Tensor) -> None:
     with fake_quantization(model, enabled=True):
         quantized = model(input_ids=input_ids).logits
     if torch.equal(plain, quantized):
-        raise ProofError("Fake quantization changes nothing, so nothing would be learnt from it: this is a defect of the trainer, please report it.")
+        raise ProofError(
+            "Fake quantization changes nothing, so nothing would be learnt from it: this is a defect of the trainer, please report it."
+        )
 
 
 def plain_name(path: str) -> str:
@@ -146,9 +148,7 @@ def plain_name(path: str) -> str:
 
 def _linears(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            yield path, module
-        elif isinstance(module, nn.Linear) and ".lora_" not in path and not path.endswith(".base_layer"):
+        if isinstance(module, LoraLinear) or (isinstance(module, nn.Linear) and ".lora_" not in path and not path.endswith(".base_layer")):
             yield path, module
 
 
@@ -170,11 +170,15 @@ def _make_exact(module: nn.Module, state: ExactState, name: str) -> None:
 
 def _require_plain_lora(module: LoraLinear, name: str) -> None:
     if any(isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in module.lora_dropout.values()):
-        raise SpecError(f"LoRA dropout on {name} does not fit exact quantization-aware training, which merges before it quantizes; set it to 0.")
+        raise SpecError(
+            f"LoRA dropout on {name} does not fit exact quantization-aware training, which merges before it quantizes; set it to 0."
+        )
     if module.lora_variant:
         raise SpecError(f"DoRA or another LoRA variant on {name} does not fit exact quantization-aware training; use plain LoRA.")
     if module.fan_in_fan_out:
-        raise SpecError(f"{name} stores its weight transposed, which exact quantization-aware training does not handle; choose scheme none.")
+        raise SpecError(
+            f"{name} stores its weight transposed, which exact quantization-aware training does not handle; choose scheme none."
+        )
 
 
 def _free_codes(model: nn.Module) -> None:

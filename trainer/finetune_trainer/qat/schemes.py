@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.spec import QuantizationSpec, Scheme
+
 from finetune_trainer.errors import CapacityError
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ import time
 from datetime import UTC, datetime
 
 from finetune_api.status import Progress
+
 from finetune_trainer.context import Reporter
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_api.job import JobDescription
 from finetune_api.status import Qat, Quality
+
 from finetune_trainer import VERSION
 from finetune_trainer.qat.prepare import Prepared
 from finetune_trainer.reporting.progress import four_digits
@@ -22,7 +23,14 @@ _PACKAGES = ("torch", "torchao", "transformers", "peft", "trl", "safetensors")
 
 
 def build_report(
-    job: JobDescription, model: str, data: Data, trained: Trained, losses: Losses, converted: Converted | None, proof: Proof | None, seconds: dict[str, float]
+    job: JobDescription,
+    model: str,
+    data: Data,
+    trained: Trained,
+    losses: Losses,
+    converted: Converted | None,
+    proof: Proof | None,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The report as JSON values; what was not measured is null or absent."""
     return {
@@ -34,7 +42,7 @@ def build_report(
         "sources": {"model": model, "dataset": data.resolved},
         "data": {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), "dropped": data.dropped},
         "training": {"steps": trained.steps, "resumedFrom": trained.resumed_from, "lastLoss": trained.final_loss},
-        "losses": {**asdict(losses), "recovered": recovered(losses)},
+        "losses": asdict(losses),
         "qat": quantized_layers(job, trained.prepared),
         "bytes": asdict(converted) if converted else None,
         "proof": asdict(proof) if proof else None,
@@ -48,6 +56,8 @@ def build_report(
 def quality(losses: dict[str, Any], proof: dict[str, Any] | None) -> Quality:
     """The losses as status shows them."""
     shown = {f"{name}_loss": four_digits(value) for name, value in losses.items() if name != "recovered" and value is not None}
+    if losses["recovered"] is not None:
+        shown["recovered"] = f"{losses['recovered']:.0%}"
     return Quality(**shown, shipped_matches_trained=proof["weights_equal"] and proof["max_logit_difference"] == 0 if proof else None)
 
 
@@ -55,13 +65,6 @@ def qat(report: dict[str, Any]) -> Qat | None:
     """What was quantized, as status shows it."""
     known = report["qat"]
     return Qat(scheme=known["scheme"], layers=known["layers"], coverage=f"{known['coverage']:.0%}") if known else None
-
-
-def recovered(losses: Losses) -> float | None:
-    """(PTQ - quantized) / (PTQ - tuned): the share of PTQ's damage that quantization-aware steps took back; None where PTQ did none."""
-    if losses.tuned is None or losses.ptq is None or losses.quantized is None or losses.ptq <= losses.tuned:
-        return None
-    return (losses.ptq - losses.quantized) / (losses.ptq - losses.tuned)
 
 
 def quantized_layers(job: JobDescription, prepared: Prepared | None) -> dict[str, Any] | None:

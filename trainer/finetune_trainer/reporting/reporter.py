@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
+from finetune_api.progress import ProgressReport
+from finetune_api.status import Progress, PublishedArtifact, Qat, Quality, Stage
+from finetune_api.termination import TerminationMessage
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from finetune_api.progress import ProgressReport
-from finetune_api.status import Progress, PublishedArtifact, Qat, Quality, Stage
-from finetune_api.termination import TerminationMessage
 from finetune_trainer.errors import FineTuneError
 
 
@@ -61,6 +61,11 @@ class RunReporter:
         """Results for the termination message: model, dataset, quality, qat, artifacts."""
         self.facts |= facts
         self._changed()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each stage has taken, the present one included."""
+        self._leave()
+        return dict(self.stage_seconds)
 
     def end(self, error: FineTuneError | None) -> None:
         """The run is over, well or badly."""
@@ -125,7 +130,13 @@ class TerminalScreen:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
-        self._bar = Bar(TextColumn("training {task.fields[summary]}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn(), console=self._console)
+        self._bar = Bar(
+            TextColumn("training {task.fields[summary]}"),
+            BarColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
         self._task: TaskID | None = None
 
     def stage(self, stage: Stage) -> None:

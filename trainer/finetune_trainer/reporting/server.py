@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
-
 from finetune_api.progress import ProgressReport
 from finetune_api.status import Progress
+from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
 
 
 class Endpoint:

@@ -3,18 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+from finetune_api import names
 from rich.console import Console
 from rich.table import Table
-
-from finetune_api import names
 
 
 def print_summary(report: dict[str, Any], workdir: Path, destinations: list[str]) -> None:
     """Prints the report's figures as a table."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for label, value in [*_losses(report), *_sizes(report), *_proof(report), *_places(report, workdir, destinations)]:
         table.add_row(label, value)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
     console.print()
     console.print(table)
 
@@ -49,12 +50,24 @@ def _proof(report: dict[str, Any]) -> list[tuple[str, str]]:
     if not proof:
         return []
     return [
-        ("proof: shipped = trained", f"{proof['weights']} weights equal bit for bit, largest logit difference {proof['max_logit_difference']}"),
+        (
+            "proof: shipped = trained",
+            f"{proof['weights']} weights equal bit for bit, largest logit difference {proof['max_logit_difference']}",
+        ),
         ("the shipped model writes", proof["generated"].replace("\n", " ")[:160]),
     ]
 
 
 def _places(report: dict[str, Any], workdir: Path, destinations: list[str]) -> list[tuple[str, str]]:
-    places = [("checkpoints", names.OUTPUTS), ("adapter (peft)", names.ADAPTER), ("quantized model (torchao)", names.QUANTIZED), ("report", names.REPORT)]
+    places = [
+        ("checkpoints", names.OUTPUTS),
+        ("adapter (peft)", names.ADAPTER),
+        ("quantized model (torchao)", names.QUANTIZED),
+        ("report", names.REPORT),
+    ]
     rows = [(label, str(workdir / place)) for label, place in places if (workdir / place).exists()]
-    return [*rows, ("published to", ", ".join(destinations)), ("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items()))]
+    return [
+        *rows,
+        ("published to", ", ".join(destinations)),
+        ("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())),
+    ]

@@ -62,12 +62,16 @@ def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
     rows = dataset.read_rows(fetched.path, spec.source, spec.format)
     examples, dropped = _examples(ctx, rows, tokenizer, spec.source)
     if evaluation is not None:
-        held, held_dropped = _examples(ctx, dataset.read_rows(evaluation.path, spec.evaluation.source, spec.format), tokenizer, spec.evaluation.source)
+        held, held_dropped = _examples(
+            ctx, dataset.read_rows(evaluation.path, spec.evaluation.source, spec.format), tokenizer, spec.evaluation.source
+        )
         train, held_out, dropped = examples, held, dropped + held_dropped
     else:
         train, held_out = split(examples, spec.evaluation.percent, ctx.spec.training.seed)
     if dropped:
-        ctx.reporter.note(f"{dropped} rows were dropped: nothing of their completion fits into training.maxLength ({ctx.spec.training.max_length} tokens).")
+        ctx.reporter.note(
+            f"{dropped} rows were dropped: nothing of their completion fits into training.maxLength ({ctx.spec.training.max_length} tokens)."
+        )
     shown = dataset.preview(dataset.render(rows.rows[0], rows.form, _template(tokenizer), _eos(tokenizer), spec.source))
     ctx.reporter.note(f"First example, what is trained between ⟦ and ⟧:\n{shown[:2000]}")
     return Data(train, held_out, dropped, rows.form, fetched.resolved, shown)
@@ -104,7 +108,9 @@ def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase
     made = [tokenize(dataset.render(row, rows.form, template, eos, name), tokenizer, max_length, bos=bos) for row in rows.rows]
     kept = tuple(example for example in made if example.trained_tokens)
     if not kept:
-        raise DataError(f"{name}: no row has a completion that fits into training.maxLength ({max_length} tokens); raise it or shorten the prompts.")
+        raise DataError(
+            f"{name}: no row has a completion that fits into training.maxLength ({max_length} tokens); raise it or shorten the prompts."
+        )
     return kept, len(made) - len(kept)
 
 
@@ -120,7 +126,9 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> dataset.Render | None:
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.eos_token:
-        raise DataError("The model's tokenizer has no end-of-sequence token, so a model that is trained with it would never stop; set eos_token in its tokenizer_config.json.")
+        raise DataError(
+            "The model's tokenizer has no end-of-sequence token, so a model that is trained with it would never stop; set eos_token in its tokenizer_config.json."
+        )
     return str(tokenizer.eos_token)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetune_api.spec import LoraSpec
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from finetune_api.spec import LoraSpec
 from finetune_trainer import sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import DataError, SpecError
@@ -53,8 +53,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # noqa: BLE001 tokenizers raise bare Exception
-        raise DataError(f"The tokenizer in {folder} does not load ({_first_line(error)}); the folder needs the files that save_pretrained writes.") from error
+    except Exception as error:
+        raise DataError(
+            f"The tokenizer in {folder} does not load ({_first_line(error)}); the folder needs the files that save_pretrained writes."
+        ) from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -76,9 +78,13 @@ def load_base(folder: Path, dtype: str, *, trust_remote_code: bool) -> PreTraine
             folder, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(f"The model in {folder} does not load ({_first_line(error)}); it needs config.json and safetensors of a causal language model.") from error
+        raise DataError(
+            f"The model in {folder} does not load ({_first_line(error)}); it needs config.json and safetensors of a causal language model."
+        ) from error
     if info["missing_keys"]:
-        raise DataError(f"The model in {folder} lacks {len(info['missing_keys'])} weights, the first is {sorted(info['missing_keys'])[0]}; download it again.")
+        raise DataError(
+            f"The model in {folder} lacks {len(info['missing_keys'])} weights, the first is {sorted(info['missing_keys'])[0]}; download it again."
+        )
     return model.to(device)
 
 
@@ -107,13 +113,17 @@ def _require_targets(base: PreTrainedModel, targets: list[str]) -> None:
     known = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in known):
-            raise SpecError(f"spec.lora.targetModules names {target!r}, which this model does not have; its linear layers are {', '.join(linears)}.")
+            raise SpecError(
+                f"spec.lora.targetModules names {target!r}, which this model does not have; its linear layers are {', '.join(linears)}."
+            )
 
 
 def _require_own_code_allowed(folder: Path, *, trust_remote_code: bool) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("auto_map") and not trust_remote_code:
-        raise SpecError(f"The model in {folder} brings Python code of its own (auto_map in config.json); set spec.model.trustRemoteCode to true if you trust it.")
+        raise SpecError(
+            f"The model in {folder} brings Python code of its own (auto_map in config.json); set spec.model.trustRemoteCode to true if you trust it."
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -41,7 +41,9 @@ def require_writable(folder: Path) -> None:
         raise CapacityError(f"{folder} is not writable ({error.strerror}); choose another --workdir or mend its permissions.") from error
     free = shutil.disk_usage(folder).free
     if free < _LEAST_FREE_BYTES:
-        raise CapacityError(f"{folder} has {free // 2**20} MiB left on its disk, but a run needs far more; free some space or choose another --workdir.")
+        raise CapacityError(
+            f"{folder} has {free // 2**20} MiB left on its disk, but a run needs far more; free some space or choose another --workdir."
+        )
 
 
 def check_rows(ctx: RunContext) -> None:

@@ -74,7 +74,9 @@ def _measure(folder: Path, proof: Path) -> dict:
     if done.returncode:
         (proof / "verify.log").write_text(done.stderr)
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ProofError(f"The exported model does not load in a fresh process: {last[:300]} (the whole output is in {proof / 'verify.log'}).")
+        raise ProofError(
+            f"The exported model does not load in a fresh process: {last[:300]} (the whole output is in {proof / 'verify.log'})."
+        )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
