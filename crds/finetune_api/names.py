@@ -21,7 +21,9 @@ OUTPUTS = "outputs"  # checkpoints
 ADAPTER = "lora_model"
 QUANTIZED = "model-torchao"
 REPORT = "report.json"
-PROOF = "proof"  # reference.safetensors: token ids and the trained model's logits, for anyone who wants to check the proof
+PROOF = "proof"  # for anyone who wants to check the proof again
+PROOF_REFERENCE = "reference.safetensors"  # token ids, mask and the trained model's logits
+PROOF_EXPECTED = "expected.json"  # a digest of every weight that training used, and how the logits were computed
 MANIFEST = "manifest.json"
 
 _NAME_LIMIT = 63

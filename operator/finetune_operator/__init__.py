@@ -1,1 +1,1 @@
-"""The operator: FineTuneJobs in, Jobs and an honest status out. Events -> queue -> observe -> decide -> execute."""
+"""The operator: watch event -> observe -> decide -> execute. DESIGN: functional core (subject, desired, observed, decide), thin shell (cluster, events)."""

@@ -1,154 +1,147 @@
-"""The only file that talks to the API server: the few reads and writes that a reconcile needs, as JSON values.
+"""The only file that talks to the Kubernetes API: reads and writes JSON values, with a time limit on every request.
 
-Raises ApiError for what is worth a retry. A conflict, an object that is gone, and a Job that exists already are answers, not errors.
+RBAC it needs, and nothing more: finetunejobs get, list, watch; finetunejobs/status patch; batch jobs get, list, watch, create, patch,
+delete; pods get, list, watch; events list. No Secrets, no wildcard, no write to a spec of ours.
 """
 
 import json
+import os
+from collections.abc import AsyncIterator
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
-from finetune_api import names
 from finetune_api.spec import GROUP, PLURAL, VERSION
 from kubernetes.aio import client, config
 
-Manifest = dict[str, Any]
+from finetune_operator.subject import Json, Key
 
-_TIMEOUT_SECONDS = 20
-_MERGE_PATCH = "application/merge-patch+json"
-_NOT_FOUND, _CONFLICT = 404, 409
+REQUEST_SECONDS = 30.0
+_PAGE = 250
+_MERGE = "application/merge-patch+json"
+_JOBS = "/apis/batch/v1/namespaces/{}/jobs"
 
 
 class ApiError(Exception):
-    """The API server refused or did not answer; the same request may pass later."""
+    """The API server refused a request. `status` is the HTTP status, `reason` Kubernetes' word for it."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"{status}: {message}")
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(f"{status} {reason}: {message}")
         self.status = status
+        self.reason = reason
 
 
 class Cluster:
-    """One connection pool to the API server."""
+    """A connection to one API server."""
 
     def __init__(self, api: client.ApiClient) -> None:
         self._api = api
 
     @classmethod
     async def connect(cls) -> "Cluster":
-        """With the pod's service account, or the kubeconfig of a developer."""
-        try:
-            config.load_incluster_config()
-        except config.ConfigException:
-            await config.load_kube_config()
-        return cls(client.ApiClient())
+        """With the pod's service account in a cluster, else with the kubeconfig of KUBECONFIG or the user's home."""
+        configuration = client.Configuration()
+        if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
+            config.load_incluster_config(configuration)
+        else:
+            await config.load_kube_config(client_configuration=configuration)
+        return cls(client.ApiClient(configuration))
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Ends all connections."""
         await self._api.close()
 
-    async def read_finetunejob(self, namespace: str, name: str) -> Manifest | None:
-        """A FineTuneJob; None when it is gone."""
-        return await self._get(f"{_finetunejobs(namespace)}/{quote(name)}")
+    async def list_finetunejobs(self, namespace: str) -> AsyncIterator[Json]:
+        """Every FineTuneJob of a namespace, or of all for an empty one, page by page."""
+        scope = f"/namespaces/{quote(namespace)}" if namespace else ""
+        more = ""
+        while True:
+            page = await self._request("GET", f"/apis/{GROUP}/{VERSION}{scope}/{PLURAL}", {"limit": _PAGE, "continue": more})
+            for item in page["items"]:
+                yield item
+            more = page["metadata"].get("continue") or ""
+            if not more:
+                return
 
-    async def list_finetunejobs(self, namespace: str | None) -> list[Manifest]:
-        """The FineTuneJobs of a namespace, or of all."""
-        return await self._list(_finetunejobs(namespace))
+    async def read_finetunejob(self, key: Key) -> Json | None:
+        """The object, or None when there is none."""
+        return await self._read(self._finetunejob(key))
 
-    async def patch_status(self, job: Manifest, status: Manifest) -> bool:
-        """Replaces the status with a merge patch that carries the resourceVersion it was computed from.
+    async def patch_status(self, key: Key, resource_version: str, patch: Json) -> None:
+        """Merge-patches the status; 409 when the object is no longer what the patch was computed from."""
+        body = {"metadata": {"resourceVersion": resource_version}, "status": patch}
+        await self._request("PATCH", f"{self._finetunejob(key)}/status", body=body, content_type=_MERGE)
 
-        Returns:
-            Whether it was stored; False when the object has changed or is gone since.
-        """
-        before = job.get("status") or {}
-        removed = {key: None for key in before if key not in status}
-        metadata = job["metadata"]
-        body = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "status": removed | _with_nulls(before, status)}
-        path = f"{_finetunejobs(metadata['namespace'])}/{quote(metadata['name'])}/status"
-        return await self._try("PATCH", path, body, _MERGE_PATCH)
+    async def list_jobs(self, namespace: str, selector: str) -> list[Json]:
+        """The Jobs with these labels."""
+        return await self._list(_JOBS.format(quote(namespace)), {"labelSelector": selector})
 
-    async def read_job(self, namespace: str, name: str) -> Manifest | None:
-        """A batch/v1 Job; None when there is none."""
-        return await self._get(f"{_jobs(namespace)}/{quote(name)}")
+    async def read_job(self, namespace: str, name: str) -> Json | None:
+        """The Job, or None when there is none."""
+        return await self._read(self._job(namespace, name))
 
-    async def list_jobs(self, namespace: str, label: str) -> list[Manifest]:
-        """The Jobs that carry a FineTuneJob's label."""
-        return await self._list(_jobs(namespace), f"{names.LABEL_JOB}={label}")
+    async def create_job(self, manifest: Json) -> None:
+        """Makes a Job; 409 when there is one of its name."""
+        await self._request("POST", _JOBS.format(quote(manifest["metadata"]["namespace"])), body=manifest)
 
-    async def list_pods(self, namespace: str, label: str) -> list[Manifest]:
-        """The pods that carry a FineTuneJob's label."""
-        return await self._list(f"/api/v1/namespaces/{quote(namespace)}/pods", f"{names.LABEL_JOB}={label}")
-
-    async def create_job(self, manifest: Manifest) -> None:
-        """Makes a Job; one of that name that exists already is left for the next look at the world."""
-        await self._try("POST", _jobs(manifest["metadata"]["namespace"]), manifest)
-
-    async def patch_job(self, namespace: str, name: str, patch: Manifest) -> None:
-        """Merge-patches a Job; one that is gone is left for the next look at the world."""
-        await self._try("PATCH", f"{_jobs(namespace)}/{quote(name)}", patch, _MERGE_PATCH)
+    async def patch_job(self, namespace: str, name: str, patch: Json) -> None:
+        """Merge-patches a Job."""
+        await self._request("PATCH", self._job(namespace, name), body=patch, content_type=_MERGE)
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
-        """Deletes exactly this Job in the foreground: its pods go first."""
-        options = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
-        await self._try("DELETE", f"{_jobs(namespace)}/{quote(name)}", options)
+        """Deletes this very Job in the foreground: it is gone after its pods are."""
+        body = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
+        await self._request("DELETE", self._job(namespace, name), body=body)
 
-    async def _get(self, path: str) -> Manifest | None:
+    async def list_pods(self, namespace: str, selector: str) -> list[Json]:
+        """The pods with these labels."""
+        return await self._list(f"/api/v1/namespaces/{quote(namespace)}/pods", {"labelSelector": selector})
+
+    async def list_warnings(self, namespace: str, uid: str) -> list[Json]:
+        """The warning events about the object of this UID."""
+        fields = f"involvedObject.uid={uid},type=Warning"
+        return await self._list(f"/api/v1/namespaces/{quote(namespace)}/events", {"fieldSelector": fields, "limit": _PAGE})
+
+    def _finetunejob(self, key: Key) -> str:
+        return f"/apis/{GROUP}/{VERSION}/namespaces/{quote(key.namespace)}/{PLURAL}/{quote(key.name)}"
+
+    def _job(self, namespace: str, name: str) -> str:
+        return f"{_JOBS.format(quote(namespace))}/{quote(name)}"
+
+    async def _read(self, path: str) -> Json | None:
         try:
             return await self._request("GET", path)
         except ApiError as error:
-            if error.status == _NOT_FOUND:
+            if error.status == 404:
                 return None
             raise
 
-    async def _list(self, path: str, selector: str = "") -> list[Manifest]:
-        query = f"?{urlencode({'labelSelector': selector})}" if selector else ""
-        return list((await self._request("GET", f"{path}{query}")).get("items") or [])
+    async def _list(self, path: str, query: dict[str, Any]) -> list[Json]:
+        return list((await self._request("GET", path, query))["items"])
 
-    async def _try(self, method: str, path: str, body: Manifest, content_type: str = "application/json") -> bool:
-        try:
-            await self._request(method, path, body, content_type)
-        except ApiError as error:
-            if error.status in (_NOT_FOUND, _CONFLICT):
-                return False
-            raise
-        return True
-
-    async def _request(self, method: str, path: str, body: Manifest | None = None, content_type: str = "application/json") -> Manifest:
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        query: dict[str, Any] | None = None,
+        *,
+        body: Json | None = None,
+        content_type: str = "application/json",
+    ) -> Json:
+        pairs = [(name, value) for name, value in (query or {}).items() if value not in ("", None)]
         headers = {"Accept": "application/json", "Content-Type": content_type}
-        serialized = await self._api.param_serialize(method, path, header_params=headers, body=body, auth_settings=["BearerToken"])
-        response = await self._api.call_api(*serialized, _request_timeout=_TIMEOUT_SECONDS)
-        text = (await response.read() or b"").decode()
-        if response.status >= 400:
-            raise ApiError(response.status, _message(text))
-        return dict(json.loads(text))
+        prepared = await self._api.param_serialize(
+            method, path, query_params=pairs, header_params=headers, body=body, auth_settings=["BearerToken"]
+        )
+        response = await self._api.call_api(*prepared, _request_timeout=REQUEST_SECONDS)
+        data = await response.read()
+        if response.status >= 300:
+            raise _error(response.status, data)
+        return dict(json.loads(data))
 
 
-def _finetunejobs(namespace: str | None) -> str:
-    middle = f"/namespaces/{quote(namespace)}" if namespace else ""
-    return f"/apis/{GROUP}/{VERSION}{middle}/{PLURAL}"
-
-
-def _jobs(namespace: str) -> str:
-    return f"/apis/batch/v1/namespaces/{quote(namespace)}/jobs"
-
-
-def _with_nulls(before: Manifest, after: Manifest) -> Manifest:
-    """A merge patch from one object to the other: keys that are gone become null."""
-    patch: Manifest = {}
-    for key, value in after.items():
-        old = before.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            patch[key] = {name: None for name in old if name not in value} | _with_nulls(old, value)
-        else:
-            patch[key] = value
-    return patch
-
-
-def _message(text: str) -> str:
-    """The message of an API server's Status; never a whole body, which may hold other people's data."""
+def _error(status: int, data: bytes) -> ApiError:
     try:
-        document = json.loads(text)
-    except ValueError:
-        return "no readable answer"
-    return (
-        str(document.get("message", ""))[:256] if isinstance(document, dict) and document.get("kind") == "Status" else "no readable answer"
-    )
+        body = json.loads(data)
+        return ApiError(status, str(body.get("reason", "")), str(body.get("message", ""))[:500])
+    except (ValueError, AttributeError):
+        return ApiError(status, "", "the answer is not a Kubernetes status")

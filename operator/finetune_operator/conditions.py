@@ -1,70 +1,57 @@
-"""Conditions by the Kubernetes and kstatus conventions. Pure.
+"""The conditions of a FineTuneJob by the kstatus convention, computed anew on every pass; transition times survive. Pure."""
 
-Ready always exists; Reconciling and Stalled exist only while they are true, and never together with Ready. A transition time changes only
-with the status of its condition.
-"""
-
-from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
 
-from finetune_api.status import Condition, ConditionType
+from finetune_api.status import Condition, ConditionType, Phase
 
-_MESSAGE_LIMIT = 1024
+_Truth = Literal["True", "False", "Unknown"]
+
+
+class Standing(Enum):
+    """What kstatus makes of the object."""
+
+    READY = "Ready"
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+    IDLE = "Idle"  # suspended: neither current, nor working, nor failed
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a condition says now, before its times are known."""
+    """Where the job stands, in one sentence."""
 
-    type: ConditionType
-    is_true: bool
+    phase: Phase
+    standing: Standing
     reason: str
-    message: str = ""
+    message: str
 
 
-def succeeded(reason: str, message: str) -> tuple[Verdict, ...]:
-    """kstatus: Current."""
-    return (Verdict(ConditionType.READY, True, reason, message),)
-
-
-def in_progress(reason: str, message: str) -> tuple[Verdict, ...]:
-    """kstatus: InProgress."""
-    return (Verdict(ConditionType.READY, False, reason, message), Verdict(ConditionType.RECONCILING, True, reason, message))
-
-
-def stalled(reason: str, message: str) -> tuple[Verdict, ...]:
-    """kstatus: Failed; a person must act."""
-    return (Verdict(ConditionType.READY, False, reason, message), Verdict(ConditionType.STALLED, True, reason, message))
-
-
-def resting(reason: str, message: str) -> tuple[Verdict, ...]:
-    """Suspended: not ready, and nothing is under way."""
-    return (Verdict(ConditionType.READY, False, reason, message),)
-
-
-def stamp(verdicts: Iterable[Verdict], before: Iterable[Condition], generation: int, now: str) -> tuple[Condition, ...]:
-    """The conditions with their times, sorted by type.
+def build_conditions(
+    verdict: Verdict, facts: dict[ConditionType, tuple[_Truth, str, str]], before: tuple[Condition, ...], generation: int, now: str
+) -> tuple[Condition, ...]:
+    """All conditions.
 
     Args:
-        verdicts: what holds now; a type that is absent goes away.
-        before: the stored conditions.
-        generation: of the spec that this speaks of.
-        now: RFC 3339, UTC.
+        facts: (status, reason, message) of Trained, Verified, QualityPassed and Published, as far as they are known.
+        before: the stored conditions, whose transition times are kept while the status stays.
     """
-    known = {condition.type: condition for condition in before}
+    ready: _Truth = "True" if verdict.standing is Standing.READY else "False"
+    wanted = {ConditionType.READY: (ready, verdict.reason, verdict.message)}
+    if verdict.standing is Standing.RECONCILING:
+        wanted[ConditionType.RECONCILING] = ("True", verdict.reason, verdict.message)
+    if verdict.standing is Standing.STALLED:
+        wanted[ConditionType.STALLED] = ("True", verdict.reason, verdict.message)
+    times = {(item.type, item.status): item.last_transition_time for item in before}
     return tuple(
-        _stamp(verdict, known.get(verdict.type), generation, now) for verdict in sorted(verdicts, key=lambda item: item.type.value)
-    )
-
-
-def _stamp(verdict: Verdict, before: Condition | None, generation: int, now: str) -> Condition:
-    status = "True" if verdict.is_true else "False"
-    unchanged = before is not None and before.status == status
-    return Condition(
-        type=verdict.type,
-        status="True" if verdict.is_true else "False",
-        reason=verdict.reason,
-        message=verdict.message[:_MESSAGE_LIMIT],
-        observed_generation=generation,
-        last_transition_time=before.last_transition_time if before is not None and unchanged else now,
+        Condition(
+            type=kind,
+            status=status,
+            reason=reason,
+            message=message,
+            observed_generation=generation,
+            last_transition_time=times.get((kind, status), now),
+        )
+        for kind, (status, reason, message) in (wanted | facts).items()
     )

@@ -1,244 +1,291 @@
-"""Decides: the world in, a plan out. Pure and total; the ordered list of policies below is the specification.
+"""What to do about one FineTuneJob: an ordered list of small policies, of which the first that answers makes the plan. Pure and total.
 
-A plan is data: first the actions on children, then the status, each safe to repeat. reconcile.py executes it.
+The list is the specification. A plan is data; reconcile.py executes its actions in order and stops at the first that fails, so that
+"status first, then the TTL" is said by the order alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from datetime import datetime
 from typing import Any
 
-from finetune_api import names
-from finetune_api.digests import run_digest, train_digest
 from finetune_api.exits import ExitCode
-from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus, Phase, Run
-from finetune_api.validation import parse_spec, spec_problems
+from finetune_api.status import FineTuneJobStatus, Phase
 
-from finetune_operator import conditions
-from finetune_operator.desired import build_job, live_patch
-from finetune_operator.observed import (
-    Outcome,
-    World,
-    is_latched,
-    job_ending,
-    next_status,
-    owner_uid,
-    read_attempt,
-    read_outcome,
-    stored_status,
-    waiting_status,
-)
+from finetune_operator.conditions import Standing, Verdict
+from finetune_operator.desired import build_job, build_live_fields
+from finetune_operator.diagnosis import container_state, is_ended
+from finetune_operator.observed import carried_status, observed_status, status_of
+from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
+from finetune_operator.subject import FINAL, Json, World, is_being_deleted, is_finished
 
-Manifest = dict[str, Any]
-
-MOST_CHECKPOINTED_RESTARTS = 20
+CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
+NEW_POD_SECONDS = 5.0  # a pod that takes longer to start has its events read
 
 
 @dataclass(frozen=True)
 class CreateJob:
-    """Make this Job; one that exists and is ours counts as made."""
+    """Make the training Job; that it exists already is success when it is this very one."""
 
-    manifest: Manifest
-
-
-@dataclass(frozen=True)
-class PatchJob:
-    """Merge-patch a Job of ours."""
-
-    name: str
-    patch: Manifest
+    manifest: Json
 
 
 @dataclass(frozen=True)
 class DeleteJob:
-    """Delete exactly this Job in the foreground: a plain delete would orphan its pods, and they would keep their GPUs."""
+    """Delete a Job in the foreground: its pods first, so that no GPU is held by an orphan."""
 
     name: str
     uid: str
 
 
-Action = CreateJob | PatchJob | DeleteJob
+@dataclass(frozen=True)
+class PatchJob:
+    """Merge-patch a Job."""
+
+    name: str
+    patch: Json
+
+
+@dataclass(frozen=True)
+class WriteStatus:
+    """Merge-patch the FineTuneJob's status; it carries the resourceVersion that it was computed from."""
+
+    patch: Json
+
+
+Action = CreateJob | DeleteJob | PatchJob | WriteStatus
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done now.
-
-    Attributes:
-        actions: on Jobs, in order.
-        status: the status to store where it differs; None leaves it.
-    """
+    """Actions in order, and when to look again without an event (None: only at the resync)."""
 
     actions: tuple[Action, ...] = ()
-    status: FineTuneJobStatus | None = None
+    again_seconds: float | None = None
 
 
 @dataclass(frozen=True)
-class Case:
-    """The world, with what every policy asks for worked out."""
+class Situation:
+    """What a policy may look at."""
 
     world: World
-    spec: FineTuneJobSpec
-    run: Run
+    now: datetime
     settings: Settings
-    now: str
-
-    @property
-    def wanted_name(self) -> str:
-        """Name of this run's Job."""
-        metadata = self.world.job["metadata"]
-        return names.training_job_name(metadata["name"], metadata["uid"], self.run.run_digest)
-
-    @property
-    def current(self) -> Manifest | None:
-        """This run's Job."""
-        return next((job for job in self.world.owned if job["metadata"]["name"] == self.wanted_name), None)
-
-    def stall(self, reason: str, message: str) -> Plan:
-        """A person must act; nothing is started."""
-        return Plan(status=waiting_status(self.world, self.run, conditions.stalled(reason, message), Phase.PENDING, self.now))
-
-    def wait(self, reason: str, message: str) -> FineTuneJobStatus:
-        """The status while something is under way and no Job stands for it."""
-        return waiting_status(self.world, self.run, conditions.in_progress(reason, message), Phase.PENDING, self.now)
 
 
-def decide(world: World, settings: Settings, now: str) -> Plan:
-    """The plan for one FineTuneJob.
-
-    Args:
-        world: what was read.
-        settings: the administrator's.
-        now: RFC 3339, UTC.
-    """
-    if world.job["metadata"].get("deletionTimestamp"):
-        return Plan()  # owner references clean up
-    problems = spec_problems(world.job.get("spec"), local=False)
-    if problems:
-        return _invalid(world, str(problems[0]), now)
-    spec = parse_spec(world.job["spec"])
-    run = Run(train_digest=train_digest(spec), run_digest=run_digest(spec))
-    case = Case(world, spec, run, settings, now)
-    return next(plan for policy in POLICIES if (plan := policy(case)) is not None)
+def decide(world: World, now: datetime, settings: Settings) -> Plan:
+    """The plan for one FineTuneJob."""
+    situation = Situation(world, now, settings)
+    return next(plan for policy in POLICIES if (plan := policy(situation)) is not None)
 
 
-def keep_latched(case: Case) -> Plan | None:
-    """A run that reached its end stays so; only its Job's clean-up time is still to be set, now that the end is stored."""
-    status = stored_status(case.world.job)
-    if not is_latched(status, case.run.run_digest):
+def leave_what_is_being_deleted(situation: Situation) -> Plan | None:
+    """Owner references clean up."""
+    return Plan() if is_being_deleted(situation.world.subject.raw) else None
+
+
+def stall_on_an_unreadable_spec(situation: Situation) -> Plan | None:
+    """A spec that was stored under another schema: nothing is started or stopped for it."""
+    subject = situation.world.subject
+    if subject.spec is not None:
         return None
-    generation = int(case.world.job["metadata"].get("generation", 0))
-    seen = status.model_copy(
-        update={
-            "observed_generation": generation,
-            "conditions": tuple(item.model_copy(update={"observed_generation": generation}) for item in status.conditions),
-        }
+    verdict = Verdict(subject.stored.phase or Phase.PENDING, Standing.STALLED, "InvalidSpec", clean(subject.problem))
+    return Plan(_write(situation, status_of(subject, subject.stored, verdict, situation.now)))
+
+
+def keep_what_has_ended(situation: Situation) -> Plan | None:
+    """The latch: a run whose end is stored starts nothing, also when its Job is gone. Only now does the Job get its TTL."""
+    subject = situation.world.subject
+    if not subject.is_latched:
+        return None
+    stored = subject.stored
+    conditions = tuple(item.model_copy(update={"observed_generation": subject.generation}) for item in stored.conditions)
+    status = stored.model_copy(update={"observed_generation": subject.generation, "conditions": conditions})
+    unfinished = [job for job in situation.world.jobs if not is_finished(job)]
+    return Plan((*_write(situation, status), *_delete(unfinished), *_ttl(situation)))
+
+
+def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
+    """Refused before anything is started; a Job that runs already is left alone."""
+    world = situation.world
+    problem = _refusal(situation)
+    if not problem or world.current is not None:
+        return None
+    reason = "InvalidSpec" if world.subject.problem else "NotAllowed"
+    return _stalled(situation, reason, problem)
+
+
+def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
+    """Never two training Jobs of one object: the Job of an earlier spec goes, with its pods, before this run's Job comes."""
+    world = situation.world
+    in_the_way = [job for job in world.jobs if job["metadata"]["name"] != world.subject.run.job_name or is_being_deleted(job)]
+    if not in_the_way:
+        return None
+    name = in_the_way[0]["metadata"]["name"]
+    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, "Replacing", f"Waiting until Job {name} and its pods are gone.")
+    status = status_of(world.subject, carried_status(world.subject), verdict, situation.now)
+    return Plan((*_delete(in_the_way), *_write(situation, status)))
+
+
+def stall_on_a_namesake(situation: Situation) -> Plan | None:
+    """A Job of this run's name that someone else made is never touched."""
+    world = situation.world
+    if world.namesake is None or world.current is not None:
+        return None
+    name = world.namesake["metadata"]["name"]
+    sentence = f"A Job named {name} exists and does not belong to this FineTuneJob; delete it, or set runPolicy.rerun to get another name."
+    return _stalled(situation, "NameTaken", sentence)
+
+
+def create_what_is_missing(situation: Situation) -> Plan | None:
+    """The run has no Job yet, or lost it before its end."""
+    world = situation.world
+    if world.current is not None:
+        return None
+    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, "JobCreated", "Waiting for the Job to make its pod.")
+    status = status_of(world.subject, carried_status(world.subject), verdict, situation.now)
+    return Plan((CreateJob(build_job(world.subject, situation.settings)), *_write(situation, status)))
+
+
+def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
+    """A trainer that ends as "checkpointed" again and again, with nothing that disrupts it, would restart for ever."""
+    world, job = situation.world, situation.world.current
+    if job is None or is_finished(job):
+        return None
+    endings = [container_state(pod, "terminated") or {} for pod in world.current_pods if is_ended(pod)]
+    if sum(ending.get("exitCode") == ExitCode.CHECKPOINTED for ending in endings) < CHECKPOINTED_LIMIT:
+        return None
+    sentence = (
+        f"The trainer stopped {CHECKPOINTED_LIMIT} times by itself after saving a checkpoint; see the pods' logs, then set runPolicy.rerun."
     )
-    job, ttl = case.current, case.spec.run_policy.ttl_seconds_after_finished
-    stale = job is not None and job_ending(job) is not None and job["spec"].get("ttlSecondsAfterFinished") != ttl
-    patch = (PatchJob(job["metadata"]["name"], {"spec": {"ttlSecondsAfterFinished": ttl}}),) if job is not None and stale else ()
-    return Plan(patch, seen)
+    verdict = Verdict(Phase.FAILED, Standing.STALLED, "CheckpointedTooOften", sentence)
+    status = status_of(world.subject, observed_status(world, situation.now), verdict, situation.now)
+    return Plan((*_write(situation, status), *_delete([job])))
 
 
-def refuse_image(case: Case) -> Plan | None:
-    """Only images that the administrator allows."""
-    image = case.spec.pod.image
-    if not image or _allowed(image, case.settings.allowed_images):
-        return None
-    return case.stall(
-        "ImageNotAllowed",
-        f"spec.pod.image is {image!r}, which the operator's allowedImages does not name; remove it or ask the administrator.",
-    )
+def report_what_is_seen(situation: Situation) -> Plan | None:
+    """The Job exists: live fields follow the spec, the status follows the pods."""
+    world = situation.world
+    status = observed_status(world, situation.now)
+    if status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+        return Plan((*_write(situation, status), *_ttl(situation)))
+    return Plan((*_live(situation), *_write(situation, status)), _again(situation))
 
 
-def refuse_service_account(case: Case) -> Plan | None:
-    """Only service accounts that the administrator allows."""
-    account = case.spec.pod.service_account_name
-    if not account or _allowed(account, case.settings.allowed_service_accounts):
-        return None
-    return case.stall(
-        "ServiceAccountNotAllowed",
-        f"spec.pod.serviceAccountName is {account!r}, which the operator's allowedServiceAccounts does not name; remove it or ask the administrator.",
-    )
-
-
-def stop_older_runs(case: Case) -> Plan | None:
-    """Never two training Jobs of one object: Jobs of other runs go first, and are gone before the next one is made."""
-    older = [job for job in case.world.owned if job["metadata"]["name"] != case.wanted_name]
-    if not older:
-        return None
-    going = tuple(
-        DeleteJob(job["metadata"]["name"], job["metadata"]["uid"]) for job in older if not job["metadata"].get("deletionTimestamp")
-    )
-    return Plan(going, case.wait("Replacing", "The spec has changed; the Job of the earlier run is being stopped."))
-
-
-def respect_namesake(case: Case) -> Plan | None:
-    """A Job of the wanted name that is not ours is never touched."""
-    if case.world.namesake is None:
-        return None
-    owner = owner_uid(case.world.namesake) or "nobody"
-    return case.stall("NameTaken", f"Job {case.wanted_name} exists and belongs to {owner}, not to this FineTuneJob; delete or rename it.")
-
-
-def make_job(case: Case) -> Plan | None:
-    """No Job stands for this run: make it. One that was deleted by hand is made again, and resumes."""
-    if case.current is not None:
-        return None
-    manifest = build_job(case.world.job["metadata"], case.spec, case.settings)
-    return Plan((CreateJob(manifest),), case.wait("Creating", "The training Job is being made."))
-
-
-def await_deletion(case: Case) -> Plan | None:
-    """The run's Job is going away, by someone's hand: wait until it is gone."""
-    job = case.current
-    if job is None or not job["metadata"].get("deletionTimestamp"):
-        return None
-    return Plan(status=case.wait("Replacing", "The training Job was deleted; another one is made as soon as it is gone."))
-
-
-def end_restarts(case: Case) -> Plan | None:
-    """Restarts after SIGTERM are free, but not without end."""
-    job = case.current
-    attempts = [read_attempt(pod) for pod in case.world.pods]
-    saved = sum(attempt.exit_code == ExitCode.CHECKPOINTED for attempt in attempts)
-    if job is None or job_ending(job) is not None or saved <= MOST_CHECKPOINTED_RESTARTS:
-        return None
-    sentence = f"The pod was stopped {saved} times; look for what evicts it, then set runPolicy.rerun to a new string."
-    status = next_status(case.world, job, case.run, Outcome(Phase.FAILED, "StoppedTooOften", sentence), case.now)
-    return Plan((DeleteJob(job["metadata"]["name"], job["metadata"]["uid"]),), status)
-
-
-def follow_job(case: Case) -> Plan:
-    """The run's Job stands: live fields go to it, and what it says goes to the status."""
-    job = case.current
-    if job is None:
-        raise AssertionError("make_job comes before follow_job")
-    patch = live_patch(job, case.spec) if job_ending(job) is None else {}
-    actions = (PatchJob(job["metadata"]["name"], patch),) if patch else ()
-    return Plan(actions, next_status(case.world, job, case.run, read_outcome(case.world, job), case.now))
-
-
-POLICIES: tuple[Callable[[Case], Plan | None], ...] = (
-    keep_latched,
-    refuse_image,
-    refuse_service_account,
-    stop_older_runs,
-    respect_namesake,
-    make_job,
-    await_deletion,
-    end_restarts,
-    follow_job,
+Policy = Callable[[Situation], Plan | None]
+POLICIES: tuple[Policy, ...] = (
+    leave_what_is_being_deleted,
+    stall_on_an_unreadable_spec,
+    keep_what_has_ended,
+    stall_on_what_is_not_allowed,
+    wait_until_other_jobs_are_gone,
+    stall_on_a_namesake,
+    create_what_is_missing,
+    stop_what_only_checkpoints,
+    report_what_is_seen,
 )
 
 
-def _invalid(world: World, problem: str, now: str) -> Plan:
-    """A spec that was stored before the schema changed: say so, and touch nothing."""
-    run = stored_status(world.job).run or Run()
-    return Plan(status=waiting_status(world, run, conditions.stalled("InvalidSpec", problem), Phase.PENDING, now))
+def is_unfinished(raw: Json) -> bool:
+    """Whether the periodic re-list puts this FineTuneJob back on the queue."""
+    status = raw.get("status") or {}
+    return status.get("phase") not in FINAL or status.get("observedGeneration") != raw["metadata"].get("generation")
 
 
-def _allowed(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def progress_address(world: World) -> str | None:
+    """IP of the pod whose trainer can be asked; None when none runs."""
+    active = [pod for pod in world.current_pods if not is_ended(pod) and container_state(pod, "running") is not None]
+    return str(active[-1]["status"].get("podIP") or "") or None if active else None
+
+
+def unexplained(world: World, now: datetime) -> str | None:
+    """UID of the object whose events may say why no pod runs: a Job without a pod, or a pod that takes long to start."""
+    job, active = world.current, [pod for pod in world.current_pods if not is_ended(pod)]
+    if job is None or is_finished(job) or is_being_deleted(job):
+        return None
+    if not active:
+        suspended = bool(job["spec"].get("suspend")) or bool(world.current_pods)
+        return None if suspended or _age_seconds(job, now) < NEW_POD_SECONDS else str(job["metadata"]["uid"])
+    starting = container_state(active[-1], "running") is None and container_state(active[-1], "terminated") is None
+    return str(active[-1]["metadata"]["uid"]) if starting and _age_seconds(active[-1], now) >= NEW_POD_SECONDS else None
+
+
+def merge_patch(before: Json, after: Json) -> Json:
+    """The merge patch (RFC 7386) that makes `after` of `before`; lists are replaced whole."""
+    patch: Json = dict.fromkeys(before.keys() - after.keys())
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            nested = merge_patch(old, value)
+            patch |= {key: nested} if nested else {}
+        elif old != value or key not in before:
+            patch[key] = value
+    return patch
+
+
+def _write(situation: Situation, status: FineTuneJobStatus) -> tuple[Action, ...]:
+    raw: dict[str, Any] = situation.world.subject.raw.get("status") or {}
+    patch = merge_patch(raw, status.wire())
+    return (WriteStatus(patch),) if patch else ()
+
+
+def _delete(jobs: list[Json]) -> tuple[Action, ...]:
+    return tuple(DeleteJob(job["metadata"]["name"], job["metadata"]["uid"]) for job in jobs if not is_being_deleted(job))
+
+
+def _ttl(situation: Situation) -> tuple[Action, ...]:
+    job, spec = situation.world.current, situation.world.subject.spec
+    if job is None or spec is None or is_being_deleted(job) or not is_finished(job):
+        return ()
+    wanted = spec.run_policy.ttl_seconds_after_finished
+    if job["spec"].get("ttlSecondsAfterFinished") == wanted:
+        return ()
+    return (PatchJob(job["metadata"]["name"], {"spec": {"ttlSecondsAfterFinished": wanted}}),)
+
+
+def _live(situation: Situation) -> tuple[Action, ...]:
+    job, spec = situation.world.current, situation.world.subject.spec
+    if job is None or spec is None:
+        return ()
+    wanted = build_live_fields(spec)
+    stored = {name: job["spec"][name] for name in ("suspend", "backoffLimit", "activeDeadlineSeconds") if name in job["spec"]}
+    patch = merge_patch({"suspend": False, **stored}, wanted)
+    return (PatchJob(job["metadata"]["name"], {"spec": patch}),) if patch else ()
+
+
+def _refusal(situation: Situation) -> str:
+    subject, settings = situation.world.subject, situation.settings
+    pod = subject.spec.pod if subject.spec else None
+    if subject.problem or pod is None:
+        return subject.problem
+    if not settings.allows_image(pod.image):
+        return f"spec.pod.image: {pod.image} is not an image that the administrator allows; remove it, or ask for it to be put on allowedImages."
+    if not settings.allows_service_account(pod.service_account_name):
+        name = pod.service_account_name
+        return f"spec.pod.serviceAccountName: {name} is not one that the administrator allows; remove it, or ask for it to be put on allowedServiceAccounts."
+    return ""
+
+
+def _stalled(situation: Situation, reason: str, sentence: str) -> Plan:
+    subject = situation.world.subject
+    verdict = Verdict(Phase.PENDING, Standing.STALLED, reason, clean(sentence))
+    return Plan(_write(situation, status_of(subject, carried_status(subject), verdict, situation.now)))
+
+
+def _again(situation: Situation) -> float | None:
+    """Progress is asked for every 2 s at first and every 10 s later; a pod that waits is looked at when its events may speak."""
+    world, now = situation.world, situation.now
+    if world.subject.spec and world.subject.spec.run_policy.suspend:
+        return None
+    active = [pod for pod in world.current_pods if not is_ended(pod)]
+    running = container_state(active[-1], "running") if active else None
+    if running is not None:
+        age = (now - datetime.fromisoformat(str(running["startedAt"]))).total_seconds() if running.get("startedAt") else 0.0
+        return min(10.0, max(2.0, age / 6))
+    return NEW_POD_SECONDS + 1 if not world.warnings else None
+
+
+def _age_seconds(resource: Json, now: datetime) -> float:
+    created = resource["metadata"].get("creationTimestamp")
+    return (now - datetime.fromisoformat(str(created))).total_seconds() if created else 0.0

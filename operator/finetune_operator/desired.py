@@ -1,97 +1,77 @@
-"""Desired state: the one training Job of a FineTuneJob's run, as a manifest. Pure: spec and settings in, dict out.
+"""Spec in, Job manifest out: what the cluster should hold. Pure, and deterministic to the byte; decide.py compares and executes nothing here."""
 
-The pod fulfils the `restricted` Pod Security Standard, has no Kubernetes credentials and a read-only root. Must not read the cluster.
-"""
-
-from typing import Any
-
-from finetune_api import credentials, names
+from finetune_api import names
 from finetune_api.exits import OOM_KILLED, PERMANENT, ExitCode
-from finetune_api.fields import ApiModel
 from finetune_api.job import JobDescription
-from finetune_api.spec import API_VERSION, KIND, FineTuneJobSpec
+from finetune_api.spec import API_VERSION, KIND, FineTuneJobSpec, SchedulingSpec
 
 from finetune_operator.settings import Settings
+from finetune_operator.subject import Json, Subject
+from finetune_operator.volumes import build_volumes
 
-Manifest = dict[str, Any]
-
-UID = 65532
-GRACE_SECONDS = 120  # to save the last step and its mirror
-_SCRATCH_SIZE = "2Gi"
-_HOME_ENV = {
+GRACE_SECONDS = 120
+_UID = 65532
+_HOME_CACHE = f"{names.HOME_DIR}/.cache"
+_PLACES = {
     "HOME": names.HOME_DIR,
-    "TMPDIR": "/tmp",  # noqa: S108 an emptyDir of the pod's own
+    "USER": "finetune",  # getpass.getuser needs it where an image has no passwd entry for the UID
+    "TMPDIR": "/tmp",  # noqa: S108 an emptyDir of the pod
     "HF_HOME": f"{names.CACHE_DIR}/huggingface",
-    "TORCHINDUCTOR_CACHE_DIR": f"{names.HOME_DIR}/inductor",
-    "TRITON_CACHE_DIR": f"{names.HOME_DIR}/triton",
+    "TORCHINDUCTOR_CACHE_DIR": f"{_HOME_CACHE}/torchinductor",
+    "TRITON_CACHE_DIR": f"{_HOME_CACHE}/triton",
 }
 
 
-def build_job(metadata: Manifest, spec: FineTuneJobSpec, settings: Settings) -> Manifest:
-    """The training Job of an object's current run.
-
-    Args:
-        metadata: the FineTuneJob's: name, namespace, uid.
-        spec: its spec.
-        settings: the administrator's.
-    """
-    description = JobDescription.of(metadata, spec, in_cluster=True)
-    labels = _labels(metadata["name"], description.run_digest)
-    policy = spec.run_policy
-    job_spec: Manifest = {
-        "completions": 1,
-        "parallelism": 1,
-        "backoffLimit": policy.backoff_limit,
-        "suspend": policy.suspend,
-        "podReplacementPolicy": "Failed",  # a pod that is still terminating may still hold its GPU and write
-        "podFailurePolicy": {"rules": _failure_rules()},
-        "template": {"metadata": {"labels": labels}, "spec": _pod(description, settings)},
-    }
-    if policy.active_deadline_seconds is not None:
-        job_spec["activeDeadlineSeconds"] = policy.active_deadline_seconds
+def build_job(subject: Subject, settings: Settings) -> Json:
+    """The training Job of the run that the spec asks for. It has no TTL: that comes after the terminal status is stored."""
+    assert subject.spec is not None  # noqa: S101 decide.py asks only for specs that it could read
+    labels = build_labels(subject)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": names.training_job_name(metadata["name"], metadata["uid"], description.run_digest),
-            "namespace": metadata["namespace"],
+            "name": subject.run.job_name,
+            "namespace": subject.key.namespace,
             "labels": labels,
-            "ownerReferences": [_owner(metadata)],
+            "ownerReferences": [_owner_reference(subject)],
         },
-        "spec": job_spec,
+        "spec": {
+            **build_live_fields(subject.spec),
+            "completions": 1,
+            "parallelism": 1,
+            "podReplacementPolicy": "Failed",  # a new pod only when the old one is wholly gone: never two trainers
+            "podFailurePolicy": {"rules": build_failure_rules()},
+            "template": {"metadata": {"labels": labels}, "spec": _pod_spec(subject, subject.spec, settings)},
+        },
     }
 
 
-def live_patch(job: Manifest, spec: FineTuneJobSpec) -> Manifest:
-    """The merge patch that brings a Job's live fields to the spec's; empty when they are. TTL is not one of them: see decide.py."""
-    policy, now = spec.run_policy, job["spec"]
-    wanted = {"suspend": policy.suspend, "backoffLimit": policy.backoff_limit, "activeDeadlineSeconds": policy.active_deadline_seconds}
-    found = {
-        "suspend": now.get("suspend", False),
-        "backoffLimit": now.get("backoffLimit"),
-        "activeDeadlineSeconds": now.get("activeDeadlineSeconds"),
-    }
-    changed = {name: value for name, value in wanted.items() if value != found[name]}
-    return {"spec": changed} if changed else {}
+def build_live_fields(spec: FineTuneJobSpec) -> Json:
+    """The Job's fields that an edit patches without a restart."""
+    policy = spec.run_policy
+    live: Json = {"suspend": policy.suspend, "backoffLimit": policy.backoff_limit}
+    if policy.active_deadline_seconds is not None:
+        live["activeDeadlineSeconds"] = policy.active_deadline_seconds
+    return live
 
 
-def _labels(name: str, run_digest: str) -> dict[str, str]:
+def build_labels(subject: Subject) -> dict[str, str]:
+    """Labels of the Job and its pods; events.py selects by the first."""
     return {
-        names.LABEL_JOB: names.job_label(name),
-        names.LABEL_RUN: names.run_label(run_digest),
+        names.LABEL_JOB: names.job_label(subject.key.name),
+        names.LABEL_RUN: names.run_label(subject.run.run_digest),
         "app.kubernetes.io/name": "finetune-trainer",
-        "app.kubernetes.io/instance": names.job_label(name),
+        "app.kubernetes.io/instance": names.job_label(subject.key.name),
+        "app.kubernetes.io/component": "training",
+        "app.kubernetes.io/part-of": "finetune-operator",
         "app.kubernetes.io/managed-by": names.MANAGED_BY,
     }
 
 
-def _owner(metadata: Manifest) -> Manifest:
-    # No blockOwnerDeletion: nothing may keep a FineTuneJob from going away.
-    return {"apiVersion": API_VERSION, "kind": KIND, "name": metadata["name"], "uid": metadata["uid"], "controller": True}
+def build_failure_rules() -> list[Json]:
+    """podFailurePolicy, in order; what no rule matches is counted against backoffLimit."""
 
-
-def _failure_rules() -> list[Manifest]:
-    def on_exit(action: str, *codes: int) -> Manifest:
+    def on_exit(action: str, *codes: int) -> Json:
         return {"action": action, "onExitCodes": {"containerName": names.CONTAINER, "operator": "In", "values": sorted(codes)}}
 
     return [
@@ -102,131 +82,81 @@ def _failure_rules() -> list[Manifest]:
     ]
 
 
-def _pod(description: JobDescription, settings: Settings) -> Manifest:
-    spec = description.spec
-    volumes, mounts = _volumes(spec, description.train_digest)
-    pod: Manifest = {
+def _owner_reference(subject: Subject) -> Json:
+    # blockOwnerDeletion would let a Job hold up the deletion of its FineTuneJob.
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "name": subject.key.name,
+        "uid": subject.uid,
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
+
+
+def _pod_spec(subject: Subject, spec: FineTuneJobSpec, settings: Settings) -> Json:
+    volumes, mounts = build_volumes(spec, subject.key.name, subject.run.train_digest)
+    pod: Json = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": UID,
-            "runAsGroup": UID,
-            "fsGroup": UID,
+            "runAsUser": _UID,
+            "runAsGroup": _UID,
+            "fsGroup": _UID,
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(description, settings, mounts)],
+        "containers": [_container(subject, spec, settings, mounts)],
         "volumes": volumes,
+        **_scheduling(spec.scheduling),
     }
-    return pod | _placement(spec)
+    if spec.pod.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in spec.pod.image_pull_secrets]
+    if spec.pod.service_account_name:
+        pod["serviceAccountName"] = spec.pod.service_account_name
+    return pod
 
 
-def _placement(spec: FineTuneJobSpec) -> Manifest:
-    scheduling = spec.scheduling
-    given: Manifest = {
-        "nodeSelector": dict(scheduling.node_selector),
-        "tolerations": [_without_empty(item) for item in scheduling.tolerations],
-        "priorityClassName": scheduling.priority_class_name,
-        "runtimeClassName": scheduling.runtime_class_name,
-        "serviceAccountName": spec.pod.service_account_name,
-        "imagePullSecrets": [{"name": name} for name in spec.pod.image_pull_secrets],
-    }
-    return {name: value for name, value in given.items() if value}
-
-
-def _without_empty(item: ApiModel) -> Manifest:
-    return {name: value for name, value in item.wire(defaults=True).items() if value != ""}
-
-
-def _container(description: JobDescription, settings: Settings, mounts: list[Manifest]) -> Manifest:
-    spec = description.spec
-    env = {**_HOME_ENV, **settings.trainer_env, names.ENV_JOB: description.to_json()}
+def _container(subject: Subject, spec: FineTuneJobSpec, settings: Settings, mounts: list[Json]) -> Json:
     return {
         "name": names.CONTAINER,
         "image": spec.pod.image or settings.trainer_image,
         "args": ["run"],
-        "env": [{"name": name, "value": value} for name, value in env.items()],
+        "env": _environment(subject, spec, settings),
         "ports": [{"name": "progress", "containerPort": names.PROGRESS_PORT}],
         "resources": _resources(spec),
-        "terminationMessagePath": names.TERMINATION_LOG,
-        "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
+        "terminationMessagePath": names.TERMINATION_LOG,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
     }
 
 
-def _resources(spec: FineTuneJobSpec) -> Manifest:
-    gpus = {"nvidia.com/gpu": str(spec.resources.gpus)} if spec.resources.gpus else {}
-    memory = spec.resources.memory
-    return {"requests": {"cpu": spec.resources.cpu, "memory": memory, **gpus}, "limits": {"memory": memory, **gpus}}
+def _environment(subject: Subject, spec: FineTuneJobSpec, settings: Settings) -> list[Json]:
+    description = JobDescription.of(subject.metadata, spec, in_cluster=True).to_json()
+    values = {**_PLACES, **settings.trainer_env, names.ENV_JOB: description}
+    # The kubelet expands $(NAME) in values; $$ is how a plain dollar sign is written.
+    return [{"name": name, "value": value.replace("$", "$$")} for name, value in values.items()]
 
 
-def _volumes(spec: FineTuneJobSpec, train_digest: str) -> tuple[list[Manifest], list[Manifest]]:
-    """Volumes and mounts: the writable places, the credentials, and what pvc:// and configmap:// name."""
-    pairs = [
-        _workspace(spec, train_digest),
-        _cache(spec),
-        ({"name": "home", "emptyDir": {"sizeLimit": _SCRATCH_SIZE}}, {"mountPath": names.HOME_DIR}),
-        ({"name": "tmp", "emptyDir": {"sizeLimit": _SCRATCH_SIZE}}, {"mountPath": "/tmp"}),  # noqa: S108
-        ({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}, {"mountPath": "/dev/shm"}),  # noqa: S108
-        *(_secret(role, secret) for role, secret in credentials.secrets_by_role(spec)),
-        *_sources(spec),
-    ]
-    return [volume for volume, _ in pairs], [{"name": volume["name"], **mount} for volume, mount in pairs]
+def _resources(spec: FineTuneJobSpec) -> Json:
+    wanted = spec.resources
+    gpus = {"nvidia.com/gpu": str(wanted.gpus)} if wanted.gpus else {}
+    return {"requests": {"cpu": wanted.cpu, "memory": wanted.memory, **gpus}, "limits": {"memory": wanted.memory, **gpus}}
 
 
-def _workspace(spec: FineTuneJobSpec, train_digest: str) -> tuple[Manifest, Manifest]:
-    workspace = spec.storage.workspace
-    mount: Manifest = {"mountPath": names.WORKDIR}
-    if workspace.persistent_volume_claim:
-        # A folder for each training: jobs may share a claim, and another run of the same training finds its checkpoints.
-        volume: Manifest = {"persistentVolumeClaim": {"claimName": workspace.persistent_volume_claim}}
-        mount["subPath"] = train_digest[:16]
-    elif workspace.storage_class_name:
-        claim = {
-            "accessModes": ["ReadWriteOnce"],
-            "storageClassName": workspace.storage_class_name,
-            "resources": {"requests": {"storage": workspace.size}},
-        }
-        volume = {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
-    else:
-        volume = {"emptyDir": {"sizeLimit": workspace.size}}
-    return {"name": "workspace", **volume}, mount
-
-
-def _cache(spec: FineTuneJobSpec) -> tuple[Manifest, Manifest]:
-    claim = spec.storage.cache.persistent_volume_claim
-    volume: Manifest = (
-        {"persistentVolumeClaim": {"claimName": claim}} if claim else {"emptyDir": {"sizeLimit": spec.storage.workspace.size}}
-    )
-    return {"name": "cache", **volume}, {"mountPath": names.CACHE_DIR}
-
-
-def _secret(role: str, secret: str) -> tuple[Manifest, Manifest]:
-    # Optional, so that the trainer itself can say which one is missing instead of a pod that never starts.
-    volume = {"name": f"credentials-{role}", "secret": {"secretName": secret, "optional": True, "defaultMode": 0o440}}
-    return volume, {"mountPath": f"{credentials.MOUNT_ROOT}/{role}", "readOnly": True}
-
-
-def _sources(spec: FineTuneJobSpec) -> list[tuple[Manifest, Manifest]]:
-    """A read-only mount for each source that lies in a claim or a ConfigMap."""
-    sources = {"model": spec.model.source, "dataset": spec.dataset.source, "evaluation": spec.dataset.evaluation.source}
-    return [_source(role, uri) for role, uri in sources.items() if uri.startswith(("pvc://", "configmap://"))]
-
-
-def _source(role: str, uri: str) -> tuple[Manifest, Manifest]:
-    kind, _, rest = uri.partition("://")
-    owner = rest.partition("/")[0]
-    volume: Manifest = (
-        {"persistentVolumeClaim": {"claimName": owner, "readOnly": True}}
-        if kind == "pvc"
-        else {"configMap": {"name": owner, "optional": True}}
-    )
-    return {"name": f"source-{role}", **volume}, {"mountPath": f"{names.VOLUMES_ROOT}/{role}", "readOnly": True}
+def _scheduling(scheduling: SchedulingSpec) -> Json:
+    fields: Json = {
+        "nodeSelector": dict(scheduling.node_selector),
+        "tolerations": [toleration.wire() for toleration in scheduling.tolerations],
+        "priorityClassName": scheduling.priority_class_name,
+        "runtimeClassName": scheduling.runtime_class_name,
+    }
+    return {name: value for name, value in fields.items() if value}

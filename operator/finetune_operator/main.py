@@ -1,90 +1,54 @@
-"""The operator's process: settings, kopf's watches, the workers, and the periodic re-list. It may be killed at any moment."""
+"""The `finetune-operator` command: settings, connections, and the tasks that run until SIGTERM. When one of them dies the process does too."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import sys
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 
 import aiohttp
-import kopf
+from pydantic import ValidationError
 
 from finetune_operator import events
-from finetune_operator.cluster import ApiError, Cluster
-from finetune_operator.reconcile import Key, Reconciler
+from finetune_operator.cluster import Cluster
+from finetune_operator.health import Heartbeat, serving
+from finetune_operator.reconcile import Reconciler, resync, work
 from finetune_operator.settings import Settings
 from finetune_operator.work_queue import WorkQueue
 
-log = logging.getLogger("finetune_operator")
-
-
-def main() -> None:
-    """The console script."""
-    settings = Settings()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("kopf").setLevel(logging.WARNING)
-    asyncio.run(run(settings))
+logger = logging.getLogger(__name__)
 
 
 async def run(settings: Settings) -> None:
-    """Runs until SIGTERM, or until a part of it ends: then the process ends, and Kubernetes starts it again."""
-    queue: WorkQueue[Key] = WorkQueue()
-    registry = kopf.OperatorRegistry()
-    events.register(registry, queue.add)
-    kopf_settings = kopf.OperatorSettings()
-    events.kopf_settings(kopf_settings)
-    async with _reconciler(settings) as reconciler:
-        work = [asyncio.create_task(queue.work(_handler(reconciler, queue), _log_error)) for _ in range(settings.workers)]
-        work.append(asyncio.create_task(_relist(reconciler, queue)))
-        watching = asyncio.create_task(
-            kopf.operator(
-                registry=registry,
-                settings=kopf_settings,
-                standalone=True,
-                clusterwide=not settings.namespaces,
-                namespaces=settings.namespaces,
-                liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz" if settings.health_port else None,
-            )
-        )
-        done, _ = await asyncio.wait([watching, *work], return_when=asyncio.FIRST_COMPLETED)
-        for task in work:
-            task.cancel()
-        for task in done:
-            task.result()
+    """Operates until a signal ends the watch."""
+    clock = asyncio.get_running_loop().time
+    queue, heartbeat = WorkQueue(clock), Heartbeat(clock, settings.resync_seconds)
+    async with AsyncExitStack() as stack:
+        cluster = await Cluster.connect()
+        stack.push_async_callback(cluster.close)
+        session = await stack.enter_async_context(aiohttp.ClientSession(trust_env=False))
+        await stack.enter_async_context(serving(heartbeat, settings.health_port))
+        reconciler = Reconciler(cluster, session, settings, lambda: datetime.now(UTC))
+        background = [work(queue, reconciler) for _ in range(settings.concurrency)]
+        background.append(resync(queue, cluster, settings, heartbeat.beat))
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in background]
+            await events.watch(queue, settings)
+            for task in tasks:
+                task.cancel()
 
 
-def _handler(reconciler: Reconciler, queue: WorkQueue[Key]) -> Callable[[Key], Awaitable[None]]:
-    async def handle(key: Key) -> None:
-        again = await reconciler.reconcile(key)
-        if again is not None:
-            queue.add_later(key, again)
-
-    return handle
-
-
-async def _relist(reconciler: Reconciler, queue: WorkQueue[Key]) -> None:
-    """Puts every job back now and then: kopf never re-lists on a healthy watch, and an event may be lost."""
-    while True:
-        for namespace in reconciler.settings.namespaces or (None,):
-            try:
-                for job in await reconciler.cluster.list_finetunejobs(namespace):
-                    queue.add((job["metadata"]["namespace"], job["metadata"]["name"]))
-            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                log.warning("listing FineTuneJobs failed, trying again: %s", error)
-        await asyncio.sleep(reconciler.settings.resync_seconds)
-
-
-@asynccontextmanager
-async def _reconciler(settings: Settings) -> AsyncIterator[Reconciler]:
-    cluster = await Cluster.connect()
-    async with aiohttp.ClientSession() as session:
-        try:
-            yield Reconciler(cluster, settings, session)
-        finally:
-            await cluster.close()
-
-
-def _log_error(key: Key, error: Exception) -> None:
-    log.warning("%s/%s: %s: %s; trying again", *key, type(error).__name__, error)
+def main() -> None:
+    """The console script: exit code 0 after a signal, 1 after a failure, 2 for wrong settings."""
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        problems = "; ".join(f"FINETUNE_OPERATOR_{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in error.errors())
+        sys.exit(f"The operator's settings are wrong: {problems}")
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLevelName(settings.log_level)))
+    logger.info("Watching %s", ", ".join(settings.namespaces) or "all namespaces")
+    asyncio.run(run(settings))
 
 
 if __name__ == "__main__":

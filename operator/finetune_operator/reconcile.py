@@ -1,135 +1,181 @@
-"""Reconciles one key: observe (only reads), decide (pure), execute (children, then the status where it differs).
+"""observe -> decide -> execute for one key, and the workers that do it for every key on the queue.
 
-Every step is safe to repeat and the process may end between any two of them. Called by the workers of main.py's queue.
+Each step is crash-safe: what is lost between two of them is found again by the next observation. Makes no decision of its own.
 """
 
+import asyncio
 import logging
-import time
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 import aiohttp
 from finetune_api import names
-from finetune_api.progress import ProgressReport
-from finetune_api.status import FineTuneJobStatus
 
-from finetune_operator.cluster import Cluster
-from finetune_operator.decide import CreateJob, DeleteJob, PatchJob, Plan, decide
-from finetune_operator.observed import TERMINAL, World, owner_uid, stored_status
+from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.decide import (
+    Action,
+    CreateJob,
+    DeleteJob,
+    PatchJob,
+    Plan,
+    WriteStatus,
+    decide,
+    is_unfinished,
+    progress_address,
+    unexplained,
+)
 from finetune_operator.progress import read_progress
 from finetune_operator.settings import Settings
+from finetune_operator.subject import Json, Key, Subject, World, is_being_deleted, is_controlled_by, read_subject
+from finetune_operator.work_queue import WorkQueue
 
-Manifest = dict[str, Any]
-Key = tuple[str, str]
-"""Namespace and name of a FineTuneJob."""
-
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+RECONCILE_SECONDS = 120
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reconciler:
-    """The effects around `decide`.
-
-    Attributes:
-        progress_written: when each key's progress was last stored (monotonic seconds), to keep writes rare.
-    """
+    """What a reconcile needs."""
 
     cluster: Cluster
-    settings: Settings
     session: aiohttp.ClientSession
-    progress_written: dict[Key, float] = field(default_factory=dict)
+    settings: Settings
+    now: Callable[[], datetime]
 
     async def reconcile(self, key: Key) -> float | None:
-        """Brings one FineTuneJob a step further.
+        """One pass over one FineTuneJob.
 
         Returns:
-            Seconds after which it should be looked at again, when that is sooner than the next re-list.
+            Seconds until another look is wanted; None when the next event or resync will do.
+
+        Raises:
+            ApiError: a request was refused; the same pass may succeed later.
         """
-        world = await self.observe(key)
-        if world is None:
-            self.progress_written.pop(key, None)
+        raw = await self.cluster.read_finetunejob(key)
+        if raw is None or is_being_deleted(raw):
             return None
-        plan = decide(world, self.settings, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-        await self.execute(key, world, plan)
-        return self.settings.progress_seconds if _has_running_pod(world) else None
+        subject = read_subject(raw)
+        world = await self._observe(subject)
+        plan = decide(world, self.now(), self.settings)
+        await self._execute(subject, plan)
+        return plan.again_seconds
 
-    async def observe(self, key: Key) -> World | None:
-        """Reads all that a decision may look at; None when the FineTuneJob is gone."""
-        namespace, name = key
-        job = await self.cluster.read_finetunejob(namespace, name)
-        if job is None:
-            return None
-        label, uid = names.job_label(name), job["metadata"]["uid"]
-        listed = await self.cluster.list_jobs(namespace, label)
-        owned = tuple(item for item in listed if owner_uid(item) == uid)
-        uids = {item["metadata"]["uid"] for item in owned}
-        pods = tuple(item for item in await self.cluster.list_pods(namespace, label) if owner_uid(item) in uids)
-        world = World(job, owned, pods=pods)
-        for action in decide(world, self.settings, "1970-01-01T00:00:00Z").actions:
-            if isinstance(action, CreateJob):
-                found = await self.cluster.read_job(namespace, action.manifest["metadata"]["name"])
-                return World(job, owned, found if found and owner_uid(found) != uid else None, pods)
-        return World(job, owned, None, pods, await self._progress(world))
+    async def _observe(self, subject: Subject) -> World:
+        """Jobs before pods: a Job that says it has ended was told so by pods that are at least as old."""
+        if subject.spec is None:
+            return World(subject)
+        namespace, selector = subject.key.namespace, f"{names.LABEL_JOB}={names.job_label(subject.key.name)}"
+        labelled = await self.cluster.list_jobs(namespace, selector)
+        jobs = tuple(job for job in labelled if is_controlled_by(job, subject.uid))
+        if subject.is_latched:
+            return World(subject, jobs)
+        world = World(subject, jobs)
+        if world.current is None:
+            found = await self.cluster.read_job(namespace, subject.run.job_name)
+            ours = found is not None and is_controlled_by(found, subject.uid)
+            # Ours without the label: someone took it off; it is our Job all the same.
+            return replace(world, jobs=(*jobs, found)) if found and ours else replace(world, namesake=found)
+        return await self._observe_pods(world, selector)
 
-    async def execute(self, key: Key, world: World, plan: Plan) -> None:
-        """Does what the plan says: actions in order, then the status."""
-        namespace = key[0]
+    async def _observe_pods(self, world: World, selector: str) -> World:
+        namespace = world.subject.key.namespace
+        owned = {job["metadata"]["uid"] for job in world.jobs}
+        pods = await self.cluster.list_pods(namespace, selector)
+        world = replace(world, pods=tuple(pod for pod in pods if any(is_controlled_by(pod, uid) for uid in owned)))
+        silent = unexplained(world, self.now())
+        if silent:
+            return replace(world, warnings=_newest_first(await self.cluster.list_warnings(namespace, silent)))
+        address = progress_address(world)
+        return replace(world, progress=await read_progress(self.session, address)) if address else world
+
+    async def _execute(self, subject: Subject, plan: Plan) -> None:
         for action in plan.actions:
-            log.info("%s/%s: %s", *key, _describe(action))
-            match action:
-                case CreateJob(manifest):
-                    await self.cluster.create_job(manifest)
-                case PatchJob(name, patch):
-                    await self.cluster.patch_job(namespace, name, patch)
-                case DeleteJob(name, uid):
-                    await self.cluster.delete_job(namespace, name, uid)
-        if plan.status is not None:
-            await self._store(key, world, plan.status)
+            logger.info("%s: %s", subject.key, _summary(action))
+            await self._act(subject, action)
 
-    async def _store(self, key: Key, world: World, status: FineTuneJobStatus) -> None:
-        before, after = stored_status(world.job), status
-        if _only_progress(before, after):
-            if (
-                time.monotonic() - self.progress_written.get(key, -self.settings.progress_write_seconds)
-                < self.settings.progress_write_seconds
-            ):
-                return
-            self.progress_written[key] = time.monotonic()
-        wire = after.model_dump(mode="json", by_alias=True, exclude_none=True)
-        if wire != (world.job.get("status") or {}):
-            await self.cluster.patch_status(world.job, wire)
+    async def _act(self, subject: Subject, action: Action) -> None:
+        namespace = subject.key.namespace
+        match action:
+            case WriteStatus(patch):
+                await self.cluster.patch_status(subject.key, subject.metadata["resourceVersion"], patch)
+            case CreateJob(manifest):
+                await self._create(subject, manifest)
+            case PatchJob(name, patch):
+                await _unless_gone(self.cluster.patch_job(namespace, name, patch))
+            case DeleteJob(name, uid):
+                await _unless_gone(self.cluster.delete_job(namespace, name, uid))
 
-    async def _progress(self, world: World) -> ProgressReport | None:
-        run = stored_status(world.job).run
-        running = _running_pod(world)
-        if running is None or run is None:
-            return None
-        return await read_progress(self.session, running["status"]["podIP"], run.train_digest)
+    async def _create(self, subject: Subject, manifest: Json) -> None:
+        try:
+            await self.cluster.create_job(manifest)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
+            # Another operator was faster, or the last answer was lost: the name holds UID and digest, the owner says the rest.
+            found = await self.cluster.read_job(manifest["metadata"]["namespace"], manifest["metadata"]["name"])
+            if found is None or not is_controlled_by(found, subject.uid):
+                raise
 
 
-def _only_progress(before: FineTuneJobStatus, after: FineTuneJobStatus) -> bool:
-    """Whether nothing but the progress (and the sentence that quotes it) moved, and it had moved before."""
-    if before.progress is None or before == after:
-        return False
-    blank: dict[str, Any] = {"progress": None, "message": "", "conditions": ()}
-    same = before.model_copy(update=blank) == after.model_copy(update=blank)
-    return same and [(item.type, item.status, item.reason) for item in before.conditions] == [
-        (item.type, item.status, item.reason) for item in after.conditions
-    ]
+async def work(queue: WorkQueue, reconciler: Reconciler) -> None:
+    """One worker: takes keys for ever. A failed pass comes back after a backoff and delays no other key."""
+    while True:
+        key = await queue.take()
+        try:
+            async with asyncio.timeout(RECONCILE_SECONDS):
+                again_seconds = await reconciler.reconcile(key)
+        except ApiError as error:
+            _log_failure(key, error, queue.fail(key))
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            _log_failure(key, error, queue.fail(key))
+        except Exception:
+            logger.exception("%s: a defect of the operator; trying again in %.1f s", key, queue.fail(key))
+        else:
+            queue.succeed(key, again_seconds)
 
 
-def _running_pod(world: World) -> Manifest | None:
-    if stored_status(world.job).phase in TERMINAL:
-        return None
-    alive = [pod for pod in world.pods if pod.get("status", {}).get("phase") == "Running" and pod["status"].get("podIP")]
-    return alive[-1] if alive else None
+async def resync(queue: WorkQueue, cluster: Cluster, settings: Settings, attempted: Callable[[], None]) -> None:
+    """Puts every unfinished job back on the queue, again and again: what no event said is seen here."""
+    while True:
+        attempted()
+        try:
+            for namespace in settings.namespaces or ("",):
+                async for raw in cluster.list_finetunejobs(namespace):
+                    if is_unfinished(raw):
+                        queue.add(Key(raw["metadata"]["namespace"], raw["metadata"]["name"]))
+        except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            logger.warning("The FineTuneJobs can't be listed (%s); trying again in %.0f s", error, settings.resync_seconds)
+        await asyncio.sleep(settings.resync_seconds)
 
 
-def _has_running_pod(world: World) -> bool:
-    return _running_pod(world) is not None
+def _newest_first(events: list[Json]) -> tuple[str, ...]:
+    def seen(event: Json) -> str:
+        return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or "")
+
+    return tuple(str(event.get("message") or event.get("reason") or "") for event in sorted(events, key=seen, reverse=True))
 
 
-def _describe(action: CreateJob | PatchJob | DeleteJob) -> str:
-    name = action.manifest["metadata"]["name"] if isinstance(action, CreateJob) else action.name
-    return f"{type(action).__name__} {name}"
+async def _unless_gone(request: Awaitable[None]) -> None:
+    try:
+        await request
+    except ApiError as error:
+        if error.status != 404:
+            raise
+
+
+def _summary(action: Action) -> str:
+    match action:
+        case WriteStatus(patch):
+            return f"status {patch.get('phase', 'updated')}"
+        case CreateJob(manifest):
+            return f"create Job {manifest['metadata']['name']}"
+        case PatchJob(name, patch):
+            return f"patch Job {name}: {patch}"
+        case DeleteJob(name, _):
+            return f"delete Job {name}"
+
+
+def _log_failure(key: Key, error: BaseException, backoff_seconds: float) -> None:
+    level = logging.INFO if isinstance(error, ApiError) and error.status == 409 else logging.WARNING
+    logger.log(level, "%s: %s: %s; trying again in %.1f s", key, type(error).__name__, error, backoff_seconds)

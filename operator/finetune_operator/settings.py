@@ -1,43 +1,40 @@
-"""The administrator's settings, from environment variables FINETUNE_OPERATOR_*; the Helm chart sets them from its values."""
+"""What the administrator decides, read once from the environment (FINETUNE_OPERATOR_*) by main.py. No I/O beyond that."""
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """Everything that the operator can be told."""
+    """The operator's settings; lists and maps are written as JSON."""
 
     model_config = SettingsConfigDict(env_prefix="FINETUNE_OPERATOR_", frozen=True)
 
     trainer_image: str = "finetune-trainer:0.1.0"
-    """Image of training pods, unless a job names another that is allowed."""
-
-    trainer_env: dict[str, str] = Field(default_factory=dict)
-    """Environment of every training pod, such as HF_ENDPOINT for a mirror of the Hub. Never credentials."""
-
+    """Image of training pods whose spec names none."""
+    trainer_env: dict[str, str] = {}
+    """Environment of every training pod, such as HF_ENDPOINT. Never credentials."""
     namespaces: tuple[str, ...] = ()
-    """Namespaces that are watched; empty means all."""
-
+    """Namespaces that are watched. Empty: all."""
     allowed_images: tuple[str, ...] = ()
-    """Shell-style patterns of what spec.pod.image may be; empty allows none but the default."""
-
+    """Shell-style patterns of images that spec.pod.image may name."""
     allowed_service_accounts: tuple[str, ...] = ()
-    """Shell-style patterns of what spec.pod.serviceAccountName may be; empty allows none but the namespace's default."""
+    """Shell-style patterns of what spec.pod.serviceAccountName may name."""
+    resync_seconds: Annotated[float, Field(gt=0)] = 60
+    """Every so often each unfinished job is looked at again, whether or not an event came."""
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    """Jobs that are worked on at the same time."""
+    health_port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    """Port of /healthz."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least important lines that are logged."""
 
-    resync_seconds: float = 60
-    """How often every unfinished job is looked at again, whether anything was heard of it or not."""
+    def allows_image(self, image: str) -> bool:
+        """Whether a job may name this image; none, or the operator's own, is always allowed."""
+        return image in ("", self.trainer_image) or any(fnmatchcase(image, pattern) for pattern in self.allowed_images)
 
-    progress_seconds: float = 3
-    """How often a running trainer is asked for its progress."""
-
-    progress_write_seconds: float = 10
-    """The least time between two status writes of one job that only move its progress."""
-
-    workers: int = 8
-    """Jobs that are reconciled at the same time."""
-
-    health_port: int = 8080
-    """Port of /healthz on every interface; 0 serves none."""
-
-    log_level: str = "INFO"
-    """DEBUG, INFO, WARNING or ERROR."""
+    def allows_service_account(self, name: str) -> bool:
+        """Whether a job may name this service account; none is always allowed."""
+        return not name or any(fnmatchcase(name, pattern) for pattern in self.allowed_service_accounts)

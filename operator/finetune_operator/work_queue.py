@@ -1,78 +1,93 @@
-"""A queue of keys: one pending entry a key, one worker a key at a time, jittered exponential backoff. Knows nothing of Kubernetes.
+"""Which job is looked at next: one pending entry a key, a delay or a jittered backoff before it, never two workers on one key.
 
-Events and timers put keys in; reconcile.py takes them out. A key that is put in while it is worked on is worked on once more.
+events.py and the resync add keys, the workers of reconcile.py take them. Time comes from outside, so tests need no waiting.
 """
 
 import asyncio
+import heapq
 import random
-from collections.abc import Awaitable, Callable, Hashable
-from typing import Generic, TypeVar
+from collections.abc import Callable
 
-Key = TypeVar("Key", bound=Hashable)
+from finetune_operator.subject import Key
 
-_FIRST_BACKOFF_SECONDS = 0.5
-_LONGEST_BACKOFF_SECONDS = 60.0
-
-
-def backoff_seconds(failures: int, jitter: float) -> float:
-    """Seconds to wait after so many failures in a row.
-
-    Args:
-        failures: 1 or more.
-        jitter: 0 to 1; half of the wait is spread by it, so that keys that failed together don't come back together.
-    """
-    full = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 16))
-    return full * (0.5 + 0.5 * jitter)
+FIRST_BACKOFF_SECONDS = 0.5
+LAST_BACKOFF_SECONDS = 60.0
 
 
-class WorkQueue(Generic[Key]):
-    """Keys that wait, keys that are worked on, and keys that come back later."""
+class WorkQueue:
+    """Keys and when each is due."""
 
-    def __init__(self) -> None:
-        self._ready: asyncio.Queue[Key] = asyncio.Queue()
-        self._waiting: set[Key] = set()
-        self._working: set[Key] = set()
-        self._again: set[Key] = set()
+    def __init__(self, clock: Callable[[], float], jitter: Callable[[], float] = random.random) -> None:
+        self._clock = clock
+        self._jitter = jitter
+        self._due: dict[Key, float] = {}
+        self._heap: list[tuple[float, Key]] = []
+        self._active: set[Key] = set()
         self._failures: dict[Key, int] = {}
-        self._timers: dict[Key, asyncio.TimerHandle] = {}
+        self._changed = asyncio.Event()
 
-    def add(self, key: Key) -> None:
-        """The key is to be looked at as soon as a worker is free."""
-        if key in self._working:
-            self._again.add(key)
-        elif key not in self._waiting:
-            self._waiting.add(key)
-            self._ready.put_nowait(key)
+    def __len__(self) -> int:
+        return len(self._due)
 
-    def add_later(self, key: Key, seconds: float) -> None:
-        """The key is to be looked at after a while; an earlier appointment is kept."""
-        loop = asyncio.get_running_loop()
-        known = self._timers.get(key)
-        if known is not None and not known.cancelled() and known.when() <= loop.time() + seconds:
+    def add(self, key: Key, delay_seconds: float = 0.0) -> None:
+        """Makes a key due after the delay, or earlier when it already is."""
+        due = self._clock() + delay_seconds
+        if key in self._due and self._due[key] <= due:
             return
-        if known is not None:
-            known.cancel()
-        self._timers[key] = loop.call_later(seconds, self._due, key)
+        self._due[key] = due
+        if key not in self._active:
+            heapq.heappush(self._heap, (due, key))
+            self._changed.set()
 
-    async def work(self, handle: Callable[[Key], Awaitable[None]], on_error: Callable[[Key, Exception], None]) -> None:
-        """Takes keys for ever; a key whose handling raises comes back after its backoff, and never stops the others."""
+    def poll(self) -> tuple[Key | None, float | None]:
+        """(a key that is due, None) or (None, seconds until one is; None when nothing waits). The key counts as being worked on."""
+        while self._heap:
+            due, key = self._heap[0]
+            if key in self._active or self._due.get(key) != due:
+                heapq.heappop(self._heap)
+                continue
+            wait_seconds = due - self._clock()
+            if wait_seconds > 0:
+                return None, wait_seconds
+            heapq.heappop(self._heap)
+            del self._due[key]
+            self._active.add(key)
+            return key, None
+        return None, None
+
+    async def take(self) -> Key:
+        """The next key that is due; waits for one."""
         while True:
-            key = await self._ready.get()
-            self._waiting.discard(key)
-            self._working.add(key)
+            key, wait_seconds = self.poll()
+            if key is not None:
+                self._changed.set()
+                return key
+            self._changed.clear()
             try:
-                await handle(key)
-                self._failures.pop(key, None)
-            except Exception as error:  # noqa: BLE001 whatever one object does, the next one is handled
-                on_error(key, error)
-                self._failures[key] = self._failures.get(key, 0) + 1
-                self.add_later(key, backoff_seconds(self._failures[key], random.random()))  # noqa: S311 jitter, not a secret
-            finally:
-                self._working.discard(key)
-                if key in self._again:
-                    self._again.discard(key)
-                    self.add(key)
+                async with asyncio.timeout(wait_seconds):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
 
-    def _due(self, key: Key) -> None:
-        self._timers.pop(key, None)
-        self.add(key)
+    def succeed(self, key: Key, again_seconds: float | None = None) -> None:
+        """The work on a key is done; `again_seconds` asks for another look."""
+        self._failures.pop(key, None)
+        self._release(key)
+        if again_seconds is not None:
+            self.add(key, again_seconds)
+
+    def fail(self, key: Key) -> float:
+        """The work on a key failed: it comes back after a backoff, which is returned in seconds, or when an event names it."""
+        failures = self._failures.get(key, 0)
+        self._failures[key] = failures + 1
+        backoff_seconds = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 10), LAST_BACKOFF_SECONDS) * (0.5 + self._jitter() / 2)
+        self._due.pop(key, None)
+        self._release(key)
+        self.add(key, backoff_seconds)
+        return backoff_seconds
+
+    def _release(self, key: Key) -> None:
+        self._active.discard(key)
+        if key in self._due:
+            heapq.heappush(self._heap, (self._due[key], key))
+            self._changed.set()

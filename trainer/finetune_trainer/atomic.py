@@ -19,8 +19,8 @@ def folder(target: Path) -> Iterator[Path]:
     yield partial
     for path in partial.rglob("*"):
         if path.is_file():
-            _sync(path)
-    _sync(partial)
+            sync(path)
+    sync(partial)
     if target.exists():
         older = target.with_name(f".{target.name}.replaced")
         shutil.rmtree(older, ignore_errors=True)
@@ -29,7 +29,7 @@ def folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(older, ignore_errors=True)
     else:
         partial.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -37,11 +37,12 @@ def write_text(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    _sync(partial)
+    sync(partial)
     partial.replace(target)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has a file's content, or a folder's list of names, written to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

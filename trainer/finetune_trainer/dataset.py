@@ -1,10 +1,10 @@
-"""Reads JSON Lines into examples: which text is shown, and which of it is trained. Pure, without torch and without a tokenizer's weights.
+"""Reads JSON Lines and checks every row: its form, its columns, their types. Pure, without torch. Every mistake names its line.
 
-Preflight calls `read_rows` (before anything expensive), stages/data.py calls `render`. Every mistake names its line.
+Called by preflight (before anything expensive) and by stages/data.py; rendering.py makes text of the rows.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,6 @@ from typing import Any, Literal
 from finetune_trainer.errors import DataError
 
 Form = Literal["chat", "prompt-completion", "instruction", "text"]
-Render = Callable[[list[dict[str, str]], bool], str]
 
 _COLUMNS: dict[Form, tuple[str, ...]] = {
     "chat": ("messages",),
@@ -38,14 +37,6 @@ class Dataset:
     rows: tuple[Row, ...]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A piece of an example's text; only trained pieces count in the loss."""
-
-    text: str
-    trained: bool
-
-
 def read_rows(path: Path, name: str, wanted: str = "auto") -> Dataset:
     """Reads and checks every line.
 
@@ -66,37 +57,6 @@ def read_rows(path: Path, name: str, wanted: str = "auto") -> Dataset:
     return Dataset(form, tuple(values))
 
 
-def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -> list[Segment]:
-    """The text of a row, in pieces.
-
-    Args:
-        row: a checked row.
-        form: its form.
-        template: renders messages (with a generation prompt or without) as the model's chat template does; None when it has none.
-        eos: the end-of-sequence token, which is always trained.
-        name: how messages call the dataset.
-
-    Raises:
-        DataError: chat rows for a model without a chat template, or a template that rewrites earlier turns.
-    """
-    if form == "text":
-        return [Segment(row.values["text"] + eos, trained=True)]
-    if form == "prompt-completion" and isinstance(row.values["prompt"], str):
-        return [Segment(row.values["prompt"], trained=False), Segment(row.values["completion"] + eos, trained=True)]
-    if form == "instruction" and template is None:
-        return _plain_instruction(row, eos)
-    if template is None:
-        raise DataError(
-            f"{name} holds conversations, but the model has no chat template; use an instruction-tuned model, or prompt and completion columns."
-        )
-    return _conversation(row, _messages(row, form), template, eos, name)
-
-
-def preview(segments: Iterable[Segment]) -> str:
-    """The text of an example with what is trained between ⟦ and ⟧."""
-    return "".join(f"⟦{segment.text}⟧" if segment.trained else segment.text for segment in segments)
-
-
 def _parse_lines(path: Path, name: str) -> Iterable[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -108,13 +68,25 @@ def _parse_lines(path: Path, name: str) -> Iterable[Row]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{name}, line {number} is not JSON ({error}); a dataset holds one JSON object a line.") from error
+        if "\\ud" in line.lower() and not _is_text(value):
+            raise DataError(
+                f"{name}, line {number} holds half of a surrogate pair (\\ud...), which is no text; save the row as UTF-8 again."
+            )
         if not isinstance(value, dict):
             raise DataError(
                 f'{name}, line {number} is a JSON {type(value).__name__}, but a row is an object such as {{"prompt": ..., "completion": ...}}.'
             )
         yield Row(number, value)
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _detect(row: Row, name: str) -> Form:
@@ -163,39 +135,3 @@ def _check_messages(messages: Any, row: Row, name: str, column: str) -> None:
         raise DataError(
             f"{name}, line {row.line}: {column!r} has no assistant turn, so there is nothing to learn from it; add one or drop the row."
         )
-
-
-def _messages(row: Row, form: Form) -> list[dict[str, str]]:
-    if form == "chat":
-        return list(row.values["messages"])
-    if form == "prompt-completion":
-        return [*row.values["prompt"], *row.values["completion"]]
-    question = "\n\n".join(part for part in (row.values["instruction"], row.values.get("input")) if part)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": row.values["output"]}]
-
-
-def _plain_instruction(row: Row, eos: str) -> list[Segment]:
-    extra = f"\n\n### Input:\n{row.values['input']}" if row.values.get("input") else ""
-    return [
-        Segment(f"### Instruction:\n{row.values['instruction']}{extra}\n\n### Response:\n", trained=False),
-        Segment(row.values["output"] + eos, trained=True),
-    ]
-
-
-def _conversation(row: Row, messages: list[dict[str, str]], template: Render, eos: str, name: str) -> list[Segment]:
-    """Every assistant turn is trained, up to and with its end-of-sequence token; what the template adds around it is not."""
-    segments: list[Segment] = []
-    done = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        asked, answered = template(messages[:index], True), template(messages[: index + 1], False)
-        if not asked.startswith(done) or not answered.startswith(asked):
-            raise DataError(
-                f"{name}, line {row.line}: the model's chat template rewrites earlier turns; keep one assistant turn in each row."
-            )
-        turn, end, rest = answered[len(asked) :].partition(eos)
-        segments += [Segment(asked[len(done) :], trained=False), Segment(turn + eos, trained=True)]
-        segments += [Segment(rest, trained=False)] if end and rest else []
-        done = answered
-    return segments

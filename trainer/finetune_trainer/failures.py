@@ -1,19 +1,43 @@
-"""Turns any exception into a typed failure with a sentence: full disks, lost memory, and what nobody foresaw. Used by pipeline.py and cli.py."""
+"""Turns any exception into a typed failure with a sentence: full disks, lost memory, and what nobody foresaw.
+
+Used by pipeline.py and cli.py; load.py asks it which errors speak of memory and not of the model.
+"""
 
 import errno
 
 from finetune_trainer.errors import CapacityError, FineTuneError, InfrastructureError
+
+DEBUG_LOG = "debug.log"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def classify(error: BaseException) -> FineTuneError:
     """The failure as one of errors.py's; what was typed already stays as it is."""
     if isinstance(error, FineTuneError):
         return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return CapacityError("Out of memory; lower training.maxLength or lora.rank, use dtype bfloat16, or give the job more memory.")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CapacityError(f"No space is left on the disk while writing {error.filename or 'a file'}; free some, or raise storage.workspace.size.")
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return CapacityError(f"{error.filename or 'A file'} may not be written ({error.strerror}); mend its permissions or choose another --workdir.")
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    return InfrastructureError(f"Unexpected {type(error).__name__}: {first or 'no message'}. The whole traceback is in the debug log; please report it.")
+    if isinstance(error, OSError) and error.errno in _FULL:
+        place = error.filename or "a file"
+        return CapacityError(f"No space is left on the disk while writing {place}; free some, or raise storage.workspace.size.")
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        place = error.filename or "A file"
+        return CapacityError(f"{place} may not be written ({error.strerror}); mend its permissions or choose another --workdir.")
+    if "No space left on device" in str(error):  # safetensors and tokenizers bring the system's words, but no number
+        return CapacityError("No space is left on the disk; free some, or raise storage.workspace.size.")
+    return InfrastructureError(
+        f"Unexpected {type(error).__name__}: {first_line(error) or 'no message'}. "
+        f"The traceback is in {DEBUG_LOG} in the working directory (or set FINETUNE_DEBUG=1); please report it."
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on the GPU (by name, since torch may not be loaded)."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of what a library says, short enough for a sentence."""
+    return (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 import torch
+from finetune_api import names
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -16,8 +17,6 @@ from finetune_trainer.qat.export import plain_model, trained_digests
 from finetune_trainer.qat.prepare import fake_quantization
 from finetune_trainer.stages.train import Trained
 
-REFERENCE = "reference.safetensors"
-EXPECTED = "expected.json"
 _ROWS, _TOKENS = 2, 32
 
 
@@ -66,8 +65,8 @@ def write_reference(ctx: RunContext, trained: Trained) -> None:
         "dtype": str(trained.model.dtype).removeprefix("torch."),
     }
     with atomic.folder(ctx.proof) as folder:
-        save_file({"input_ids": input_ids, "attention_mask": attention_mask, "logits": logits}, folder / REFERENCE)
-        (folder / EXPECTED).write_text(json.dumps(expected, indent=1))
+        save_file({"input_ids": input_ids, "attention_mask": attention_mask, "logits": logits}, folder / names.PROOF_REFERENCE)
+        (folder / names.PROOF_EXPECTED).write_text(json.dumps(expected, indent=1))
 
 
 def reference_batch(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:

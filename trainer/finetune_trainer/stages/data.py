@@ -3,18 +3,22 @@
 The rows themselves are read and checked in dataset.py. Works on the CPU with the tokenizer alone.
 """
 
+import hashlib
 import math
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2.exceptions import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer import dataset, sources
+from finetune_trainer import dataset, rendering, sources
 from finetune_trainer.context import RunContext
-from finetune_trainer.dataset import Dataset, Form, Segment
+from finetune_trainer.dataset import Dataset, Form
 from finetune_trainer.errors import DataError
+from finetune_trainer.rendering import Messages, Render, Segment, TemplateError
 
 IGNORED = -100
 
@@ -40,6 +44,7 @@ class Data:
         dropped: rows whose completion was wholly cut off by maxLength.
         form: the form of the rows.
         resolved: the source with its digest, version or commit.
+        held_out_resolved: likewise of held-out data that has a source of its own; else empty.
         preview: the first example, with what is trained between ⟦ and ⟧.
     """
 
@@ -48,7 +53,16 @@ class Data:
     dropped: int
     form: Form
     resolved: str
+    held_out_resolved: str
     preview: str
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits over all token ids and labels, in order."""
+        hashed = hashlib.sha256()
+        for example in (*self.train, Example((), ()), *self.held_out):
+            hashed.update(array("q", (len(example.input_ids), *example.input_ids, *example.labels)).tobytes())
+        return hashed.hexdigest()
 
 
 def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -72,13 +86,13 @@ def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
         ctx.reporter.note(
             f"{dropped} rows were dropped: nothing of their completion fits into training.maxLength ({ctx.spec.training.max_length} tokens)."
         )
-    shown = dataset.preview(dataset.render(rows.rows[0], rows.form, _template(tokenizer), _eos(tokenizer), spec.source))
+    shown = rendering.preview(rendering.render(rows.rows[0], rows.form, _template(tokenizer), _eos(tokenizer), spec.source))
     ctx.reporter.note(f"First example, what is trained between ⟦ and ⟧:\n{shown[:2000]}")
-    return Data(train, held_out, dropped, rows.form, fetched.resolved, shown)
+    return Data(train, held_out, dropped, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", shown)
 
 
 def split(examples: Sequence[Example], percent: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """(train, held out): `percent` of the examples drawn with the seed, at least one of two or more."""
+    """(train, held out): `percent` (at most 50) of the examples drawn with the seed, at least one of two or more; train is never empty."""
     count = math.ceil(len(examples) * percent / 100) if len(examples) > 1 else 0
     chosen = set(random.Random(seed).sample(range(len(examples)), count))  # noqa: S311 reproducible, not secret
     train = tuple(example for index, example in enumerate(examples) if index not in chosen)
@@ -93,19 +107,28 @@ def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, ma
     """
     input_ids: list[int] = [tokenizer.bos_token_id] if bos else []
     labels: list[int] = [IGNORED] * len(input_ids)
+    text = ""
     for segment in segments:
-        tokens = tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+        text += segment.text
+        whole = input_ids[: int(bos)] + tokenizer(text, add_special_tokens=False)["input_ids"]
+        # A tokenizer may treat the beginning of a text in its own way, so the whole is tokenized; the piece alone only where a token
+        # reaches across its border, since at inference the prompt ends there.
+        fits = whole[: len(input_ids)] == input_ids
+        tokens = whole[len(input_ids) :] if fits else tokenizer(segment.text, add_special_tokens=False)["input_ids"]
         input_ids += tokens
         labels += tokens if segment.trained else [IGNORED] * len(tokens)
     return Example(tuple(input_ids[:max_length]), tuple(labels[:max_length]))
 
 
 def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[tuple[Example, ...], int]:
-    template, eos = _template(tokenizer), _eos(tokenizer)
-    chat = rows.form == "chat" or (template is not None and rows.form == "instruction")
-    bos = not chat and _adds_bos(tokenizer)
+    template, eos, adds_bos = _template(tokenizer), _eos(tokenizer), _adds_bos(tokenizer)
     max_length = ctx.spec.training.max_length
-    made = [tokenize(dataset.render(row, rows.form, template, eos, name), tokenizer, max_length, bos=bos) for row in rows.rows]
+
+    def example(row: dataset.Row) -> Example:
+        bos = adds_bos and not rendering.is_conversation(row, rows.form, has_template=template is not None)
+        return tokenize(rendering.render(row, rows.form, template, eos, name), tokenizer, max_length, bos=bos)
+
+    made = [example(row) for row in rows.rows]
     kept = tuple(example for example in made if example.trained_tokens)
     if not kept:
         raise DataError(
@@ -114,12 +137,15 @@ def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase
     return kept, len(made) - len(kept)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> dataset.Render | None:
+def _template(tokenizer: PreTrainedTokenizerBase) -> Render | None:
     if not tokenizer.chat_template:
         return None
 
-    def render(messages: list[dict[str, str]], generation_prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+    def render(messages: Messages, generation_prompt: bool) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+        except (JinjaError, TypeError) as error:
+            raise TemplateError(str(error)) from error
 
     return render
 

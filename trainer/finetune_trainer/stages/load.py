@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetune_api.job import JobDescription
 from finetune_api.spec import LoraSpec
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from finetune_trainer import sources
 from finetune_trainer.context import RunContext
+from finetune_trainer.destinations.model_card import base_model
 from finetune_trainer.errors import DataError, SpecError
+from finetune_trainer.failures import first_line, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,6 @@ class Loaded:
 
     Attributes:
         resolved: the source with its commit or version.
-        bytes: size of the base weights as loaded.
     """
 
     model: PeftModel
@@ -32,17 +35,29 @@ class Loaded:
     resolved: str
 
 
-def run(ctx: RunContext) -> Loaded:
-    """Fetches and loads.
+def tokenizer_of(ctx: RunContext) -> PreTrainedTokenizerBase:
+    """Fetches the model and loads its tokenizer alone, so that the data can be looked at before the weights are loaded.
+
+    Raises:
+        AccessError, DataError, InfrastructureError, SpecError: one sentence each.
+    """
+    folder, allowed = sources.fetch_model(ctx).path, ctx.spec.model.trust_remote_code
+    _require_own_code_allowed(folder, trust_remote_code=allowed)
+    return load_tokenizer(folder, trust_remote_code=allowed)
+
+
+def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    """Loads the weights and adds the adapter.
 
     Raises:
         AccessError, DataError, InfrastructureError, SpecError: one sentence each.
     """
     fetched = sources.fetch_model(ctx)
     set_seed(ctx.spec.training.seed)
-    tokenizer = load_tokenizer(fetched.path, trust_remote_code=ctx.spec.model.trust_remote_code)
     base = load_base(fetched.path, ctx.spec.model.dtype, trust_remote_code=ctx.spec.model.trust_remote_code)
-    return Loaded(add_adapter(base, ctx.spec.lora), tokenizer, fetched.resolved)
+    size, dtype = base.num_parameters() / 1e6, str(base.dtype).removeprefix("torch.")
+    ctx.reporter.note(f"Loaded {size:,.0f} million parameters as {dtype} on the {base.device.type.upper()}.")
+    return Loaded(add_adapter(base, ctx.spec.lora, published_base(ctx.job)), tokenizer, fetched.resolved)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -54,8 +69,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise DataError(
-            f"The tokenizer in {folder} does not load ({_first_line(error)}); the folder needs the files that save_pretrained writes."
+            f"The tokenizer in {folder} does not load ({first_line(error)}); the folder needs the files that save_pretrained writes."
         ) from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
@@ -70,26 +87,31 @@ def load_base(folder: Path, dtype: str, *, trust_remote_code: bool) -> PreTraine
         DataError: no such architecture, a damaged file, or weights that are missing.
         SpecError: it needs code of its own and the spec does not allow that.
     """
-    _require_own_code_allowed(folder, trust_remote_code=trust_remote_code)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise DataError(
-            f"The model in {folder} does not load ({_first_line(error)}); it needs config.json and safetensors of a causal language model."
+            f"The model in {folder} does not load ({first_line(error)}); it needs config.json and safetensors of a causal language model."
         ) from error
-    if info["missing_keys"]:
-        raise DataError(
-            f"The model in {folder} lacks {len(info['missing_keys'])} weights, the first is {sorted(info['missing_keys'])[0]}; download it again."
-        )
+    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if lacking:
+        raise DataError(f"The model in {folder} lacks {len(lacking)} weights, the first is {lacking[0]}; download it again.")
     return model.to(device)
 
 
-def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
+def add_adapter(base: PreTrainedModel, lora: LoraSpec, published_base: str) -> PeftModel:
     """The base model with a LoRA adapter: A random, B zero, no dropout.
+
+    Args:
+        base: the model.
+        lora: rank, scale and target modules.
+        published_base: what the adapter's config names as its base model.
 
     Raises:
         SpecError: a target module that the model does not have.
@@ -105,7 +127,14 @@ def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config)
+    model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = published_base
+    return model
+
+
+def published_base(job: JobDescription) -> str:
+    """The base model's name for whoever loads the adapter elsewhere: on the Hub, or else the source as written, never a path of a cache."""
+    return base_model(job) or job.spec.model.source.removeprefix("file://")
 
 
 def _require_targets(base: PreTrainedModel, targets: list[str]) -> None:
@@ -119,12 +148,11 @@ def _require_targets(base: PreTrainedModel, targets: list[str]) -> None:
 
 
 def _require_own_code_allowed(folder: Path, *, trust_remote_code: bool) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{folder / 'config.json'} is not a JSON object ({first_line(error)}); download the model again.") from error
     if config.get("auto_map") and not trust_remote_code:
         raise SpecError(
             f"The model in {folder} brings Python code of its own (auto_map in config.json); set spec.model.trustRemoteCode to true if you trust it."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

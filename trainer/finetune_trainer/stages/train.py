@@ -105,7 +105,9 @@ def require_known_tokens(loaded: Loaded, data: Data) -> None:
     known = loaded.model.get_input_embeddings().num_embeddings
     largest = max(max(example.input_ids) for example in (*data.train, *data.held_out))
     if largest >= known:
-        raise DataError(f"The tokenizer makes token {largest}, but the model knows {known} tokens only; use the tokenizer that belongs to the model.")
+        raise DataError(
+            f"The tokenizer makes token {largest}, but the model knows {known} tokens only; use the tokenizer that belongs to the model."
+        )
 
 
 def _prepare(ctx: RunContext, loaded: Loaded, data: Data) -> Prepared | None:

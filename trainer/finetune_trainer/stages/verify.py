@@ -11,9 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_api import names
+
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import ProofError
-from finetune_trainer.stages.convert import EXPECTED, REFERENCE
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def run(ctx: RunContext) -> Proof:
         ProofError: it does not load, or differs; the sentence names the first weight or the difference.
     """
     measured = _measure(ctx.quantized, ctx.proof)
-    expected = json.loads((ctx.proof / EXPECTED).read_text())["weights"]
+    expected = json.loads((ctx.proof / names.PROOF_EXPECTED).read_text())["weights"]
     differing = sorted(name for name in expected.keys() | measured["weights"].keys() if expected.get(name) != measured["weights"].get(name))
     proof = Proof(
         weights_equal=not differing,
@@ -69,7 +70,8 @@ def _require(proof: Proof, differing: list[str]) -> None:
 
 
 def _measure(folder: Path, proof: Path) -> dict:
-    command = [sys.executable, "-m", "finetune_trainer.stages.verify_folder", str(folder), str(proof / REFERENCE), str(proof / EXPECTED)]
+    recorded = [str(proof / name) for name in (names.PROOF_REFERENCE, names.PROOF_EXPECTED)]
+    command = [sys.executable, "-m", "finetune_trainer.stages.verify_folder", str(folder), *recorded]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_clean_environment())
     if done.returncode:
         (proof / "verify.log").write_text(done.stderr)

@@ -1,0 +1,49 @@
+"""The pods of a run as a bounded list, and the GPU time they took. Pure; used by observed.py."""
+
+from datetime import datetime
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Attempt
+
+from finetune_operator.diagnosis import container_state, ending_of, is_ended
+from finetune_operator.subject import Json
+
+KEPT = 10
+
+
+def merge_attempts(stored: tuple[Attempt, ...], pods: tuple[Json, ...], spec: FineTuneJobSpec) -> tuple[Attempt, ...]:
+    """The last 10 pods that started, oldest first; what is known of a pod that is gone stays."""
+    merged = {attempt.pod_uid: attempt for attempt in stored}
+    for pod in pods:
+        attempt = _attempt(pod, spec)
+        if attempt and not _is_over(merged.get(attempt.pod_uid)):
+            merged[attempt.pod_uid] = attempt
+    ordered = sorted(merged.values(), key=lambda attempt: (attempt.start or attempt.end or "", attempt.pod_uid))
+    return tuple(ordered[-KEPT:])
+
+
+def added_gpu_seconds(stored: tuple[Attempt, ...], merged: tuple[Attempt, ...], gpus: int) -> int:
+    """GPU seconds of the attempts whose end is news; a pod that nobody saw end is not counted."""
+    counted = {attempt.pod_uid for attempt in stored if _is_over(attempt)}
+    return gpus * sum(_seconds(attempt) for attempt in merged if _is_over(attempt) and attempt.pod_uid not in counted)
+
+
+def _is_over(attempt: Attempt | None) -> bool:
+    return attempt is not None and attempt.end is not None
+
+
+def _attempt(pod: Json, spec: FineTuneJobSpec) -> Attempt | None:
+    running, terminated = container_state(pod, "running"), container_state(pod, "terminated")
+    uid = str(pod["metadata"]["uid"])
+    if terminated and is_ended(pod):
+        ending = ending_of(pod, spec)
+        end = terminated.get("finishedAt") or terminated.get("startedAt")
+        return Attempt(pod_uid=uid, start=terminated.get("startedAt"), end=end, exit_code=ending.exit_code, reason=ending.reason)
+    started = (running or terminated or {}).get("startedAt")
+    return Attempt(pod_uid=uid, start=started) if started else None
+
+
+def _seconds(attempt: Attempt) -> int:
+    if attempt.start is None or attempt.end is None:
+        return 0
+    return max(0, int((datetime.fromisoformat(attempt.end) - datetime.fromisoformat(attempt.start)).total_seconds()))

@@ -1,0 +1,137 @@
+"""Reads one pod: how it ended, or why it is not running yet, as a reason and a sentence with the mend. Pure; used by observed.py.
+
+What the container wrote is untrusted: parsed strictly, cleaned, shortened. The exit code is the kubelet's word and wins over it.
+"""
+
+from dataclasses import dataclass
+
+from finetune_api import names
+from finetune_api.exits import OOM_KILLED, REASONS, ExitCode
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.termination import TerminationMessage, parse
+
+from finetune_operator.redaction import clean
+from finetune_operator.subject import Json, condition_of
+
+_UNSTARTED = {"ContainerCreating", "PodInitializing"}
+_IMAGE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable"}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a pod ended.
+
+    Attributes:
+        reason: CamelCase, as in conditions and attempts.
+        sentence: for status.message.
+        exit_code: None when the container never ran.
+        said: the trainer's last words, where they are a termination message.
+    """
+
+    reason: str
+    sentence: str
+    exit_code: int | None
+    said: TerminationMessage | None
+
+
+def container_status(pod: Json) -> Json:
+    """The kubelet's view of the trainer's container; empty before there is one."""
+    statuses = (pod.get("status") or {}).get("containerStatuses") or ()
+    return next((dict(item) for item in statuses if item.get("name") == names.CONTAINER), {})
+
+
+def container_state(pod: Json, state: str) -> Json | None:
+    """The `running`, `waiting` or `terminated` state of the trainer's container, when it is in it."""
+    found = (container_status(pod).get("state") or {}).get(state)
+    return dict(found) if found is not None else None
+
+
+def is_ended(pod: Json) -> bool:
+    """Whether the pod will run no more."""
+    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+
+
+def ending_of(pod: Json, spec: FineTuneJobSpec) -> Ending:
+    """How an ended pod ended."""
+    terminated = container_state(pod, "terminated") or {}
+    text = str(terminated.get("message") or "")
+    said = parse(text)
+    exit_code = terminated.get("exitCode")
+    code = int(exit_code) if exit_code is not None else None
+    status = pod.get("status") or {}
+    disruption = condition_of(pod, "DisruptionTarget")
+    if code == ExitCode.SUCCEEDED and status.get("phase") == "Succeeded":
+        return Ending("Succeeded", "", code, said)
+    if status.get("reason") == "Evicted":
+        return Ending("Evicted", _evicted(str(status.get("message") or "")), code, said)
+    if disruption:
+        return Ending(
+            "Disrupted", f"The pod was disrupted ({_disruption(disruption)}); the run continues from its last checkpoint.", code, said
+        )
+    if terminated.get("reason") == "OOMKilled" or code == OOM_KILLED:
+        return Ending("OOMKilled", _out_of_memory(terminated, said, spec), code, said)
+    return Ending(_reason(code, terminated), _sentence(code, said, text, status), code, said)
+
+
+def waiting_sentence(pod: Json, warnings: tuple[str, ...]) -> tuple[str, str]:
+    """(reason, sentence) of a pod that has not started."""
+    waiting = container_state(pod, "waiting") or {}
+    reason, detail = str(waiting.get("reason") or ""), clean(str(waiting.get("message") or ""), 600)
+    if reason in _IMAGE:
+        image = (pod["spec"]["containers"] or [{}])[0].get("image", "")
+        return "ImagePullFailed", clean(
+            f"The image {image} can't be pulled ({reason}): {detail or 'no reason given'}; correct the image or spec.pod.imagePullSecrets."
+        )
+    if reason and reason not in _UNSTARTED:
+        return reason, clean(f"The pod can't start ({reason}): {detail or 'no reason given'}.")
+    unscheduled = _condition(pod, "PodScheduled", "False")
+    if unscheduled:
+        said = clean(str(unscheduled.get("message") or "no node is named yet"), 700).rstrip(".")
+        return "Unschedulable", clean(f"No node can take the pod: {said}; lower spec.resources, correct spec.scheduling, or wait.")
+    if warnings:
+        return "ContainerCreating", clean(f"The pod can't start yet: {clean(warnings[0], 800)}")
+    return "ContainerCreating", "The pod is starting."
+
+
+def _condition(pod: Json, kind: str, status: str) -> Json | None:
+    conditions = (pod.get("status") or {}).get("conditions") or ()
+    return next((item for item in conditions if item.get("type") == kind and item.get("status") == status), None)
+
+
+def _evicted(message: str) -> str:
+    mend = "raise storage.workspace.size" if "EmptyDir" in message else "ask for more space or memory, or another node"
+    return clean(f"The pod was evicted: {clean(message, 600).rstrip('.') or 'no reason given'}; {mend}.")
+
+
+def _disruption(condition: Json) -> str:
+    return clean(str(condition.get("reason") or "DisruptionTarget"), 100)
+
+
+def _out_of_memory(terminated: Json, said: TerminationMessage | None, spec: FineTuneJobSpec) -> str:
+    killed = "ran out of memory" if terminated.get("reason") == "OOMKilled" else "was killed (exit code 137), most likely for its memory,"
+    where = f" in stage {said.stage.value}" if said else ""
+    return f"The trainer {killed}{where}: its limit is {spec.resources.memory}; raise resources.memory, or lower training.maxLength or training.batchSize."
+
+
+def _reason(code: int | None, terminated: Json) -> str:
+    if code in set(ExitCode):
+        return REASONS[ExitCode(code)]
+    given = str(terminated.get("reason") or "")
+    return given if given.isalnum() and given[:1].isupper() and given != "Completed" else "Error"
+
+
+def _sentence(code: int | None, said: TerminationMessage | None, text: str, status: Json) -> str:
+    if said and said.message:
+        return clean(said.message)
+    if code is None:
+        return clean(
+            f"The pod failed before the trainer ran: {clean(str(status.get('message') or status.get('reason') or 'no reason given'), 600)}"
+        )
+    if said:
+        return f"The trainer ended with exit code {code} in stage {said.stage.value} and did not say why; see the pod's log."
+    words = clean(" ".join(text.strip().splitlines()[-3:]), 600)
+    return (
+        f"The trainer ended with exit code {code}; its last words: {words}"
+        if words
+        else f"The trainer ended with exit code {code} and did not say why; see the pod's log."
+    )

@@ -1,0 +1,158 @@
+"""The FineTuneJob as decisions see it, and the world around it: frozen facts, as read from the API in one pass. Pure."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from finetune_api import names
+from finetune_api.digests import run_digest, train_digest
+from finetune_api.progress import ProgressReport
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus, Phase, Run
+from finetune_api.validation import parse_spec, spec_problems
+from pydantic import ValidationError
+
+Json = dict[str, Any]
+
+FINAL = (Phase.SUCCEEDED.value, Phase.FAILED.value)
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """Names one FineTuneJob; what the work queue holds."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One FineTuneJob as read.
+
+    Attributes:
+        raw: the object as JSON values.
+        spec: None when its structure is not that of this version.
+        problem: the first thing that is wrong with the spec, as a sentence; empty when all is well.
+    """
+
+    raw: Json
+    spec: FineTuneJobSpec | None
+    problem: str
+
+    @property
+    def metadata(self) -> Json:
+        """The object's metadata."""
+        return dict(self.raw["metadata"])
+
+    @property
+    def key(self) -> Key:
+        """Namespace and name."""
+        return Key(self.metadata["namespace"], self.metadata["name"])
+
+    @property
+    def uid(self) -> str:
+        """The object's UID."""
+        return str(self.metadata["uid"])
+
+    @property
+    def generation(self) -> int:
+        """Counts the edits of the spec."""
+        return int(self.metadata.get("generation", 0))
+
+    @cached_property
+    def run(self) -> Run:
+        """The run that the spec asks for; only where there is a spec."""
+        assert self.spec is not None  # noqa: S101 the caller's duty
+        digest = run_digest(self.spec)
+        job_name = names.training_job_name(self.key.name, self.uid, digest)
+        return Run(train_digest=train_digest(self.spec), run_digest=digest, job_name=job_name)
+
+    @property
+    def stored(self) -> FineTuneJobStatus:
+        """The status as stored; fields that this version can't read are left out."""
+        return read_status(self.raw.get("status") or {})
+
+    @property
+    def is_latched(self) -> bool:
+        """Whether the run that the spec asks for has ended. Read from the raw status, so that no other field can hide it."""
+        status = self.raw.get("status") or {}
+        return status.get("phase") in FINAL and (status.get("run") or {}).get("runDigest") == self.run.run_digest
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that a decision may look at.
+
+    Attributes:
+        subject: the FineTuneJob.
+        jobs: the batch Jobs that it owns.
+        namesake: a Job that has the name of this run's but another owner.
+        pods: the pods of the owned Jobs.
+        warnings: texts of warning events, newest first; only read where nothing else says why a pod is not there.
+        progress: what the trainer's endpoint says; None when it was not asked or did not answer.
+    """
+
+    subject: Subject
+    jobs: tuple[Json, ...] = ()
+    namesake: Json | None = None
+    pods: tuple[Json, ...] = ()
+    warnings: tuple[str, ...] = ()
+    progress: ProgressReport | None = None
+
+    @property
+    def current(self) -> Json | None:
+        """The owned Job of the run that the spec asks for."""
+        return next((job for job in self.jobs if job["metadata"]["name"] == self.subject.run.job_name), None)
+
+    @property
+    def current_pods(self) -> tuple[Json, ...]:
+        """The pods of the current Job, oldest first."""
+        current = self.current
+        own = [pod for pod in self.pods if current is not None and is_controlled_by(pod, current["metadata"]["uid"])]
+        return tuple(sorted(own, key=lambda pod: str(pod["metadata"].get("creationTimestamp", ""))))
+
+
+def read_subject(raw: Json) -> Subject:
+    """Total: any stored object becomes a subject."""
+    spec = raw.get("spec") if isinstance(raw.get("spec"), dict) else {}
+    problems = spec_problems(spec, local=False)
+    problem = str(problems[0]) if problems else ""
+    try:
+        return Subject(raw, parse_spec(spec or {}), problem)
+    except ValidationError:
+        return Subject(raw, None, problem or "spec: not readable by this version of the operator.")
+
+
+def read_status(raw: Json) -> FineTuneJobStatus:
+    """Total: fields that this version can't read are dropped."""
+    while True:
+        try:
+            return FineTuneJobStatus.model_validate(raw)
+        except ValidationError as error:
+            broken = {str(item["loc"][0]) for item in error.errors()}
+            raw = {key: value for key, value in raw.items() if key not in broken}
+
+
+def is_controlled_by(child: Json, uid: str) -> bool:
+    """Whether the controller of an object has this UID."""
+    owners = child["metadata"].get("ownerReferences") or ()
+    return any(owner.get("controller") and owner.get("uid") == uid for owner in owners)
+
+
+def condition_of(resource: Json, kind: str) -> Json | None:
+    """The condition of a Job or pod when it is True."""
+    conditions = (resource.get("status") or {}).get("conditions") or ()
+    return next((item for item in conditions if item.get("type") == kind and item.get("status") == "True"), None)
+
+
+def is_finished(job: Json) -> bool:
+    """Whether a Job has ended, pods included."""
+    return bool(condition_of(job, "Complete") or condition_of(job, "Failed"))
+
+
+def is_being_deleted(resource: Json) -> bool:
+    """Whether the API server has accepted its deletion."""
+    return bool(resource["metadata"].get("deletionTimestamp"))

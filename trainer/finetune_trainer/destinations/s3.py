@@ -1,0 +1,96 @@
+"""s3:// destinations on any endpoint. The server checks the SHA256 of every object or part; the manifest goes last.
+
+Publishing is idempotent (an object whose recorded sha256 is right is skipped) and resumes a half-sent file at its missing parts. While files
+that an older manifest names are replaced, there is no manifest: a reader sees the old model, none, or the new one, never a mixture.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.names import MANIFEST
+
+from finetune_trainer.context import RunContext
+from finetune_trainer.destinations.manifest import Publication, named_files
+from finetune_trainer.destinations.s3_upload import put_bytes, upload
+from finetune_trainer.sources.credentials import s3_client
+from finetune_trainer.sources.location import Location
+from finetune_trainer.sources.s3_errors import error_code, s3_errors
+
+REPLACED = f"{MANIFEST}.replaced"  # the older manifest while its files are being replaced
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A bucket and a prefix, and the client that opens them."""
+
+    client: Any
+    bucket: str
+    prefix: str
+
+    def key(self, path: str) -> str:
+        return f"{self.prefix}/{path}" if self.prefix else path
+
+    def read(self, path: str) -> bytes | None:
+        try:
+            return self.client.get_object(Bucket=self.bucket, Key=self.key(path))["Body"].read()
+        except self.client.exceptions.ClientError as error:
+            if error_code(error) in ("NoSuchKey", "404", "AccessDenied"):  # without the right to list, S3 calls a missing key denied
+                return None
+            raise
+
+    def delete(self, path: str) -> None:
+        self.client.delete_object(Bucket=self.bucket, Key=self.key(path))
+
+
+def check_write(ctx: RunContext, where: Location) -> None:
+    """Proves write access by starting a multipart upload and taking it back: nothing is left, nothing is overwritten.
+
+    Raises:
+        AccessError, InfrastructureError, SpecError
+    """
+    with s3_errors(where):
+        place = _place(ctx, where, patient=False)
+        started = place.client.create_multipart_upload(Bucket=place.bucket, Key=place.key(MANIFEST))
+        place.client.abort_multipart_upload(Bucket=place.bucket, Key=place.key(MANIFEST), UploadId=started["UploadId"])
+
+
+def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
+    """Uploads what is not there yet, then the manifest, then removes what only an older manifest named.
+
+    Returns:
+        The destination's URI, without a slash at its end.
+
+    Raises:
+        AccessError, InfrastructureError, SpecError
+    """
+    with s3_errors(where):
+        place = _place(ctx, where)
+        if place.read(MANIFEST) != publication.manifest:
+            _withdraw(place)
+            for item in publication.files:
+                upload(place.client, place.bucket, place.key(item.path), item)
+            put_bytes(place.client, place.bucket, place.key(MANIFEST), publication.manifest)
+        _remove_stale(place, publication)
+    return where.uri.rstrip("/")
+
+
+def _withdraw(place: _Place) -> None:
+    """Takes an older manifest away before its files change, and keeps it aside for `_remove_stale`."""
+    older = place.read(MANIFEST)
+    if older is not None:
+        put_bytes(place.client, place.bucket, place.key(REPLACED), older)
+        place.delete(MANIFEST)
+
+
+def _remove_stale(place: _Place, publication: Publication) -> None:
+    """A shard that only the older model had would be loaded with the new one."""
+    older = place.read(REPLACED)
+    if older is None:
+        return
+    for path in sorted(named_files(older) - {item.path for item in publication.files} - {MANIFEST}):
+        place.delete(path)
+    place.delete(REPLACED)
+
+
+def _place(ctx: RunContext, where: Location, *, patient: bool = True) -> _Place:
+    return _Place(s3_client(ctx, where.role, where.endpoint, patient=patient), where.authority, where.path)

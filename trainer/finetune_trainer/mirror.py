@@ -1,0 +1,127 @@
+"""Checkpoints that outlast the pod: copied to S3 when they are sealed, fetched when a new pod starts with an empty workspace, gone after success.
+
+Used by stages/train.py (`fetch_latest`), phases.py (`push`) and pipeline.py (`remove`). The seal is uploaded last, so that a half-copied
+checkpoint is never taken for one. Never mirrors to a Hub repository.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api import credentials
+from finetune_api.spec import DestinationSpec
+
+from finetune_trainer import atomic
+from finetune_trainer.checkpoints import SEAL
+from finetune_trainer.context import RunContext
+from finetune_trainer.destinations.manifest import PublishedFile
+from finetune_trainer.destinations.s3_upload import upload
+from finetune_trainer.sources.credentials import s3_client
+from finetune_trainer.sources.location import Location
+from finetune_trainer.sources.s3_errors import s3_errors
+
+DEFAULT_FOLDER = ".checkpoints"
+_KEPT = 2
+_FIELD = "spec.storage.checkpoints.uri"
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """The mirror of one training.
+
+    Attributes:
+        where: bucket and prefix, this training's digest included.
+        client: a boto3 S3 client.
+    """
+
+    where: Location
+    client: Any
+
+    @classmethod
+    def of(cls, ctx: RunContext) -> "Mirror | None":
+        """The run's mirror; None on a laptop, with a workspace that lasts, and without any S3 address.
+
+        Raises:
+            AccessError: the Secret is missing or lacks a key.
+        """
+        where = mirror_location(ctx)
+        return None if where is None else cls(where, s3_client(ctx, where.role, where.endpoint))
+
+    def push(self, folder: Path) -> None:
+        """Copies a sealed checkpoint and removes all but the newest two.
+
+        Raises:
+            AccessError, InfrastructureError: one sentence each.
+        """
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL]
+        with s3_errors(self.where):
+            for path in (*paths, folder / SEAL):
+                name = f"{folder.name}/{path.relative_to(folder)}"
+                upload(self.client, self.where.authority, self._key(name), PublishedFile.of(name, path))
+            for step in self._steps()[:-_KEPT]:
+                self._delete(f"checkpoint-{step}/")
+
+    def fetch_latest(self, outputs: Path) -> None:
+        """Downloads the newest complete checkpoint into `outputs`; nothing when there is none. Its digests are checked by whoever loads it.
+
+        Raises:
+            AccessError, CapacityError, InfrastructureError: one sentence each.
+        """
+        with s3_errors(self.where):
+            steps = self._steps()
+            if not steps:
+                return
+            name = f"checkpoint-{steps[-1]}"
+            with atomic.folder(outputs / name) as partial:
+                for key in self._keys(f"{name}/"):
+                    target = partial / key.removeprefix(self._key(f"{name}/"))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    self.client.download_file(self.where.authority, key, str(target))
+
+    def remove(self) -> None:
+        """Removes everything, after success.
+
+        Raises:
+            AccessError, InfrastructureError: one sentence each.
+        """
+        with s3_errors(self.where):
+            self._delete("")
+
+    def _key(self, name: str) -> str:
+        return f"{self.where.path}/{name}"
+
+    def _keys(self, prefix: str) -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.where.authority, Prefix=self._key(prefix))
+        return [item["Key"] for page in pages for item in page.get("Contents", ())]
+
+    def _steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        names = [key.removeprefix(self._key("checkpoint-")) for key in self._keys("checkpoint-") if key.endswith(f"/{SEAL}")]
+        steps = [name.partition("/")[0] for name in names]
+        return sorted(int(step) for step in steps if step.isdigit())
+
+    def _delete(self, prefix: str) -> None:
+        # The seal first: from then on nobody takes what is left for a checkpoint.
+        for key in sorted(self._keys(prefix), key=lambda key: not key.endswith(f"/{SEAL}")):
+            self.client.delete_object(Bucket=self.where.authority, Key=key)
+
+
+def mirror_location(ctx: RunContext) -> Location | None:
+    """Where the run's checkpoints are mirrored; None when its workspace lasts by itself or no S3 address is known. Pure."""
+    storage = ctx.spec.storage
+    if not ctx.job.in_cluster or storage.workspace.persistent_volume_claim:
+        return None
+    index, first = _first_s3(ctx.spec.outputs.destinations)
+    root = storage.checkpoints.uri or (f"{first.uri.rstrip('/')}/{DEFAULT_FOLDER}" if first else "")
+    if not root:
+        return None
+    secret, role = storage.checkpoints.credentials.secret_name, credentials.CHECKPOINTS
+    if not secret and first:
+        secret, role = first.credentials.secret_name, credentials.destination_role(index)
+    endpoint = storage.checkpoints.endpoint or (first.endpoint if first else "")
+    return Location(_FIELD, f"{root.rstrip('/')}/{ctx.job.train_digest}", role, secret=secret, endpoint=endpoint)
+
+
+def _first_s3(destinations: tuple[DestinationSpec, ...]) -> tuple[int, DestinationSpec | None]:
+    found = ((index, item) for index, item in enumerate(destinations) if item.uri.startswith("s3://"))
+    return next(found, (0, None))

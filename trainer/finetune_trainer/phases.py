@@ -1,0 +1,139 @@
+"""What happens at the step boundaries of a training: the switch to exact QAT, checkpoints and their mirror, progress, SIGTERM.
+
+stages/train.py makes one and hands it to the trainer as its callback. The phase and the losses at the switch are part of a checkpoint.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from finetune_trainer import checkpoints
+from finetune_trainer.checkpoints import Checkpoint
+from finetune_trainer.context import RunContext
+from finetune_trainer.errors import DataError, FineTuneError
+from finetune_trainer.mirror import Mirror
+from finetune_trainer.plan import Plan
+from finetune_trainer.qat.prepare import follow_optimizer, mode_of, set_fake_quantization
+from finetune_trainer.reporting.progress import ProgressMeter
+from finetune_trainer.stages.data import Example
+from finetune_trainer.stages.evaluate import SwitchLosses, held_out_losses, mean_loss
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training works on.
+
+    Attributes:
+        data: digest of the rows; a checkpoint of other rows is not resumed from.
+        mirror: where checkpoints outlast the pod; None where the working directory does.
+        start: the checkpoint to go on from.
+    """
+
+    ctx: RunContext
+    model: PeftModel
+    held_out: Sequence[Example]
+    plan: Plan
+    data: str
+    mirror: Mirror | None
+    start: Checkpoint | None
+
+
+class Phases(TrainerCallback):
+    """The trainer's callback.
+
+    Attributes:
+        stopping: SIGTERM came; the step in hand is the last one of this attempt.
+        switch: held-out losses at the switch, once they are measured.
+    """
+
+    def __init__(self, work: Work) -> None:
+        known = work.start.facts.get("switch") if work.start else None
+        self.stopping = False
+        self.switch = SwitchLosses(**known) if known else None
+        self.meter = ProgressMeter(work.ctx.reporter, work.plan.steps, work.start.step if work.start else 0)
+        self._work = work
+        self._quantizes = mode_of(work.model) is not None
+
+    def stop(self) -> None:
+        """SIGTERM came."""
+        self.stopping = True
+
+    def on_train_begin(self, _args: Any, _state: Any, _control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Weight codes live until the next optimizer step."""
+        follow_optimizer(self._work.model, getattr(optimizer, "optimizer", optimizer))
+        mode = mode_of(self._work.model)
+        if mode is not None:
+            mode.keep_codes = self._work.plan.accumulation > 1
+
+    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Turns to exact QAT at the switch; a run that resumes behind it turns at once."""
+        switch = self._work.plan.switch_step
+        if self._quantizes and state.global_step >= switch:
+            if state.global_step == switch > 0 and self.switch is None:
+                self._measure_switch()
+            set_fake_quantization(self._work.model, enabled=True)
+
+    def on_pre_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """No gradient that is not finite reaches a weight."""
+        for parameter in self._work.model.parameters():
+            if parameter.grad is not None:
+                self.require_finite(parameter.grad, "gradient", state.global_step + 1)
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """SIGTERM: save this step and stop; the last step is always saved."""
+        if self.stopping or state.global_step == self._work.plan.steps:
+            control.should_save = True
+        control.should_training_stop = control.should_training_stop or self.stopping
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """One optimizer step is done."""
+        if logs and "loss" in logs:
+            self.meter.step_done(state.global_step, float(logs["loss"]), float(logs.get("epoch", 0.0)), int(logs.get("num_tokens", 0)))
+
+    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Seals what transformers wrote, and mirrors it. A mirror that fails costs nothing as long as this pod lives."""
+        folder = checkpoints.folder_of(Path(args.output_dir), state.global_step)
+        facts = {"data": self._work.data, "switch": asdict(self.switch) if self.switch else None}
+        checkpoints.seal(folder, self._work.ctx.job.train_digest, facts)
+        if self._work.mirror is None:
+            return
+        try:
+            self._work.mirror.push(folder)
+        except FineTuneError as error:
+            self._work.ctx.reporter.note(f"The checkpoint of step {state.global_step} was not mirrored: {error}")
+
+    def finish(self) -> None:
+        """After the last step: quantization after training (qatPercent 0) is measured here, and fake quantization stays on."""
+        if self._quantizes and self._work.plan.switch_step == self._work.plan.steps and self.switch is None:
+            self._measure_switch()
+        set_fake_quantization(self._work.model, enabled=True)
+
+    def require_finite(self, value: torch.Tensor, what: str, step: int) -> None:
+        """Refuses a loss or gradient that is not finite, before it reaches a weight.
+
+        Raises:
+            DataError: names the step and the learning rate.
+        """
+        if torch.isfinite(value).all():
+            return
+        rate = self._work.ctx.spec.training.learning_rate
+        raise DataError(
+            f"The {what} of step {step} is not finite at training.learningRate {rate}; lower it, look for broken rows, or set model.dtype to float32. "
+            "Checkpoints of earlier steps are kept."
+        )
+
+    def _measure_switch(self) -> None:
+        work = self._work
+        if not work.held_out:
+            return
+        tuned = held_out_losses(work.model, work.held_out, fake_quant=False)
+        ptq = held_out_losses(work.model, work.held_out, fake_quant=True)
+        self.switch = SwitchLosses(tuned, ptq)
+        work.ctx.reporter.note(
+            f"At the switch to quantization-aware steps: held-out loss {mean_loss(tuned):.4g} as tuned, {mean_loss(ptq):.4g} if quantized now."
+        )

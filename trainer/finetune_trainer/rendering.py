@@ -1,0 +1,117 @@
+"""Turns a checked row into text in pieces: what is shown, and which of it is trained. Pure, without torch and without a tokenizer's weights.
+
+Called by stages/data.py. Loss on completions only: prompts, and what a chat template puts around an answer, are never trained.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from finetune_trainer.dataset import Form, Row
+from finetune_trainer.errors import DataError
+
+Messages = list[dict[str, str]]
+Render = Callable[[Messages, bool], str]
+
+
+class TemplateError(ValueError):
+    """A chat template refuses a conversation; the message is the template's own."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of an example's text; only trained pieces count in the loss."""
+
+    text: str
+    trained: bool
+
+
+def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -> list[Segment]:
+    """The text of a row, in pieces.
+
+    Args:
+        row: a checked row.
+        form: its form.
+        template: renders messages (with a generation prompt or without) as the model's chat template does, and raises TemplateError for
+            what that refuses; None when the model has none.
+        eos: the end-of-sequence token, which is always trained.
+        name: how messages call the dataset.
+
+    Raises:
+        DataError: chat rows for a model without a chat template, or a conversation that the template refuses or rewrites.
+    """
+    if form == "text":
+        return [Segment(row.values["text"] + eos, trained=True)]
+    if not is_conversation(row, form, has_template=template is not None):
+        return _plain(row, form, eos)
+    if template is None:
+        raise DataError(
+            f"{name} holds conversations, but the model has no chat template; use an instruction-tuned model, or prompt and completion columns."
+        )
+    try:
+        return _conversation(row, form, template, eos, name)
+    except TemplateError as error:
+        raise DataError(
+            f"{name}, line {row.line}: the model's chat template refuses the conversation ({error}); change its turns."
+        ) from error
+
+
+def is_conversation(row: Row, form: Form, *, has_template: bool) -> bool:
+    """Whether the row is rendered by the chat template, which brings its own beginning-of-sequence token."""
+    if form == "instruction":
+        return has_template
+    return form == "chat" or (form == "prompt-completion" and isinstance(row.values["prompt"], list))
+
+
+def preview(segments: Iterable[Segment]) -> str:
+    """The text of an example with what is trained between ⟦ and ⟧."""
+    return "".join(f"⟦{segment.text}⟧" if segment.trained else segment.text for segment in segments)
+
+
+def _plain(row: Row, form: Form, eos: str) -> list[Segment]:
+    if form == "prompt-completion":
+        return [Segment(row.values["prompt"], trained=False), Segment(row.values["completion"] + eos, trained=True)]
+    extra = f"\n\n### Input:\n{row.values['input']}" if row.values.get("input") else ""
+    return [
+        Segment(f"### Instruction:\n{row.values['instruction']}{extra}\n\n### Response:\n", trained=False),
+        Segment(row.values["output"] + eos, trained=True),
+    ]
+
+
+def _messages(row: Row, form: Form) -> tuple[Messages, int]:
+    """The conversation, and how many of its turns are given and not to be learnt."""
+    if form == "chat":
+        return list(row.values["messages"]), 0
+    if form == "prompt-completion":
+        return [*row.values["prompt"], *row.values["completion"]], len(row.values["prompt"])
+    question = "\n\n".join(part for part in (row.values["instruction"], row.values.get("input")) if part)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row.values["output"]}], 0
+
+
+def _conversation(row: Row, form: Form, template: Render, eos: str, name: str) -> list[Segment]:
+    """Every assistant turn is trained, up to and with its end-of-sequence token; what the template adds around it is not."""
+    messages, given = _messages(row, form)
+    segments: list[Segment] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index < given:
+            continue
+        asked, answered = _question_and_answer(messages, index, template)
+        if not asked.startswith(done) or not answered.startswith(asked):
+            raise DataError(
+                f"{name}, line {row.line}: the model's chat template rewrites earlier turns; keep one assistant turn in each row."
+            )
+        turn, end, rest = answered[len(asked) :].partition(eos)
+        segments += [Segment(asked[len(done) :], trained=False), Segment(turn + eos, trained=True)]
+        segments += [Segment(rest, trained=False)] if end and rest else []
+        done = answered
+    return segments
+
+
+def _question_and_answer(messages: Messages, index: int, template: Render) -> tuple[str, str]:
+    """The text up to an assistant turn, and with it. Where the generation prompt opens more than the answer holds, it counts as the answer's."""
+    answered = template(messages[: index + 1], False)
+    if index == 0:
+        # Many templates fail without any turn: the header before a first assistant turn is trained with it.
+        return "", answered
+    asked = template(messages[:index], True)
+    return (asked, answered) if answered.startswith(asked) else (template(messages[:index], False), answered)
