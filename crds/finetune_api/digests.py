@@ -37,6 +37,6 @@ def _keep(value: Any, kept: set[tuple[str, ...]], path: tuple[str, ...]) -> Any:
     if isinstance(value, dict):
         parts = {key: _keep(item, kept, (*path, key)) for key, item in value.items()}
         return {key: part for key, part in parts.items() if part not in (None, {}, [])}
-    if isinstance(value, list):
+    if isinstance(value, list) and any(kept_path[: len(path)] == path for kept_path in kept):  # else its length would be in the digest
         return [_keep(item, kept, path) for item in value]
     return None

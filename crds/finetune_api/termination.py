@@ -49,6 +49,6 @@ def parse(text: str) -> TerminationMessage | None:
     if len(text.encode(errors="replace")) > MAX_BYTES:
         return None
     try:
-        return TerminationMessage.model_validate_json(text)
+        return TerminationMessage.model_validate_json(text, strict=True, by_alias=True, by_name=False)
     except ValidationError:
         return None

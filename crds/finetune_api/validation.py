@@ -20,6 +20,8 @@ from finetune_api.spec import API_VERSION, KIND, FineTuneJobSpec
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _NAME_LIMIT = 253
 _SHOWN = 80
+_SECTIONS = ("apiVersion", "kind", "metadata", "spec", "status")
+_MOST_VALUES = 10_000
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,17 @@ def verdicts(text: str, *, local: bool) -> list[Problem]:
         local: for a run on this machine, where file:// is allowed and volumes of a cluster are not.
     """
     try:
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+        documents = _documents(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "document"
         return [Problem(where, "", f"not YAML ({getattr(error, 'problem', None) or 'unreadable'}); correct the syntax")]
+    except RecursionError:
+        return [Problem("document", "", "nested too deeply; a job has at most 6 levels")]
+    except (ValueError, TypeError, LookupError, AttributeError):  # what PyYAML raises for `!!int x` and the like, and json for bytes
+        return [
+            Problem("document", "a value that JSON does not know", "strings, numbers, booleans, lists and objects are expected; correct it")
+        ]
     if not documents:
         return [Problem("document", "nothing", f"a {KIND} is expected; write one")]
     several = len(documents) > 1
@@ -74,7 +82,7 @@ def parse_job(text: str) -> FineTuneJob:
     Raises:
         ValueError: it has problems; ask `verdicts` first.
     """
-    (document,) = [document for document in yaml.safe_load_all(text) if document is not None]
+    (document,) = _documents(text)
     return FineTuneJob(dict(document["metadata"]), parse_spec(document["spec"]))
 
 
@@ -84,7 +92,7 @@ def parse_spec(spec: dict[str, Any]) -> FineTuneJobSpec:
     Raises:
         pydantic.ValidationError: it has another structure.
     """
-    return FineTuneJobSpec.model_validate_json(json.dumps(spec), strict=True)
+    return FineTuneJobSpec.model_validate_json(json.dumps(spec), strict=True, by_alias=True, by_name=False)
 
 
 def spec_problems(spec: Any, *, local: bool) -> list[Problem]:
@@ -97,13 +105,47 @@ def spec_problems(spec: Any, *, local: bool) -> list[Problem]:
     try:
         parse_spec(spec)
     except ValidationError as error:
-        return [_from_pydantic(item) for item in error.errors()]
+        return [_from_pydantic(item) for item in _deepest(error.errors())]
     except (TypeError, ValueError):
         return [
             Problem("spec", "a value that JSON does not know", "strings, numbers, booleans, lists and objects are expected; quote dates")
         ]
     rules = (*ALWAYS, *(LOCAL_ONLY if local else SERVER_ONLY))
     return [_from_rule(rule, spec) for rule in rules if not rule.holds(spec)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as kubectl reads it: a date is a string."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """One document; an alias of itself, or aliases of aliases without end, are refused before anything walks through them."""
+        if _expanded_size(node, {}) > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, "the aliases expand to too much", node.start_mark)
+        return super().construct_document(node)
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node holds with its aliases written out."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = _MOST_VALUES  # for an alias inside of what it names
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    inner = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
+    known[id(node)] = 1 + sum(_expanded_size(part, known) for part in inner)
+    return known[id(node)]
+
+
+def _documents(text: str) -> list[Any]:
+    """The documents as JSON values, without empty ones."""
+    loaded = [document for document in yaml.load_all(text, _Loader) if document is not None]
+    as_json = json.loads(json.dumps(loaded))  # keys become strings, and escaped pairs of surrogates one character
+    json.dumps(as_json, ensure_ascii=False).encode()  # a lone surrogate is no text
+    return list(as_json)
 
 
 def _document(document: Any, *, local: bool) -> Iterator[Problem]:
@@ -114,8 +156,8 @@ def _document(document: Any, *, local: bool) -> Iterator[Problem]:
         if document.get(field) != wanted:
             yield Problem(field, _shown(document.get(field)), f"{wanted} is expected; correct it")
     yield from _metadata(document.get("metadata"))
-    for field in document.keys() - {"apiVersion", "kind", "metadata", "spec", "status"}:
-        yield Problem(str(field), "an unknown field", "a job has apiVersion, kind, metadata and spec; remove it")
+    for field in [field for field in document if field not in _SECTIONS]:
+        yield Problem(field, "an unknown field", "a job has apiVersion, kind, metadata and spec; remove it")
     if "spec" not in document:
         yield Problem("spec", "nothing", "model, dataset and outputs are expected; add it")
     else:
@@ -133,6 +175,15 @@ def _metadata(metadata: Any) -> Iterator[Problem]:
 def _from_rule(rule: Rule, spec: dict[str, Any]) -> Problem:
     found = value_at(spec, rule.field)
     return Problem(f"spec.{rule.field}", "" if found is None else _shown(found), rule.message)
+
+
+def _deepest(errors: list[Any]) -> list[Any]:
+    """Without the errors of a list that only repeat that an item of it is wrong."""
+    return [
+        error
+        for error in errors
+        if not any(len(other["loc"]) > len(error["loc"]) and other["loc"][: len(error["loc"])] == error["loc"] for other in errors)
+    ]
 
 
 def _from_pydantic(error: Any) -> Problem:
@@ -156,6 +207,9 @@ def _expectation(kind: str, context: dict[str, Any], message: str) -> str:
         "string_type": "a string is expected; put it in quotes",
         "int_type": "a whole number is expected, without quotes",
         "bool_type": "true or false is expected, without quotes",
+        "model_type": "an object is expected",
+        "dict_type": "an object is expected",
+        "tuple_type": "a list is expected",
         "literal_error": "one of {expected} is expected",
         "enum": "one of {expected} is expected",
     }

@@ -72,7 +72,10 @@ def build_failure_rules() -> list[Json]:
     """podFailurePolicy, in order; what no rule matches is counted against backoffLimit."""
 
     def on_exit(action: str, *codes: int) -> Json:
-        return {"action": action, "onExitCodes": {"containerName": names.CONTAINER, "operator": "In", "values": sorted(codes)}}
+        return {
+            "action": action,
+            "onExitCodes": {"containerName": names.CONTAINER, "operator": "In", "values": [int(code) for code in sorted(codes)]},
+        }
 
     return [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},

@@ -13,7 +13,8 @@ from finetune_operator.settings import Settings
 from finetune_operator.subject import Key
 from finetune_operator.work_queue import WorkQueue
 
-SERVER_TIMEOUT_SECONDS = 300.0
+SERVER_TIMEOUT_SECONDS = 300  # a whole number: the API server refuses "300.0"
+CLIENT_TIMEOUT_SECONDS = 330  # a watch that fell silent without being closed is opened anew
 
 
 async def watch(queue: WorkQueue, settings: Settings) -> None:
@@ -59,6 +60,7 @@ def build_kopf_settings() -> kopf.OperatorSettings:
     settings.posting.enabled = False
     settings.scanning.disabled = True
     settings.watching.server_timeout = SERVER_TIMEOUT_SECONDS
+    settings.watching.client_timeout = CLIENT_TIMEOUT_SECONDS
     settings.watching.label_selectors["batch", "v1", "jobs"] = names.LABEL_JOB
     settings.watching.label_selectors["", "v1", "pods"] = names.LABEL_JOB
     return settings

@@ -49,7 +49,9 @@ def operator(kube: Cluster, images: dict[str, str], hub: HubServer, make_namespa
         "namespaces": [jobs],
     }
     chart = str(ROOT / "charts" / "finetune-operator")
-    kube.helm("install", "ft", chart, "-n", system, "--wait", "--timeout", "120s", *_set_json(values))
+    # The CRD outlives an uninstalled release, and other tests apply it with kubectl: a new release takes it over.
+    options = ["--wait", "--timeout", "120s", "--take-ownership"]
+    kube.helm("install", "ft", chart, "-n", system, *options, *_set_json(values))
     yield jobs
     kube.helm("uninstall", "ft", "-n", system, check=False)
 

@@ -16,7 +16,7 @@ MISSING_KEY = {"dataset": {"source": "s3://{bucket}/no-such-rows.jsonl"}}
     ("name", "spec", "reason", "named"),
     [
         ("missing-secret", MISSING_SECRET, "AccessDenied", "no-such-secret"),
-        ("missing-bucket", MISSING_BUCKET, "InvalidData", "no-such-bucket"),
+        ("missing-bucket", MISSING_BUCKET, "AccessDenied", "no-such-bucket"),
         ("missing-rows", MISSING_KEY, "InvalidData", "no-such-rows.jsonl"),
     ],
 )

@@ -9,12 +9,12 @@ import traceback
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from finetune_api import names
-from finetune_api.exits import ExitCode
+from finetune_api.exits import REASONS, ExitCode
 from finetune_api.job import JobDescription
 from finetune_api.validation import Problem, parse_job, verdicts
+from typer.exceptions import TyperException
 
 from finetune_trainer import VERSION
 from finetune_trainer.errors import FineTuneError, SpecError
@@ -87,13 +87,12 @@ def main() -> None:
     """The console script. Exit codes: finetune_api.exits; wrong usage counts as a wrong spec."""
     quiet_libraries()
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
-    except click.ClickException as error:
-        error.show()
+        sys.exit(app(standalone_mode=False) or 0)  # a typer.Exit comes back as the value of the call
+    except TyperException as error:
+        if str(error):
+            typer.echo(f"{REASONS[ExitCode.SPEC]}: {str(error).rstrip('.')}. See finetune --help.", err=True)
         sys.exit(ExitCode.SPEC)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 the last line of defence: a sentence, never a traceback
         failure = classify(error)

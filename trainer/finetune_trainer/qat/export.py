@@ -18,8 +18,8 @@ from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor 
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from finetune_trainer.qat.linear import ExactLinear, base_linear, merged_weight
-from finetune_trainer.qat.prepare import exact_layers, plain_name
+from finetune_trainer.qat.linear import ExactLinear, merged_weight
+from finetune_trainer.qat.prepare import exact_layers, merged_layers, plain_name
 from finetune_trainer.qat.schemes import torchao_config
 
 
@@ -58,6 +58,11 @@ def plain_model(model: PeftModel, quantization: QuantizationSpec, skipped: dict[
     for name, parameter in base.named_parameters():
         if ".lora_" not in name and not _is_head_tied(name, base):
             _assign(plain, plain_name(name.replace(".base_layer", "")), parameter.detach())
+    for name, buffer in base.named_buffers():
+        path, _, attribute = name.rpartition(".")
+        setattr(plain.get_submodule(path), attribute, buffer)
+    for name, layer in merged_layers(model):
+        _assign(plain, f"{name}.weight", merged_weight(layer))
     for name, layer in exact_layers(model):
         _assign(plain, f"{name}.weight", exported_tensor(layer))
     plain.tie_weights()
@@ -82,8 +87,7 @@ def trained_digests(model: PeftModel) -> dict[str, str]:
     for name, layer in exact_layers(model):
         quantizer = layer.exact.quantizer
         digests[f"{name}.weight"] = tensor_digest(quantizer.dequantize(quantizer.quantize(merged_weight(layer))))
-        if base_linear(layer).bias is not None:
-            digests[f"{name}.bias"] = tensor_digest(base_linear(layer).bias.detach())
+    digests |= {f"{name}.weight": tensor_digest(merged_weight(layer)) for name, layer in merged_layers(model)}
     return digests
 
 

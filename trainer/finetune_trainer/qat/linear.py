@@ -28,16 +28,19 @@ class ExactMode:
         keep_codes: keep each layer's weight codes until the next optimizer step (one byte a weight), which pays when several
             micro-batches or evaluation batches use the same weights.
         generation: bumped whenever weights may have changed; fused optimizers and `.data` don't bump a tensor's own version.
+        frozen_generation: likewise for layers without an adapter, which no optimizer step changes.
     """
 
     enabled: bool = True
     keep_codes: bool = False
     generation: int = 0
+    frozen_generation: int = 0
     last_input: "SharedInput" = field(default_factory=lambda: SharedInput())
 
-    def drop_caches(self) -> None:
-        """Weights may have changed: forget what was computed from them."""
+    def drop_caches(self, *, frozen: bool = True) -> None:
+        """Weights may have changed (with `frozen` also those without an adapter): forget what was computed from them."""
         self.generation += 1
+        self.frozen_generation += int(frozen)
         self.last_input = SharedInput()
 
 
@@ -62,10 +65,14 @@ class SharedInput:
 
 @dataclass
 class ExactState:
-    """What one exact layer knows besides its weights."""
+    """What one exact layer knows besides its weights.
+
+    Attributes:
+        quantizer: None for an adapted layer that export merges and does not quantize.
+    """
 
     mode: ExactMode
-    quantizer: WeightQuantizer
+    quantizer: WeightQuantizer | None
     int8_activations: bool
     cached: WeightCodes | None = None
     cached_key: tuple[object, ...] = ()
@@ -124,7 +131,8 @@ def weight_codes(layer: ExactLinear) -> WeightCodes:
     state, factors = layer.exact, adapter_factors(layer)
     weight = base_linear(layer).weight
     sources = (weight, *factors[:2]) if factors else (weight,)
-    key = (state.mode.generation, *((id(item), item._version) for item in sources))
+    generation = state.mode.frozen_generation if isinstance(layer, ExactFrozenLinear) else state.mode.generation
+    key = (generation, *((id(item), item._version) for item in sources))
     if state.cached is not None and state.cached_key == key:
         return state.cached
     codes = state.quantizer.quantize(merged_weight(layer))
@@ -134,8 +142,9 @@ def weight_codes(layer: ExactLinear) -> WeightCodes:
 
 
 def fake_quantized_weight(layer: ExactLinear) -> Tensor:
-    """fq(W + s B A) [out, in]: what the exported tensor dequantizes to."""
-    return layer.exact.quantizer.dequantize(weight_codes(layer))
+    """fq(W + s B A) [out, in]: what the exported tensor dequantizes to; the merged weight itself where export does not quantize it."""
+    quantizer = layer.exact.quantizer
+    return merged_weight(layer) if quantizer is None else quantizer.dequantize(weight_codes(layer))
 
 
 def exact_linear(layer: ExactLinear, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Turns a peft model's linear layers into exact ones, in place, and switches them: the interface of train, evaluate and convert.
 
 Every linear that export will quantize is taken: those with an adapter and the frozen ones. The output head, embeddings and layers whose
-input size does not divide into groups stay as they are and are listed.
+input size does not divide into groups are not quantized and are listed; with an adapter they are computed merged, as export has them.
 """
 
 from collections.abc import Iterator
@@ -44,26 +44,28 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
         enabled: whether fake quantization is on from now on.
 
     Raises:
-        SpecError: dropout, DoRA or another LoRA variant, or no layer that fits the group size.
+        SpecError: dropout, DoRA or another LoRA variant, an adapter on a head that shares its weight, or no layer that fits the group size.
     """
     quantizer = weight_quantizer(quantization)
     mode = ExactMode(enabled=enabled)
-    head = model.get_base_model().get_output_embeddings()
+    head = _head(model)
     names: list[str] = []
     skipped: dict[str, str] = {}
     weights = {True: 0, False: 0}
     for path, module in list(_linears(model)):
         name, base = plain_name(path), _base(module)
+        fits = quantizer.fits(base.in_features) and base is not head
         if base is head:
             skipped[name] = "output head"
+        else:
+            weights[fits] += base.weight.numel()
+        if fits:
+            _make_exact(module, ExactState(mode, quantizer, SCHEMES[quantization.scheme].int8_activations), name)
+            names.append(name)
             continue
-        fits = quantizer.fits(base.in_features)
-        weights[fits] += base.weight.numel()
-        if not fits:
-            skipped[name] = f"input size {base.in_features} does not divide into groups of {quantizer.group_size}"
-            continue
-        _make_exact(module, ExactState(mode, quantizer, SCHEMES[quantization.scheme].int8_activations), name)
-        names.append(name)
+        skipped.setdefault(name, f"input size {base.in_features} does not divide into groups of {quantizer.group_size}")
+        if isinstance(module, LoraLinear):
+            _make_exact(module, ExactState(mode, None, int8_activations=False), name)
     if not names:
         raise SpecError(
             f"spec.quantization.groupSize: no linear layer of this model divides into groups of {quantizer.group_size}; choose a smaller group size."
@@ -73,10 +75,13 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
 
 
 def exact_layers(model: nn.Module) -> Iterator[tuple[str, ExactLinear]]:
-    """(name in the merged model, layer) of every exact layer."""
-    for path, module in model.named_modules():
-        if isinstance(module, ExactLoraLinear | ExactFrozenLinear):
-            yield plain_name(path), module
+    """(name in the merged model, layer) of every layer that export quantizes."""
+    return ((name, layer) for name, layer in _prepared_layers(model) if layer.exact.quantizer is not None)
+
+
+def merged_layers(model: nn.Module) -> Iterator[tuple[str, ExactLinear]]:
+    """(name in the merged model, layer) of every adapted layer that export merges but does not quantize."""
+    return ((name, layer) for name, layer in _prepared_layers(model) if layer.exact.quantizer is None)
 
 
 def mode_of(model: nn.Module) -> ExactMode | None:
@@ -108,16 +113,16 @@ def fake_quantization(model: nn.Module, enabled: bool, *, keep_codes: bool = Fal
             _free_codes(model)
 
 
-def drop_caches(model: nn.Module) -> None:
+def drop_caches(model: nn.Module, *, frozen: bool = True) -> None:
     """Weights may have changed (a load, a resume, an edit of `.data`): forget what was computed from them."""
     mode = mode_of(model)
     if mode is not None:
-        mode.drop_caches()
+        mode.drop_caches(frozen=frozen)
 
 
 def follow_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
-    """Drops caches after each step of the optimizer; fused optimizers don't bump the version of a weight."""
-    return optimizer.register_step_post_hook(lambda *_: drop_caches(model))
+    """Drops the adapted layers' caches after each step of the optimizer; fused optimizers don't bump the version of a weight."""
+    return optimizer.register_step_post_hook(lambda *_: drop_caches(model, frozen=False))
 
 
 @torch.no_grad()
@@ -144,6 +149,23 @@ def require_effect(model: PeftModel, input_ids: torch.Tensor) -> None:
 def plain_name(path: str) -> str:
     """A module's name as the merged model knows it."""
     return path.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def _prepared_layers(model: nn.Module) -> Iterator[tuple[str, ExactLinear]]:
+    for path, module in model.named_modules():
+        if isinstance(module, ExactLoraLinear | ExactFrozenLinear):
+            yield plain_name(path), module
+
+
+def _head(model: PeftModel) -> nn.Module | None:
+    """The output head, without an adapter that it may have."""
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    if isinstance(head, LoraLayer) and base.config.tie_word_embeddings:
+        raise SpecError(
+            "spec.lora.targetModules takes in the output head, which shares its weight with the embeddings and so can't be merged alone; leave it out."
+        )
+    return head.get_base_layer() if isinstance(head, LoraLayer) else head
 
 
 def _linears(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:

@@ -104,6 +104,6 @@ def _may_read(api: Any, where: Location, found: Snapshot, name: str, *, dataset:
 
     url = hf_hub_url(found.address.repo_id, name, repo_type="dataset" if dataset else None, revision=found.commit, endpoint=api.endpoint)
     with hub_errors(where):
-        size = api.get_hf_file_metadata(url, timeout=LOOKUP_TIMEOUT_SECONDS).size
+        size = api.get_hf_file_metadata(url=url, timeout=LOOKUP_TIMEOUT_SECONDS).size
     if dataset and size == 0:
         raise DataError(f"{where.field}: {where.uri} is empty; a dataset needs at least one row.")

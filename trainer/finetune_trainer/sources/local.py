@@ -43,7 +43,11 @@ def check_model(location: Location, path: Path) -> None:
     _require(location, path)
     if not path.is_dir():
         raise DataError(f"{location.field}: {path} is a file, but a model is a folder with config.json and safetensors; name the folder.")
-    require_model({str(item.relative_to(path)) for item in path.iterdir() if item.is_file()}, f"{location.field}: {path}")
+    try:
+        names = {item.name for item in path.iterdir() if item.is_file()}
+    except PermissionError as error:
+        raise _closed(location, path) from error
+    require_model(names, f"{location.field}: {path}")
 
 
 def check_file(location: Location, path: Path) -> None:
@@ -60,7 +64,7 @@ def check_file(location: Location, path: Path) -> None:
         with path.open("rb") as stream:
             empty = not stream.read(1)
     except PermissionError as error:
-        raise AccessError(f"{location.field}: {path} may not be read by this user; change its permissions.") from error
+        raise _closed(location, path) from error
     if empty:
         raise DataError(f"{location.field}: {path} is empty; a dataset needs at least one row.")
 
@@ -75,7 +79,7 @@ def _require(location: Location, path: Path) -> None:
     try:
         exists = path.exists()
     except PermissionError as error:
-        raise AccessError(f"{location.field}: {path} may not be read by this user; change its permissions.") from error
+        raise _closed(location, path) from error
     if exists:
         return
     kind = _KINDS.get(location.scheme)
@@ -84,3 +88,7 @@ def _require(location: Location, path: Path) -> None:
             f"{location.field}: {kind} {location.authority!r} has nothing at {location.path!r}; correct the path after its name."
         )
     raise DataError(f"{location.field}: {path} does not exist; correct the path.")
+
+
+def _closed(location: Location, path: Path) -> AccessError:
+    return AccessError(f"{location.field}: {path} may not be read by this user; change its permissions.")

@@ -13,6 +13,7 @@ from finetune_trainer.sources.location import Location
 
 _KEY_ERRORS = {
     "InvalidAccessKeyId": "the server does not know this access key; correct AWS_ACCESS_KEY_ID",
+    "XAdminUserNotFound": "the server does not know this access key; correct AWS_ACCESS_KEY_ID",  # versitygw's word for it
     "SignatureDoesNotMatch": "the secret key does not fit the access key; correct AWS_SECRET_ACCESS_KEY",
     "ExpiredToken": "the session token has expired; renew AWS_SESSION_TOKEN",
     "InvalidToken": "the session token is not valid; renew AWS_SESSION_TOKEN",

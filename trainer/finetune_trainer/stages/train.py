@@ -22,6 +22,7 @@ from finetune_trainer.mirror import Mirror
 from finetune_trainer.phases import Phases, Work
 from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.prepare import Prepared, prepare, require_effect
+from finetune_trainer.qat.roundtrip import require_roundtrip
 from finetune_trainer.stages.data import Data, Example
 from finetune_trainer.stages.evaluate import SwitchLosses, pad
 from finetune_trainer.stages.load import Loaded
@@ -114,6 +115,7 @@ def _prepare(ctx: RunContext, loaded: Loaded, data: Data) -> Prepared | None:
     if ctx.spec.quantization.scheme is Scheme.NONE:
         return None
     prepared = prepare(loaded.model, ctx.spec.quantization, enabled=False)
+    require_roundtrip(loaded.model)
     require_effect(loaded.model, torch.tensor([data.train[0].input_ids[:32]], device=loaded.model.device))
     kept = f"; not quantized: {', '.join(sorted(prepared.skipped))}" if prepared.skipped else ""
     ctx.reporter.note(f"{len(prepared.layers)} linear layers are quantized ({prepared.coverage:.0%} of the linear weights){kept}.")

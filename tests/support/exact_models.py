@@ -1,0 +1,68 @@
+"""Tiny models with a LoRA adapter whose factors are not zero, prepared for exact quantization-aware training. Used by tests/trainer/qat."""
+
+from typing import Any
+
+import torch
+from finetune_api.spec import LoraSpec, QuantizationSpec, Scheme
+from finetune_trainer.qat.linear import ExactLinear
+from finetune_trainer.qat.prepare import exact_layers, prepare
+from finetune_trainer.stages.load import add_adapter
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from support.tiny_model import tiny_llama
+
+SCHEMES = (Scheme.INT8, Scheme.INT8_INT4)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def quantization(scheme: Scheme = Scheme.INT8_INT4, **changes: Any) -> QuantizationSpec:
+    """The scheme with its defaults, or with changes of them."""
+    return QuantizationSpec(scheme=scheme, **changes)
+
+
+def lora_model(
+    *, dtype: torch.dtype = torch.float32, targets: str = "all-linear", rank: int = 4, seed: int = 0, **changes: Any
+) -> PeftModel:
+    """A tiny Llama with an adapter as the trainer adds it, but with a random B: a trained adapter. `changes` go to LlamaConfig."""
+    base = tiny_llama(seed=seed, **changes)
+    for parameter in base.parameters():  # as from_pretrained: buffers such as the rotary frequencies stay float32
+        parameter.data = parameter.data.to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        model = add_adapter(base, LoraSpec(rank=rank, target_modules=targets), "tiny")
+        set_factors(model, seed + 2)
+    return model
+
+
+def exact_model(scheme: Scheme = Scheme.INT8_INT4, **changes: Any) -> PeftModel:
+    """`lora_model` after `prepare`, with fake quantization on."""
+    model = lora_model(**changes)
+    prepare(model, quantization(scheme))
+    return model
+
+
+@torch.no_grad()
+def set_factors(model: PeftModel, seed: int) -> None:
+    """Another random A and B in every layer, in place, large enough to move codes on any grid."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+                factor.copy_(torch.randn(factor.shape, generator=generator) * 0.1)
+
+
+def exact_layer(model: PeftModel, ending: str) -> ExactLinear:
+    """The first exact layer whose name ends so."""
+    return next(layer for name, layer in exact_layers(model) if name.endswith(ending))
+
+
+def token_ids(rows: int = 2, tokens: int = 16, seed: int = 0) -> torch.Tensor:
+    """Random token ids [rows, tokens] of the tiny vocabulary."""
+    return torch.randint(3, 260, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits without a gradient, in whatever mode the model is."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits

@@ -1,0 +1,366 @@
+"""A cluster in memory for tests of the operator: one FineTuneJob, its Jobs and pods as JSON values, and what Kubernetes does with them.
+
+It stands in for finetune_operator.cluster.Cluster. Every request pauses first, so a test may let it happen late, lose its answer, or kill the operator there.
+"""
+
+from collections.abc import Coroutine, Generator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import aiohttp
+from finetune_api import names
+from finetune_api.spec import API_VERSION, KIND
+from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.reconcile import Reconciler
+from finetune_operator.settings import Settings
+from finetune_operator.subject import Json, Key, condition_of, is_being_deleted, is_controlled_by, is_finished
+
+NOW = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
+SPEC: Json = {
+    "model": {"source": "builtin://smollm2-135m"},
+    "dataset": {"source": "builtin://python-docs"},
+    "outputs": {"destinations": [{"uri": "s3://models/tiny"}]},
+}
+SETTINGS = Settings(trainer_image="registry.example.com/trainer:1")
+
+
+def merged(base: Json, changes: Json) -> Json:
+    """A merge patch (RFC 7386) applied: None removes a key."""
+    result = deepcopy(base)
+    for key, value in changes.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict):
+            result[key] = merged(result.get(key) or {}, value)
+        else:
+            result[key] = deepcopy(value)
+    return result
+
+
+def written(moment: datetime) -> str:
+    """A point in time as the API writes it."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def build_finetunejob(changes: Json | None = None, *, status: Json | None = None, generation: int = 1, name: str = "tiny") -> Json:
+    """A FineTuneJob as the API server gives it; `changes` are merged into the smallest spec."""
+    metadata = {"name": name, "namespace": "ml", "uid": "uid-1", "generation": generation, "resourceVersion": "1"}
+    raw: Json = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": merged(SPEC, changes or {})}
+    return raw | ({"status": status} if status else {})
+
+
+def build_stored_job(manifest: Json, uid: str = "job-uid", *, condition: Json | None = None, now: datetime = NOW) -> Json:
+    """A Job as the API server stores a manifest; with a condition it has ended."""
+    job = deepcopy(manifest)
+    job["metadata"] |= {"uid": uid, "creationTimestamp": written(now)}
+    job["status"] = {"conditions": [{"status": "True", "lastTransitionTime": written(now), **condition}]} if condition else {}
+    return job
+
+
+def build_pod(
+    job: Json,
+    *,
+    name: str = "pod-1",
+    phase: str = "Pending",
+    state: Json | None = None,
+    conditions: tuple[Json, ...] = (),
+    now: datetime = NOW,
+    **status: Any,
+) -> Json:
+    """A pod of a Job; `state` is its container's."""
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"], "controller": True}
+    containers = [{"name": names.CONTAINER, "state": state}] if state is not None else []
+    return {
+        "metadata": {
+            "name": name,
+            "namespace": job["metadata"]["namespace"],
+            "uid": f"{name}-uid",
+            "labels": job["spec"]["template"]["metadata"]["labels"],
+            "ownerReferences": [owner],
+            "creationTimestamp": written(now),
+        },
+        "spec": job["spec"]["template"]["spec"],
+        "status": {"phase": phase, "conditions": list(conditions), "containerStatuses": containers, "podIP": "192.0.2.1", **status},
+    }
+
+
+def build_ended_state(code: int, message: str = "", reason: str = "", now: datetime = NOW) -> Json:
+    """The state of a container that ran for a minute."""
+    times = {"startedAt": written(now - timedelta(minutes=1)), "finishedAt": written(now)}
+    return {"terminated": {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "message": message, **times}}
+
+
+def broken_status_rules(status: Json, generation: int) -> list[str]:
+    """The rules of kstatus and of the API conventions that a status breaks."""
+    conditions = {item["type"]: item for item in status.get("conditions", [])}
+    progressing = [kind for kind in ("Reconciling", "Stalled") if kind in conditions]
+    rules = {
+        "each condition stands once": len(conditions) == len(status.get("conditions", [])),
+        "Ready exists": "Ready" in conditions,
+        "never Reconciling and Stalled together": len(progressing) < 2,
+        "Reconciling and Stalled are absent when not true": all(conditions[kind]["status"] == "True" for kind in progressing),
+        "not Ready while Reconciling or Stalled": not progressing or conditions["Ready"]["status"] == "False",
+        "observedGeneration is at most the generation": status.get("observedGeneration", 0) <= generation,
+        "a condition's observedGeneration too": all(item.get("observedGeneration", 0) <= generation for item in conditions.values()),
+        "reasons are CamelCase": all(item["reason"].isascii() and item["reason"].isalnum() and item["reason"][0].isupper() for item in conditions.values()),
+        "messages are 1 to 1024 characters": all(1 <= len(item.get("message", "")) <= 1024 for item in conditions.values()),
+        "the message is 1 to 1024 characters": 1 <= len(status.get("message", "")) <= 1024,
+    }  # fmt: skip
+    return [rule for rule, holds in rules.items() if not holds]
+
+
+class _Pause:
+    def __await__(self) -> Generator[None]:
+        yield
+
+
+@dataclass
+class Operator:
+    """One pass of a reconcile that stands before its next request."""
+
+    pass_: Coroutine[Any, Any, float | None]
+    wrote: bool = False
+    ended: bool = False
+
+    def step(self) -> None:
+        """Lets the pending request happen, and runs to the next one; a refused request ends the pass."""
+        try:
+            self.pass_.send(None)
+        except (StopIteration, ApiError):
+            self.ended = True
+
+    def kill(self) -> None:
+        """The process ends; the pending request never happens."""
+        self.pass_.close()
+        self.ended = True
+
+
+class _NoTrainer:
+    """A session that reaches no trainer."""
+
+    def get(self, *_: object, **__: object) -> None:
+        raise aiohttp.ClientConnectionError
+
+
+@dataclass
+class SimulatedCluster:
+    """The API server, the Job controller, the kubelet and the garbage collector, with one FineTuneJob."""
+
+    finetunejob: Json | None = None
+    jobs: dict[str, Json] = field(default_factory=dict)
+    pods: dict[str, Json] = field(default_factory=dict)
+    now: datetime = NOW
+    is_writing: bool = False
+    created: list[tuple[str, Json]] = field(default_factory=list)
+    _counter: int = 0
+
+    # What a user does.
+
+    def apply(self, changes: Json) -> None:
+        """Makes the FineTuneJob, or merges changes into its spec."""
+        if self.finetunejob is None:
+            self.finetunejob = build_finetunejob(changes)
+            self.finetunejob["metadata"] |= {"uid": self._next("uid"), "resourceVersion": self._next("")}
+            return
+        spec = merged(self.finetunejob["spec"], changes)
+        if spec != self.finetunejob["spec"]:
+            self.finetunejob["spec"] = spec
+            self.finetunejob["metadata"]["generation"] += 1
+            self.finetunejob["metadata"]["resourceVersion"] = self._next("")
+
+    def delete_finetunejob(self) -> None:
+        """Gone at once: it has no finalizers. The garbage collector comes later."""
+        self.finetunejob = None
+
+    def delete_job_by_hand(self, name: str) -> None:
+        """As kubectl delete does: the Job at once, its pods with it."""
+        self._remove(name)
+
+    # What Kubernetes does.
+
+    def start_pod(self, job: Json) -> None:
+        """The Job controller makes a pod."""
+        name = self._next("pod-")
+        self.pods[name] = build_pod(job, name=name, now=self.now)
+
+    def run_pod(self, name: str) -> None:
+        """The kubelet starts the container."""
+        self.pods[name]["status"] |= {
+            "phase": "Running",
+            "containerStatuses": [{"name": names.CONTAINER, "state": {"running": {"startedAt": written(self.now)}}}],
+        }
+
+    def end_pod(self, name: str, code: int, *, disrupted: bool = False) -> None:
+        """The container ends; the Job controller judges it by the Job's own podFailurePolicy."""
+        pod, job = self.pods[name], self._job_of(self.pods[name])
+        condition = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
+        pod["status"] |= {
+            "phase": "Failed" if code or disrupted else "Succeeded",
+            "conditions": [condition] if disrupted else [],
+            "containerStatuses": [{"name": names.CONTAINER, "state": build_ended_state(code, now=self.now)}],
+        }
+        if job is not None and not is_finished(job):
+            self._judge(job, pod)
+
+    def settle(self) -> None:
+        """Controllers catch up: suspensions stop pods, deletions finish, orphans are collected."""
+        for name, job in list(self.jobs.items()):
+            owner = self.finetunejob["metadata"]["uid"] if self.finetunejob else ""
+            if is_being_deleted(job) or not is_controlled_by(job, owner):
+                self._remove(name)
+            elif job["spec"]["suspend"]:
+                for pod in self.active_pods(job):
+                    del self.pods[pod["metadata"]["name"]]
+
+    def collect_ended(self, name: str) -> None:
+        """The TTL controller removes a finished Job that has a TTL."""
+        if "ttlSecondsAfterFinished" in self.jobs[name]["spec"]:
+            self._remove(name)
+
+    def pods_of(self, job: Json) -> list[Json]:
+        """Its pods, oldest first."""
+        return [pod for pod in self.pods.values() if is_controlled_by(pod, job["metadata"]["uid"])]
+
+    def active_pods(self, job: Json) -> list[Json]:
+        """Its pods that have not ended."""
+        return [pod for pod in self.pods_of(job) if pod["status"]["phase"] in ("Pending", "Running")]
+
+    def startable_jobs(self) -> list[Json]:
+        """Jobs for which the controller would make a pod now."""
+        return [
+            job
+            for job in self.jobs.values()
+            if not (is_finished(job) or is_being_deleted(job) or job["spec"]["suspend"] or self.active_pods(job))
+        ]
+
+    # What the operator does.
+
+    def start_operator(self, settings: Settings = SETTINGS) -> Operator:
+        """A pass that stands before its first request."""
+        reconciler = Reconciler(cast("Cluster", self), cast("aiohttp.ClientSession", _NoTrainer()), settings, lambda: self.now)
+        operator = Operator(reconciler.reconcile(Key("ml", "tiny")))
+        operator.step()
+        return operator
+
+    def step(self, operator: Operator) -> None:
+        """One request of the operator; `wrote` says whether it has begun to write."""
+        self.is_writing = False
+        operator.step()
+        operator.wrote |= self.is_writing
+
+    def reconcile(self, settings: Settings = SETTINGS) -> bool:
+        """A whole pass without a fault; whether it wrote anything."""
+        operator = self.start_operator(settings)
+        while not operator.ended:
+            self.step(operator)
+        return operator.wrote
+
+    # Cluster's requests.
+
+    async def read_finetunejob(self, key: Key) -> Json | None:
+        """As Cluster."""
+        await _Pause()
+        return deepcopy(self.finetunejob)
+
+    async def patch_status(self, key: Key, resource_version: str, patch: Json) -> None:
+        """As Cluster."""
+        await _Pause()
+        if self.finetunejob is None:
+            raise ApiError(404, "NotFound", "")
+        if self.finetunejob["metadata"]["resourceVersion"] != resource_version:
+            raise ApiError(409, "Conflict", "")
+        status = merged(self.finetunejob.get("status") or {}, patch)
+        if status != self.finetunejob.get("status"):
+            self.is_writing = True
+            self.finetunejob["status"] = status
+            self.finetunejob["metadata"]["resourceVersion"] = self._next("")
+
+    async def list_jobs(self, namespace: str, selector: str) -> list[Json]:
+        """As Cluster."""
+        await _Pause()
+        return [deepcopy(job) for job in self.jobs.values() if _selects(selector, job)]
+
+    async def read_job(self, namespace: str, name: str) -> Json | None:
+        """As Cluster."""
+        await _Pause()
+        return deepcopy(self.jobs.get(name))
+
+    async def create_job(self, manifest: Json) -> None:
+        """As Cluster."""
+        await _Pause()
+        name = manifest["metadata"]["name"]
+        if name in self.jobs:
+            raise ApiError(409, "AlreadyExists", "")
+        self.is_writing = True
+        self.jobs[name] = build_stored_job(manifest, self._next("job-"), now=self.now)
+        self.created.append((name, deepcopy((self.finetunejob or {}).get("status") or {})))
+
+    async def patch_job(self, namespace: str, name: str, patch: Json) -> None:
+        """As Cluster."""
+        await _Pause()
+        if name not in self.jobs:
+            raise ApiError(404, "NotFound", "")
+        self.is_writing = True
+        self.jobs[name] = merged(self.jobs[name], patch)
+
+    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+        """As Cluster: in the foreground."""
+        await _Pause()
+        if name not in self.jobs:
+            raise ApiError(404, "NotFound", "")
+        if self.jobs[name]["metadata"]["uid"] != uid:
+            raise ApiError(409, "Conflict", "")
+        self.is_writing = True
+        self.jobs[name]["metadata"]["deletionTimestamp"] = written(self.now)
+
+    async def list_pods(self, namespace: str, selector: str) -> list[Json]:
+        """As Cluster."""
+        await _Pause()
+        return [deepcopy(pod) for pod in self.pods.values() if _selects(selector, pod)]
+
+    async def list_warnings(self, namespace: str, uid: str) -> list[Json]:
+        """As Cluster."""
+        await _Pause()
+        return []
+
+    def _next(self, prefix: str) -> str:
+        self._counter += 1
+        return f"{prefix}{self._counter:04}"
+
+    def _job_of(self, pod: Json) -> Json | None:
+        return next((job for job in self.jobs.values() if is_controlled_by(pod, job["metadata"]["uid"])), None)
+
+    def _remove(self, name: str) -> None:
+        for pod in self.pods_of(self.jobs[name]):
+            del self.pods[pod["metadata"]["name"]]
+        del self.jobs[name]
+
+    def _judge(self, job: Json, pod: Json) -> None:
+        if pod["status"]["phase"] == "Succeeded":
+            return self._finish(job, "Complete", "CompletionsReached")
+        action = next((rule["action"] for rule in job["spec"]["podFailurePolicy"]["rules"] if matches_rule(rule, pod)), "Count")
+        if action == "FailJob":
+            return self._finish(job, "Failed", "PodFailurePolicy")
+        if action == "Count":
+            job["status"]["failed"] = job["status"].get("failed", 0) + 1
+            if job["status"]["failed"] > job["spec"]["backoffLimit"]:
+                self._finish(job, "Failed", "BackoffLimitExceeded")
+        return None
+
+    def _finish(self, job: Json, kind: str, reason: str) -> None:
+        job["status"]["conditions"] = [{"type": kind, "status": "True", "reason": reason, "lastTransitionTime": written(self.now)}]
+
+
+def matches_rule(rule: Json, pod: Json) -> bool:
+    """Whether a rule of a podFailurePolicy matches a failed pod."""
+    if "onPodConditions" in rule:
+        return any(condition_of(pod, pattern["type"]) for pattern in rule["onPodConditions"])
+    (container,) = pod["status"]["containerStatuses"]
+    return container["state"]["terminated"]["exitCode"] in rule["onExitCodes"]["values"]
+
+
+def _selects(selector: str, resource: Json) -> bool:
+    key, _, value = selector.partition("=")
+    return bool(resource["metadata"]["labels"].get(key) == value)

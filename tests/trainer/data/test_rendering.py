@@ -1,0 +1,178 @@
+"""What of a row is trained: completions and their end-of-sequence token only, never a prompt nor what a template puts around an answer."""
+
+from typing import Any
+
+import pytest
+from finetune_trainer.dataset import Form, Row
+from finetune_trainer.errors import DataError
+from finetune_trainer.rendering import Messages, Render, Segment, TemplateError, is_conversation, preview, render
+from hypothesis import given
+from hypothesis import strategies as st
+
+EOS = "</s>"
+TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="<>/"), max_size=12)
+
+
+def chatml(messages: Messages, generation_prompt: bool) -> str:
+    """A template that ends a turn with the end-of-sequence token and a line end."""
+    turns = "".join(f"<{item['role']}>{item['content']}{EOS}\n" for item in messages)
+    return turns + ("<assistant>" if generation_prompt else "")
+
+
+def without_eos(messages: Messages, generation_prompt: bool) -> str:
+    """A template that ends no turn by itself."""
+    return "".join(f"<{item['role']}>{item['content']}\n" for item in messages) + ("<assistant>" if generation_prompt else "")
+
+
+def turns(*contents: str) -> Messages:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[index % 2], "content": content} for index, content in enumerate(contents)]
+
+
+def rendered(form: Form, template: Render | None = None, **values: Any) -> list[Segment]:
+    return render(Row(3, values), form, template, EOS, "rows.jsonl")
+
+
+def trained(segments: list[Segment]) -> list[str]:
+    return [segment.text for segment in segments if segment.trained]
+
+
+def text_of(segments: list[Segment]) -> str:
+    return "".join(segment.text for segment in segments)
+
+
+def test_a_text_is_trained_whole_with_its_end() -> None:
+    assert rendered("text", text="Once.") == [Segment(f"Once.{EOS}", trained=True)]
+
+
+def test_a_text_is_never_put_into_a_template() -> None:
+    assert rendered("text", chatml, text="Once.") == rendered("text", text="Once.")
+
+
+def test_of_prompt_and_completion_the_completion_is_trained() -> None:
+    assert rendered("prompt-completion", prompt="1+1=", completion="2") == [
+        Segment("1+1=", trained=False),
+        Segment(f"2{EOS}", trained=True),
+    ]
+
+
+def test_string_prompts_are_not_put_into_a_template() -> None:
+    assert rendered("prompt-completion", chatml, prompt="1+1=", completion="2")[0].text == "1+1="
+
+
+def test_an_instruction_without_a_template_gets_headings() -> None:
+    segments = rendered("instruction", instruction="Add.", output="2")
+    assert segments == [Segment("### Instruction:\nAdd.\n\n### Response:\n", trained=False), Segment(f"2{EOS}", trained=True)]
+
+
+def test_an_instructions_input_stands_under_a_heading_of_its_own() -> None:
+    prompt = rendered("instruction", instruction="Add.", input="1, 1", output="2")[0].text
+    assert prompt == "### Instruction:\nAdd.\n\n### Input:\n1, 1\n\n### Response:\n"
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_empty_input_adds_nothing(empty: str | None) -> None:
+    assert rendered("instruction", instruction="Add.", input=empty, output="2") == rendered("instruction", instruction="Add.", output="2")
+
+
+def test_an_instruction_with_a_template_becomes_a_conversation() -> None:
+    segments = rendered("instruction", chatml, instruction="Add.", input="1, 1", output="2")
+    assert preview(segments) == f"<user>Add.\n\n1, 1{EOS}\n<assistant>⟦2{EOS}⟧\n"
+
+
+def test_of_a_conversation_the_answer_is_trained_up_to_its_end() -> None:
+    assert preview(rendered("chat", chatml, messages=turns("Hi", "Hello"))) == f"<user>Hi{EOS}\n<assistant>⟦Hello{EOS}⟧\n"
+
+
+def test_every_assistant_turn_is_trained() -> None:
+    segments = rendered("chat", chatml, messages=turns("a", "b", "c", "d"))
+    assert preview(segments) == f"<user>a{EOS}\n<assistant>⟦b{EOS}⟧\n<user>c{EOS}\n<assistant>⟦d{EOS}⟧\n"
+
+
+def test_a_system_turn_is_not_trained() -> None:
+    messages = [{"role": "system", "content": "Be kind."}, *turns("Hi", "Hello")]
+    assert trained(rendered("chat", chatml, messages=messages)) == [f"Hello{EOS}"]
+
+
+def test_a_question_behind_the_last_answer_is_left_out() -> None:
+    assert text_of(rendered("chat", chatml, messages=turns("a", "b", "c"))) == text_of(rendered("chat", chatml, messages=turns("a", "b")))
+
+
+def test_a_first_turn_of_the_assistant_is_trained() -> None:
+    assert trained(rendered("chat", chatml, messages=turns("", "Hello")[1:])) == [f"<assistant>Hello{EOS}"]
+
+
+def test_assistant_turns_of_a_prompt_are_given_and_not_trained() -> None:
+    segments = rendered("prompt-completion", chatml, prompt=turns("a", "b", "c"), completion=turns("", "d")[1:])
+    assert preview(segments) == f"<user>a{EOS}\n<assistant>b{EOS}\n<user>c{EOS}\n<assistant>⟦d{EOS}⟧\n"
+
+
+def test_a_template_that_ends_no_turn_gets_an_end_that_is_trained() -> None:
+    assert trained(rendered("chat", without_eos, messages=turns("Hi", "Hello"))) == [f"Hello\n{EOS}"]
+
+
+def test_every_answer_ends_where_a_template_does_not_end_it() -> None:
+    assert trained(rendered("chat", without_eos, messages=turns("a", "b", "c", "d"))) == [f"b\n{EOS}", f"d\n{EOS}"]
+
+
+def test_a_generation_prompt_that_the_answer_does_not_hold_is_not_trained_away() -> None:
+    def thinking(messages: Messages, generation_prompt: bool) -> str:
+        return without_eos(messages, generation_prompt=False) + ("<assistant><think>" if generation_prompt else "")
+
+    assert trained(rendered("chat", thinking, messages=turns("Hi", "Hello"))) == [f"<assistant>Hello\n{EOS}"]
+
+
+@given(contents=st.lists(TEXT, min_size=2, max_size=6).filter(lambda items: len(items) % 2 == 0))
+def test_the_pieces_of_a_conversation_are_its_text_and_the_trained_ones_its_answers(contents: list[str]) -> None:
+    messages = turns(*contents)
+    segments = rendered("chat", chatml, messages=messages)
+    assert text_of(segments) == chatml(messages, generation_prompt=False)
+    assert trained(segments) == [f"{answer}{EOS}" for answer in contents[1::2]]
+
+
+@pytest.mark.parametrize(
+    ("form", "values"),
+    [("chat", {"messages": turns("a", "b")}), ("prompt-completion", {"prompt": turns("a"), "completion": turns("", "b")[1:]})],
+)
+def test_conversations_without_a_template_are_refused(form: Form, values: dict[str, Any]) -> None:
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl holds conversations, but the model has no chat template; use an instruction-tuned model"
+    ):
+        rendered(form, **values)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_line() -> None:
+    def forgetful(messages: Messages, generation_prompt: bool) -> str:
+        return chatml(messages[-2:], generation_prompt)
+
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: the model's chat template rewrites earlier turns"):
+        rendered("chat", forgetful, messages=turns("a", "b", "c", "d"))
+
+
+def test_a_conversation_that_the_template_refuses_is_refused_with_the_line() -> None:
+    def strict(messages: Messages, generation_prompt: bool) -> str:
+        raise TemplateError("roles must alternate")
+
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl, line 3: the model's chat template refuses the conversation \(roles must alternate\)"
+    ):
+        rendered("chat", strict, messages=turns("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "with_template", "without"),
+    [
+        ("chat", {"messages": turns("a", "b")}, True, True),
+        ("prompt-completion", {"prompt": turns("a"), "completion": turns("b")}, True, True),
+        ("prompt-completion", {"prompt": "a", "completion": "b"}, False, False),
+        ("instruction", {"instruction": "a", "output": "b"}, True, False),
+        ("text", {"text": "a"}, False, False),
+    ],
+)
+def test_what_counts_as_a_conversation(form: Form, values: dict[str, Any], with_template: bool, without: bool) -> None:
+    row = Row(1, values)
+    assert (is_conversation(row, form, has_template=True), is_conversation(row, form, has_template=False)) == (with_template, without)
+
+
+def test_a_preview_marks_what_is_trained() -> None:
+    assert preview([Segment("ask ", trained=False), Segment("answer", trained=True), Segment("\n", trained=False)]) == "ask ⟦answer⟧\n"

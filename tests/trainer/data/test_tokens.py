@@ -1,0 +1,259 @@
+"""Rows become tokens: labels only on what is trained, rows that are cut off are dropped and counted, the split and the digest are exact."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_trainer.context import RunContext
+from finetune_trainer.errors import DataError
+from finetune_trainer.rendering import Segment
+from finetune_trainer.stages import data
+from finetune_trainer.stages.data import IGNORED, Data, Example, split, tokenize
+from finetune_trainer.stages.evaluate import pad
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support.run_contexts import context, notes, run_spec
+from support.tiny_model import sums, tiny_tokenizer, write_jsonl
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+TOKENIZER = tiny_tokenizer()
+EOS_ID, PAD_ID = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
+PIECES = st.lists(st.builds(Segment, st.text(st.characters(exclude_categories=("Cs",)), max_size=8), st.booleans()), min_size=1, max_size=5)
+EXAMPLES = st.lists(
+    st.lists(st.integers(0, 259), min_size=2, max_size=6).map(lambda ids: Example(tuple(ids), (IGNORED, *ids[1:]))), min_size=1, max_size=6
+)
+
+
+def example(length: int) -> Example:
+    """An example that its length tells from others."""
+    return Example(tuple(range(length)), tuple(range(length)))
+
+
+def made(train: list[Example], held_out: list[Example]) -> Data:
+    return Data(tuple(train), tuple(held_out), 0, "text", "here", "", "")
+
+
+def run_context(folder: Path, rows: list[dict[str, Any]], *, max_length: int = 256, **evaluation: Any) -> RunContext:
+    """A run on these rows, with 20 percent held out unless told otherwise."""
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    spec = run_spec(dataset=f"file://{path}", training={"maxLength": max_length})
+    spec["dataset"]["evaluation"] = evaluation or {"percent": 20}
+    return context(folder, spec)
+
+
+def run(folder: Path, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast = TOKENIZER, **options: Any) -> Data:
+    return data.run(run_context(folder, rows, **options), tokenizer)
+
+
+def with_bos(*, chat: bool) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, putting a beginning-of-sequence token in front as Llama's does."""
+    tokenizer = tiny_tokenizer(chat=chat)
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def text_of(ids: tuple[int, ...]) -> str:
+    return TOKENIZER.decode(list(ids))
+
+
+def test_prompts_have_no_labels_and_completions_have_their_own_tokens() -> None:
+    found = tokenize([Segment("ask", trained=False), Segment("tell", trained=True)], TOKENIZER, 100, bos=False)
+    assert found.labels[:3] == (IGNORED,) * 3
+    assert found.labels[3:] == found.input_ids[3:]
+    assert text_of(found.input_ids) == "asktell"
+
+
+@given(pieces=PIECES, max_length=st.integers(1, 40))
+def test_a_label_is_its_token_or_nothing(pieces: list[Segment], max_length: int) -> None:
+    found = tokenize(pieces, TOKENIZER, max_length, bos=False)
+    assert len(found.labels) == len(found.input_ids) <= max_length
+    assert all(label in (IGNORED, token) for token, label in zip(found.input_ids, found.labels, strict=True))
+
+
+@given(pieces=PIECES)
+def test_the_tokens_with_labels_are_the_trained_text(pieces: list[Segment]) -> None:
+    found = tokenize(pieces, TOKENIZER, 10_000, bos=False)
+    wanted = [token for piece in pieces if piece.trained for token in TOKENIZER(piece.text)["input_ids"]]
+    assert [label for label in found.labels if label != IGNORED] == wanted
+
+
+def test_a_beginning_token_stands_first_and_is_not_trained() -> None:
+    tokenizer = with_bos(chat=False)
+    found = tokenize([Segment("tell", trained=True)], tokenizer, 100, bos=True)
+    assert (found.input_ids[0], found.labels[0]) == (tokenizer.bos_token_id, IGNORED)
+    assert len(found.input_ids) == 5
+
+
+def test_a_token_across_the_border_of_prompt_and_completion_is_split_there() -> None:
+    def joining(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text.replace("ab", "Ω")]}
+
+    found = tokenize([Segment("xa", trained=False), Segment("bc", trained=True)], joining, 100, bos=False)  # type: ignore[arg-type]
+    assert found.input_ids == tuple(map(ord, "xabc"))
+    assert found.labels == (IGNORED, IGNORED, ord("b"), ord("c"))
+
+
+def test_trained_tokens_leave_out_the_first_which_nothing_predicts() -> None:
+    assert Example((1, 2, 3), (1, IGNORED, 3)).trained_tokens == 1
+
+
+def test_padding_is_masked_and_never_trained() -> None:
+    batch = pad([Example((5, 6, 7), (IGNORED, 6, 7)), Example((8,), (8,))], PAD_ID)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, PAD_ID, PAD_ID]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_a_padded_batch_holds_every_example(lengths: list[int]) -> None:
+    batch = pad([example(length) for length in lengths], PAD_ID)
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
+    assert all(ids[:length] == list(range(length)) and set(labels[length:]) <= {IGNORED} for ids, labels, length in rows)
+
+
+@given(count=st.integers(1, 60), percent=st.integers(0, 50), seed=st.integers(0, 2**31 - 1))
+def test_a_split_is_complete_and_disjoint_and_keeps_the_order(count: int, percent: int, seed: int) -> None:
+    examples = [example(length) for length in range(1, count + 1)]
+    train, held_out = split(examples, percent, seed)
+    assert sorted((*train, *held_out), key=lambda item: len(item.input_ids)) == examples
+    for part in (train, held_out):
+        assert list(part) == sorted(part, key=lambda item: len(item.input_ids))
+
+
+@given(count=st.integers(1, 60), percent=st.integers(0, 50), seed=st.integers(0, 2**31 - 1))
+def test_the_same_seed_splits_the_same(count: int, percent: int, seed: int) -> None:
+    examples = [example(length) for length in range(1, count + 1)]
+    assert split(examples, percent, seed) == split(list(examples), percent, seed)
+
+
+@given(count=st.integers(2, 60), percent=st.integers(1, 50), seed=st.integers(0, 2**31 - 1))
+def test_a_split_holds_out_its_share_rounded_up_and_trains_on_some(count: int, percent: int, seed: int) -> None:
+    train, held_out = split([example(length) for length in range(1, count + 1)], percent, seed)
+    assert len(held_out) - 1 < count * percent / 100 <= len(held_out)
+    assert train
+
+
+def test_other_seeds_split_otherwise() -> None:
+    examples = [example(length) for length in range(1, 41)]
+    assert len({split(examples, 20, seed)[1] for seed in range(10)}) == 10
+
+
+def test_nothing_is_held_out_of_a_single_row_or_at_zero_percent() -> None:
+    assert split([example(1)], 50, 0) == ((example(1),), ())
+    assert split([example(1), example(2)], 0, 0)[1] == ()
+
+
+@given(train=EXAMPLES, held_out=EXAMPLES, row=st.integers(0, 5), place=st.integers(0, 5), label=st.booleans())
+def test_any_other_token_or_label_is_another_digest(
+    train: list[Example], held_out: list[Example], row: int, place: int, label: bool
+) -> None:
+    both = [*train, *held_out]
+    row %= len(both)
+    place %= len(both[row].input_ids)
+    ids, labels = list(both[row].input_ids), list(both[row].labels)
+    (labels if label else ids)[place] += 1
+    other = [*both[:row], Example(tuple(ids), tuple(labels)), *both[row + 1 :]]
+    assert made(other[: len(train)], other[len(train) :]).digest != made(train, held_out).digest
+
+
+@given(examples=EXAMPLES)
+def test_the_border_between_rows_is_part_of_the_digest(examples: list[Example]) -> None:
+    assume(len(examples) > 1)
+    joined = Example(examples[0].input_ids + examples[1].input_ids, examples[0].labels + examples[1].labels)
+    assert made([joined, *examples[2:]], []).digest != made(examples, []).digest
+
+
+@given(examples=EXAMPLES)
+def test_what_is_held_out_is_part_of_the_digest(examples: list[Example]) -> None:
+    assert made(examples, []).digest != made(examples[:-1], examples[-1:]).digest
+
+
+def test_the_digest_is_the_same_in_every_process() -> None:
+    assert made([example(3)], [example(2)]).digest == "PINNED"
+
+
+def test_a_run_trains_on_answers_and_their_end_alone(tmp_path: Path) -> None:
+    found = run(tmp_path, sums(10))
+    assert (len(found.train), len(found.held_out), found.dropped, found.form) == (8, 2, 0, "instruction")
+    for item in (*found.train, *found.held_out):
+        trained = tuple(label for label in item.labels if label != IGNORED)
+        assert trained[-1] == EOS_ID
+        assert " make " in text_of(trained)
+        assert "?" not in text_of(trained)
+
+
+def test_a_run_shows_the_first_example_with_its_marks(tmp_path: Path) -> None:
+    ctx = run_context(tmp_path, sums(10))
+    found = data.run(ctx, TOKENIZER)
+    assert found.preview == "<|im_start|>user\n0 + 0?<|im_end|>\n<|im_start|>assistant\n⟦0 and 0 make 0.<|im_end|>⟧\n"
+    assert any(found.preview in note for note in notes(ctx))
+
+
+def test_the_same_rows_give_the_same_digest_and_other_rows_another(tmp_path: Path) -> None:
+    digests = []
+    for index, rows in enumerate((sums(10), sums(10), sums(11))):
+        (tmp_path / str(index)).mkdir()
+        digests.append(run(tmp_path / str(index), rows).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_rows_whose_completion_is_cut_off_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "p" * length, "completion": "yes"} for length in (10, 15, 16, 40)]
+    ctx = run_context(tmp_path, rows, max_length=16, percent=0)
+    found = data.run(ctx, TOKENIZER)
+    assert (len(found.train), found.dropped) == (2, 2)
+    assert any("2 rows were dropped: nothing of their completion fits into training.maxLength (16 tokens)" in note for note in notes(ctx))
+
+
+def test_a_row_is_cut_at_the_end(tmp_path: Path) -> None:
+    found = run(tmp_path, [{"text": "x" * 40}], max_length=16)
+    assert [len(item.input_ids) for item in found.train] == [16]
+
+
+def test_rows_that_are_all_cut_off_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no row has a completion that fits into training\.maxLength \(16 tokens\); raise it or shorten"):
+        run(tmp_path, [{"prompt": "p" * 20, "completion": "yes"}], max_length=16)
+
+
+def test_held_out_data_of_its_own_is_not_trained_on(tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held.jsonl", sums(3))
+    found = run(tmp_path, sums(10), source=f"file://{held_out}")
+    assert (len(found.train), len(found.held_out)) == (10, 3)
+    assert found.held_out_resolved
+
+
+def test_a_beginning_token_is_added_where_no_template_brings_it(tmp_path: Path) -> None:
+    tokenizer = with_bos(chat=False)
+    found = run(tmp_path, sums(4), tokenizer)
+    assert {item.input_ids[:2].count(tokenizer.bos_token_id) for item in found.train} == {1}
+
+
+def test_a_beginning_token_is_not_added_to_what_a_template_has_rendered(tmp_path: Path) -> None:
+    tokenizer = with_bos(chat=True)
+    found = run(tmp_path, sums(4), tokenizer)
+    assert {item.input_ids[:2].count(tokenizer.bos_token_id) for item in found.train} == {1}
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="has no end-of-sequence token"):
+        run(tmp_path, sums(4), tokenizer)
+
+
+def test_chat_rows_for_a_model_without_a_template_are_refused(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    with pytest.raises(DataError, match="the model has no chat template"):
+        run(tmp_path, [{"messages": messages}], tiny_tokenizer(chat=False))
+
+
+def test_a_templates_own_refusal_reaches_the_user_with_the_line(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('only one system turn') }}"
+    with pytest.raises(DataError, match=r"line 1: the model's chat template refuses the conversation \(only one system turn\)"):
+        run(tmp_path, sums(4), tokenizer)

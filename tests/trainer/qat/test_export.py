@@ -1,0 +1,160 @@
+"""What is trained is what is shipped: the exported model, in memory and reloaded by plain transformers, computes the training's logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_api.spec import Scheme
+from finetune_trainer.qat.export import exported_tensor, plain_model, tensor_digest, trained_digests, weight_digests
+from finetune_trainer.qat.linear import fake_quantized_weight, merged_weight
+from finetune_trainer.qat.prepare import exact_layers, prepare
+from finetune_trainer.stages.convert import reference_batch, training_logits
+from peft import PeftModel
+from support.exact_models import DTYPES, SCHEMES, exact_layer, exact_model, lora_model, quantization
+from torch import Tensor
+from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+SKIPPED = {"lm_head": "output head"}
+IDS, MASK = reference_batch(260)
+
+
+def exported(model: PeftModel, scheme: Scheme) -> PreTrainedModel:
+    return plain_model(model, quantization(scheme), SKIPPED, trust_remote_code=False)
+
+
+def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Saved, and loaded as any user of transformers does."""
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+@torch.no_grad()
+def plain_logits(model: PreTrainedModel) -> Tensor:
+    return model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits
+
+
+def state_of(model: PeftModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_exported_model_has_the_logits_of_the_training(scheme: Scheme, dtype: torch.dtype) -> None:
+    model = exact_model(scheme, dtype=dtype)
+    difference = plain_logits(exported(model, scheme)) - training_logits(model, IDS, MASK)
+    assert float(difference.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_saved_and_reloaded_model_has_the_logits_of_the_training(scheme: Scheme, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = exact_model(scheme, dtype=dtype)
+    loaded = reloaded(exported(model, scheme), tmp_path)
+    assert loaded.dtype == dtype
+    assert float((plain_logits(loaded) - training_logits(model, IDS, MASK)).abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_reloaded_weights_are_those_that_training_used(scheme: Scheme, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = exact_model(scheme, dtype=dtype)
+    assert weight_digests(reloaded(exported(model, scheme), tmp_path)) == trained_digests(model)
+
+
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": False}, {"attention_bias": True, "mlp_bias": True}, {"targets": "q_proj"}])
+def test_untied_heads_biases_and_frozen_layers_are_exported_exactly(changes: dict[str, object], tmp_path: Path) -> None:
+    model = exact_model(**changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    loaded = reloaded(exported(model, Scheme.INT8_INT4), tmp_path)
+    assert float((plain_logits(loaded) - training_logits(model, IDS, MASK)).abs().max()) == 0.0
+    assert weight_digests(loaded) == trained_digests(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_on_layers_that_are_not_quantized_are_merged_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = lora_model(dtype=dtype)
+    spec = quantization(group_size=128)  # only down_proj fits
+    skipped = prepare(model, spec).skipped
+    loaded = reloaded(plain_model(model, spec, skipped, trust_remote_code=False), tmp_path)
+    assert float((plain_logits(loaded) - training_logits(model, IDS, MASK)).abs().max()) == 0.0
+    assert weight_digests(loaded) == trained_digests(model)
+
+
+def test_an_adapter_on_an_untied_head_is_merged_exactly(tmp_path: Path) -> None:
+    model = exact_model(targets="q_proj,lm_head", tie_word_embeddings=False)
+    loaded = reloaded(exported(model, Scheme.INT8_INT4), tmp_path)
+    assert float((plain_logits(loaded) - training_logits(model, IDS, MASK)).abs().max()) == 0.0
+    assert weight_digests(loaded) == trained_digests(model)
+
+
+def test_the_reloaded_model_is_quantized_where_training_was_and_nowhere_else(tmp_path: Path) -> None:
+    model = exact_model()
+    loaded = reloaded(exported(model, Scheme.INT8_INT4), tmp_path)
+    found = {name for name, parameter in loaded.named_parameters() if isinstance(parameter, IntxUnpackedToInt8Tensor)}
+    assert found == {f"{name}.weight" for name, _ in exact_layers(model)}
+    assert len(found) == 14
+
+
+def test_the_reloaded_model_generates(tmp_path: Path) -> None:
+    loaded = reloaded(exported(exact_model(), Scheme.INT8_INT4), tmp_path)
+    generated = loaded.generate(IDS[:1], attention_mask=MASK[:1], max_new_tokens=3, do_sample=False, min_new_tokens=3)
+    assert generated.shape == (1, IDS.shape[1] + 3)
+
+
+def test_exporting_leaves_the_trained_model_as_it_is(tmp_path: Path) -> None:
+    model = exact_model().train()
+    state, logits, cached = state_of(model), training_logits(model, IDS, MASK), model.get_base_model().config.use_cache
+    exported(model, Scheme.INT8_INT4).save_pretrained(tmp_path)
+    assert model.training
+    assert model.get_base_model().config.use_cache == cached
+    assert getattr(model.get_base_model().config, "quantization_config", None) is None
+    assert torch.equal(training_logits(model, IDS, MASK), logits)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_exported_model_shares_what_is_not_quantized() -> None:
+    model = exact_model()
+    embeddings = exported(model, Scheme.INT8_INT4).get_input_embeddings().weight
+    assert embeddings.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_nothing_of_the_exported_model_is_left_without_values() -> None:
+    plain = exported(exact_model(), Scheme.INT8_INT4)
+    assert not [name for name, value in (*plain.named_parameters(), *plain.named_buffers()) if value.is_meta]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_exported_tensor_dequantizes_to_the_weight_of_the_training(scheme: Scheme, dtype: torch.dtype) -> None:
+    model = exact_model(scheme, dtype=dtype)
+    layers = list(exact_layers(model))
+    assert len(layers) == 14
+    assert all(torch.equal(exported_tensor(layer).dequantize(), fake_quantized_weight(layer)) for _, layer in layers)
+
+
+def test_exporting_a_weight_that_was_quantized_before_would_ship_another_one() -> None:
+    layer = exact_layer(exact_model(), "q_proj")
+    quantizer = layer.exact.quantizer
+    assert quantizer is not None
+    once = quantizer.dequantize(quantizer.quantize(merged_weight(layer)))
+    assert not torch.equal(quantizer.dequantize(quantizer.quantize(once)), fake_quantized_weight(layer))
+
+
+def test_digests_change_with_one_bit_of_one_weight() -> None:
+    model = exact_model()
+    before = trained_digests(model)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[5, 7] = torch.nextafter(weight[5, 7], torch.tensor(9.0))
+    changed = {name for name, digest in trained_digests(model).items() if digest != before[name]}
+    assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_digests_tell_dtypes_and_shapes_apart() -> None:
+    zeros = torch.zeros(4, 2)
+    assert len({tensor_digest(item) for item in (zeros, zeros.view(2, 4), torch.zeros(4, 2, dtype=torch.int32))}) == 3

@@ -1,0 +1,176 @@
+"""Preparing a model: which layers become exact, which stay as they are and are listed, and what is refused with a sentence."""
+
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.spec import Scheme
+from finetune_trainer.errors import ProofError, SpecError
+from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLoraLinear, fake_quantized_weight
+from finetune_trainer.qat.prepare import (
+    exact_layers,
+    fake_quantization,
+    merged_layers,
+    mode_of,
+    prepare,
+    require_effect,
+    set_fake_quantization,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from support.exact_models import SCHEMES, exact_layer, exact_model, logits_of, lora_model, quantization, token_ids
+from support.tiny_model import tiny_llama
+
+PER_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def peft_model(**config: Any) -> PeftModel:
+    """A tiny model with an adapter that the trainer itself would not make."""
+    return get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **config))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_linear_of_every_layer_becomes_exact(scheme: Scheme) -> None:
+    model = lora_model()
+    prepared = prepare(model, quantization(scheme))
+    assert len(prepared.layers) == 2 * len(PER_LAYER)
+    assert {name.rpartition(".")[2] for name in prepared.layers} == set(PER_LAYER)
+    assert prepared.coverage == 1.0
+
+
+def test_layers_are_named_as_the_merged_model_knows_them() -> None:
+    model = lora_model(targets="q_proj")
+    names = {name for name, _ in tiny_llama().named_modules()}
+    prepared = prepare(model, quantization())
+    assert set(prepared.layers) | set(prepared.skipped) <= names
+    assert [name for name, _ in exact_layers(model)] == list(prepared.layers)
+
+
+def test_frozen_linears_are_made_exact_too() -> None:
+    model = lora_model(targets="q_proj")
+    prepared = prepare(model, quantization())
+    kinds = [type(layer) for _, layer in exact_layers(model)]
+    assert (kinds.count(ExactLoraLinear), kinds.count(ExactFrozenLinear)) == (2, 12)
+    assert len(prepared.layers) == 14
+
+
+@pytest.mark.parametrize("ending", ["k_proj", "o_proj", "down_proj"])
+def test_a_frozen_linear_computes_with_its_fake_quantized_weight(ending: str) -> None:
+    layer = exact_layer(exact_model(Scheme.INT8, targets="q_proj"), ending)
+    assert isinstance(layer, ExactFrozenLinear)
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(fake_quantized_weight(layer), layer.weight)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, fake_quantized_weight(layer)))
+
+
+def test_the_output_head_stays_as_it_is_and_is_listed() -> None:
+    model = lora_model(tie_word_embeddings=False)
+    assert prepare(model, quantization()).skipped == {"lm_head": "output head"}
+    assert type(model.get_base_model().lm_head) is torch.nn.Linear
+
+
+def test_layers_that_do_not_fit_the_group_are_listed_with_the_reason() -> None:
+    prepared = prepare(lora_model(targets="down_proj"), quantization(group_size=128))
+    reasons = {name.rpartition(".")[2]: reason for name, reason in prepared.skipped.items()}
+    assert reasons.pop("lm_head") == "output head"
+    assert set(reasons) == set(PER_LAYER) - {"down_proj"}
+    assert set(reasons.values()) == {"input size 64 does not divide into groups of 128"}
+
+
+def test_coverage_is_the_share_of_linear_weights_that_are_quantized() -> None:
+    prepared = prepare(lora_model(), quantization(group_size=128))
+    attention, mlp = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128
+    assert prepared.coverage == pytest.approx(64 * 128 / (attention + mlp))
+
+
+def test_a_skipped_layer_with_an_adapter_computes_merged_as_export_has_it() -> None:
+    model = lora_model()
+    prepared = prepare(model, quantization(group_size=128))
+    merged = dict(merged_layers(model))
+    assert set(merged) == set(prepared.skipped) - {"lm_head"}
+    layer = merged["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = x @ (layer.weight + layer.scaling["default"] * factors[1] @ factors[0]).T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_an_adapter_on_a_shared_output_head_is_refused() -> None:
+    with pytest.warns(UserWarning, match="tied layer"):
+        model = lora_model(targets="q_proj,lm_head")
+    with pytest.raises(SpecError, match="output head, which shares its weight with the embeddings"):
+        prepare(model, quantization())
+
+
+def test_an_adapter_on_an_output_head_of_its_own_is_merged_and_not_quantized() -> None:
+    model = lora_model(targets="q_proj,lm_head", tie_word_embeddings=False)
+    assert prepare(model, quantization()).skipped == {"lm_head": "output head"}
+    assert [name for name, _ in merged_layers(model)] == ["lm_head"]
+
+
+def test_a_group_that_no_layer_fits_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"groupSize: no linear layer of this model divides into groups of 128"):
+        prepare(lora_model(intermediate_size=96), quantization(group_size=128))
+
+
+def test_lora_dropout_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"LoRA dropout on model\.layers\.0\.self_attn\.q_proj does not fit"):
+        prepare(peft_model(lora_dropout=0.1), quantization())
+
+
+def test_dora_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"DoRA or another LoRA variant on model\.layers\.0\.self_attn\.q_proj does not fit"):
+        prepare(peft_model(use_dora=True), quantization())
+
+
+def test_preparing_changes_no_name_and_no_value_of_the_state_dict() -> None:
+    model = lora_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prepare(model, quantization())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_model_prepared_but_switched_off_computes_what_it_did() -> None:
+    model = lora_model()
+    before = logits_of(model, token_ids())
+    prepare(model, quantization(), enabled=False)
+    assert torch.equal(logits_of(model, token_ids()), before)
+
+
+def test_the_switch_changes_the_output_and_back() -> None:
+    model = exact_model()
+    quantized = logits_of(model, token_ids())
+    set_fake_quantization(model, enabled=False)
+    assert not torch.equal(logits_of(model, token_ids()), quantized)
+    set_fake_quantization(model, enabled=True)
+    assert torch.equal(logits_of(model, token_ids()), quantized)
+
+
+def test_training_and_evaluation_mode_compute_the_same() -> None:
+    model = exact_model()
+    assert torch.equal(logits_of(model.train(), token_ids()), logits_of(model.eval(), token_ids()))
+
+
+def test_switches_of_a_model_that_was_not_prepared_do_nothing() -> None:
+    model = lora_model()
+    before = logits_of(model, token_ids())
+    set_fake_quantization(model, enabled=True)
+    with fake_quantization(model, enabled=True):
+        assert torch.equal(logits_of(model, token_ids()), before)
+    assert mode_of(model) is None
+
+
+def test_a_preparation_with_an_effect_passes_and_leaves_the_switch_alone() -> None:
+    model = exact_model()
+    set_fake_quantization(model, enabled=False)
+    require_effect(model, token_ids(rows=1))
+    mode = mode_of(model)
+    assert mode is not None
+    assert not mode.enabled
+
+
+def test_a_preparation_without_an_effect_is_refused() -> None:
+    model = lora_model()
+    with pytest.raises(ProofError, match="Fake quantization changes nothing"):
+        require_effect(model, token_ids(rows=1))

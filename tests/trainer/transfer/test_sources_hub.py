@@ -1,0 +1,242 @@
+"""hf:// sources against a small Hub: what is fetched, at which commit, what the cache saves, and what is said of a bad address."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from finetune_trainer import sources
+from finetune_trainer.context import RunContext
+from finetune_trainer.errors import AccessError, DataError, FineTuneError, InfrastructureError, SpecError
+from finetune_trainer.sources.hub_errors import hub_errors
+from finetune_trainer.sources.location import Location
+from huggingface_hub import constants
+from huggingface_hub.utils import hf_raise_for_status
+from support.hub_server import HubServer
+from support.run_contexts import CONFIG, MODEL_FILES, context, read_files, refused, run_spec
+from support.s3_server import free_port
+
+ROWS = b'{"text": "one"}\n'
+MODEL, DATASET = "spec.model.source", "spec.dataset.source"
+
+
+def reading(folder: Path, model: str = "", dataset: str = "") -> RunContext:
+    """A laptop's run that reads a model or a dataset from the Hub."""
+    return context(folder, run_spec(model or "builtin://smollm2-135m", dataset or "builtin://python-docs"))
+
+
+def watched(hub: HubServer) -> list[str]:
+    """The paths of all files that are downloaded from now on."""
+    downloaded: list[str] = []
+
+    def note(method: str, path: str) -> None:
+        if method == "GET" and "/resolve/" in path:
+            downloaded.append(path.rpartition("/")[2])
+
+    hub.refuse = note
+    return downloaded
+
+
+def test_a_model_is_its_safetensors_configuration_and_tokenizer(hub: HubServer, tmp_path: Path) -> None:
+    hub.put("acme/base", MODEL_FILES | {"README.md": b"# base", "pytorch_model.bin": b"pickle", "onnx/model.onnx": b"onnx"})
+
+    fetched = sources.fetch_model(reading(tmp_path, "hf://acme/base"))
+
+    assert read_files(fetched.path) == MODEL_FILES
+
+
+def test_python_files_come_along_where_their_code_may_run(hub: HubServer, tmp_path: Path) -> None:
+    hub.put("acme/base", MODEL_FILES | {"modeling.py": b"code"})
+    spec = run_spec("hf://acme/base")
+    spec["model"]["trustRemoteCode"] = True
+
+    assert read_files(sources.fetch_model(context(tmp_path, spec)).path) == MODEL_FILES | {"modeling.py": b"code"}
+
+
+def test_a_branch_is_resolved_to_its_commit_and_stays_there(hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.put("acme/base", MODEL_FILES)
+    first = sources.fetch_model(reading(tmp_path, "hf://acme/base@main"))
+    hub.put("acme/base", {"config.json": b"{}"})
+
+    assert first.resolved == f"hf://acme/base@{commit}"
+    assert sources.fetch_model(reading(tmp_path, first.resolved)) == first
+
+
+def test_a_branch_that_has_moved_is_fetched_anew(hub: HubServer, tmp_path: Path) -> None:
+    hub.put("acme/base", MODEL_FILES)
+    first = sources.fetch_model(reading(tmp_path, "hf://acme/base"))
+    hub.put("acme/base", {"config.json": b"{}"})
+
+    second = sources.fetch_model(reading(tmp_path, "hf://acme/base"))
+
+    assert second.resolved != first.resolved
+    assert (second.path / "config.json").read_bytes() == b"{}"
+
+
+def test_one_look_up_decides_which_commit_is_read(hub: HubServer, tmp_path: Path) -> None:
+    """The branch moves right after it was resolved: what is fetched is what was resolved."""
+    hub.put("acme/base", MODEL_FILES)
+    ctx = reading(tmp_path, "hf://acme/base")
+
+    def move(_: str, path: str) -> None:
+        if "/resolve/" in path:
+            hub.refuse = lambda _method, _path: None
+            hub.put("acme/base", {"config.json": b"{}"})
+
+    hub.refuse = move
+
+    assert read_files(sources.fetch_model(ctx).path) == MODEL_FILES
+
+
+def test_the_second_fetch_downloads_nothing(hub: HubServer, tmp_path: Path) -> None:
+    hub.put("acme/base", MODEL_FILES)
+    first = sources.fetch_model(reading(tmp_path, "hf://acme/base"))
+    downloaded = watched(hub)
+
+    assert sources.fetch_model(reading(tmp_path, "hf://acme/base")) == first
+    assert downloaded == []
+
+
+def test_a_download_that_broke_off_is_continued_at_the_missing_file(hub: HubServer, tmp_path: Path) -> None:
+    hub.put("acme/base", MODEL_FILES)
+    hub.refuse = lambda _, path: 403 if path.endswith("/model.safetensors") else None
+    with refused(AccessError, MODEL):
+        sources.fetch_model(reading(tmp_path, "hf://acme/base"))
+    downloaded = watched(hub)
+
+    assert read_files(sources.fetch_model(reading(tmp_path, "hf://acme/base")).path) == MODEL_FILES
+    assert downloaded == ["model.safetensors"]
+
+
+def test_a_file_of_a_dataset_repository_is_fetched_at_its_commit(hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.put("acme/rows", {"data/train.jsonl": ROWS}, kind="dataset")
+
+    fetched = sources.fetch_dataset(reading(tmp_path, dataset="hf://acme/rows@main/data/train.jsonl"))
+
+    assert fetched.path.read_bytes() == ROWS
+    assert fetched.resolved == f"hf://acme/rows@{commit}/data/train.jsonl"
+
+
+def test_a_slash_in_a_branch_is_written_in_percent_form(hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.put("acme/base", MODEL_FILES)
+    hub.repository("acme/base").branches["team/next"] = commit
+
+    assert sources.fetch_model(reading(tmp_path, "hf://acme/base@team%2Fnext")).resolved == f"hf://acme/base@{commit}"
+
+
+def test_a_private_repository_opens_with_its_token(hub_laptop: HubServer, tmp_path: Path) -> None:
+    hub_laptop.put("acme/base", MODEL_FILES, private=True)
+    ctx = reading(tmp_path, "hf://acme/base")
+
+    sources.check(ctx)
+
+    assert read_files(sources.fetch_model(ctx).path) == MODEL_FILES
+
+
+BAD_MODELS: list[tuple[str, dict[str, bytes], str, type[FineTuneError], tuple[str, ...]]] = [
+    ("no such revision", MODEL_FILES, "hf://acme/base@v9", DataError, ("no such revision", "after '@'")),
+    ("no such repository", MODEL_FILES, "hf://acme/bose", AccessError, ("does not exist on the Hub", "correct the name")),
+    ("no config.json", {"model.safetensors": b"x"}, "hf://acme/base", DataError, ("no config.json",)),
+    ("no weights", {"config.json": CONFIG}, "hf://acme/base", DataError, ("upload the weights as safetensors",)),
+    ("only a pickle", {"config.json": CONFIG, "model.bin": b"x"}, "hf://acme/base", DataError, ("convert them to safetensors",)),
+    ("no owner", MODEL_FILES, "hf://base", SpecError, ("hf://owner/name[@revision]",)),
+    ("an empty revision", MODEL_FILES, "hf://acme/base@", SpecError, ("hf://owner/name[@revision]",)),
+    ("a file after a model", MODEL_FILES, "hf://acme/base/config.json", SpecError, ("hf://owner/name[@revision]",)),
+    ("a name that no repository can have", MODEL_FILES, "hf://acme/-base-", SpecError, ("write hf://owner/name",)),
+]
+
+
+@pytest.mark.parametrize(("files", "uri", "kind", "words"), [case[1:] for case in BAD_MODELS], ids=[case[0] for case in BAD_MODELS])
+@pytest.mark.parametrize("call", [sources.check, sources.fetch_model])
+def test_a_bad_model_is_refused(
+    hub_laptop: HubServer,
+    tmp_path: Path,
+    files: dict[str, bytes],
+    uri: str,
+    kind: type[FineTuneError],
+    words: tuple[str, ...],
+    call: Callable[[RunContext], Any],
+) -> None:
+    hub_laptop.put("acme/base", files)
+
+    with refused(kind, MODEL, uri, *words, hidden=(hub_laptop.token,)):
+        call(reading(tmp_path, uri))
+
+
+BAD_DATASETS: list[tuple[str, dict[str, bytes], str, type[FineTuneError], tuple[str, ...]]] = [
+    ("no such file", {"train.jsonl": ROWS}, "hf://acme/rows/test.jsonl", DataError, ("no such file", "correct the path")),
+    ("an empty file", {"train.jsonl": b""}, "hf://acme/rows/train.jsonl", DataError, ("is empty", "at least one row")),
+    ("no such revision", {"train.jsonl": ROWS}, "hf://acme/rows@v9/train.jsonl", DataError, ("no such revision",)),
+    ("no file named", {"train.jsonl": ROWS}, "hf://acme/rows", SpecError, ("hf://owner/name[@revision]/file",)),
+]
+
+
+@pytest.mark.parametrize(("files", "uri", "kind", "words"), [case[1:] for case in BAD_DATASETS], ids=[case[0] for case in BAD_DATASETS])
+def test_a_bad_dataset_is_refused(
+    hub: HubServer, tmp_path: Path, files: dict[str, bytes], uri: str, kind: type[FineTuneError], words: tuple[str, ...]
+) -> None:
+    hub.put("acme/rows", files, kind="dataset")
+
+    with refused(kind, DATASET, uri, *words):
+        sources.check(reading(tmp_path, dataset=uri))
+
+
+@pytest.mark.parametrize("call", [sources.check, sources.fetch_model])
+def test_a_private_repository_without_a_token_looks_like_none(hub: HubServer, tmp_path: Path, call: Callable[[RunContext], Any]) -> None:
+    hub.put("acme/base", MODEL_FILES, private=True)
+
+    with refused(AccessError, MODEL, "this token may not see it", "HF_TOKEN"):
+        call(reading(tmp_path, "hf://acme/base"))
+
+
+def test_a_wrong_token_is_named_and_not_quoted(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.put("acme/base", MODEL_FILES)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+
+    with refused(AccessError, MODEL, "the Hub refused the token (401)", "HF_TOKEN", hidden=("hf_wrong",)):
+        sources.check(reading(tmp_path, "hf://acme/base"))
+
+
+def test_a_listing_that_is_public_is_no_proof_that_the_files_may_be_read(hub: HubServer, tmp_path: Path) -> None:
+    hub.put("acme/base", MODEL_FILES)
+    hub.refuse = lambda _, path: 403 if "/resolve/" in path else None
+
+    with refused(AccessError, MODEL, "(403)", "HF_TOKEN"):
+        sources.check(reading(tmp_path, "hf://acme/base"))
+
+
+def test_a_gated_repository_asks_for_its_terms_to_be_accepted() -> None:
+    where = Location(MODEL, "hf://acme/base", "model")
+    request = httpx2.Request("GET", "http://127.0.0.1/acme/base/resolve/main/config.json", headers={"Authorization": "Bearer hf_mine"})
+    answer = httpx2.Response(403, headers={"X-Error-Code": "GatedRepo"}, request=request)
+
+    with refused(AccessError, MODEL, "is gated", "accept its terms", hidden=("hf_mine",)), hub_errors(where):
+        hf_raise_for_status(answer)
+
+
+def test_a_hub_that_fails_is_an_infrastructure_error(hub: HubServer, tmp_path: Path) -> None:
+    hub.put("acme/base", MODEL_FILES)
+    hub.refuse = lambda _method, _path: 500
+
+    with refused(InfrastructureError, MODEL, "the Hub answered 500", "try again later"):
+        sources.check(reading(tmp_path, "hf://acme/base"))
+
+
+def test_a_hub_that_is_out_of_reach_is_named_without_what_its_address_hides(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://me:hidden@127.0.0.1:{free_port('127.0.0.1')}")
+
+    with refused(InfrastructureError, MODEL, "127.0.0.1 could not be reached", "check HF_ENDPOINT", hidden=("hidden",)):
+        sources.check(reading(tmp_path, "hf://acme/base"))
+
+
+def test_a_check_downloads_no_weights(hub: HubServer, tmp_path: Path) -> None:
+    hub.put("acme/base", MODEL_FILES)
+    downloaded = watched(hub)
+
+    sources.check(reading(tmp_path, "hf://acme/base"))
+
+    assert downloaded == []
+    assert not (tmp_path / "cache" / "hub").exists()

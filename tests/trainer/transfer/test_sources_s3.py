@@ -1,0 +1,269 @@
+"""s3:// sources against a real S3 server: what is fetched, from where it is taken the second time, and what is said of a bad address."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import EndpointConnectionError
+from finetune_trainer import sources
+from finetune_trainer.context import RunContext
+from finetune_trainer.errors import AccessError, DataError, FineTuneError, InfrastructureError, SpecError
+from support.run_contexts import CONFIG, MODEL_FILES, WEIGHTS, context, read_files, refused, run_spec
+from support.s3_server import S3Server, free_port
+
+ROWS = b'{"text": "one"}\n{"text": "two"}\n'
+PICKLE_ONLY = {"config.json": CONFIG, "pytorch_model.bin": b"pickle"}
+
+
+def reading(folder: Path, endpoint: str, model: str = "", dataset: str = "") -> RunContext:
+    """A laptop's run that reads a model or a dataset from this server."""
+    spec = run_spec(model or "builtin://smollm2-135m", dataset or "builtin://python-docs")
+    spec["model"]["endpoint"] = spec["dataset"]["endpoint"] = endpoint
+    return context(folder, spec)
+
+
+def test_a_dataset_is_fetched_as_it_is(s3_laptop: S3Server, inside: Any, tmp_path: Path) -> None:
+    inside.put({"corpora/rows.jsonl": ROWS})
+
+    fetched = sources.fetch_dataset(reading(tmp_path, s3_laptop.endpoint, dataset=f"s3://{inside.name}/corpora/rows.jsonl"))
+
+    assert fetched.path.name == "rows.jsonl"
+    assert fetched.path.read_bytes() == ROWS
+
+
+def test_a_dataset_is_resolved_to_its_etag(s3_laptop: S3Server, inside: Any, tmp_path: Path) -> None:
+    inside.put({"rows.jsonl": ROWS})
+    etag = inside.client.head_object(Bucket=inside.name, Key="rows.jsonl")["ETag"].strip('"')
+
+    fetched = sources.fetch_dataset(reading(tmp_path, s3_laptop.endpoint, dataset=f"s3://{inside.name}/rows.jsonl"))
+
+    assert fetched.resolved == f"s3://{inside.name}/rows.jsonl?etag={etag}"
+
+
+def test_the_object_that_was_looked_up_is_the_one_that_is_fetched_or_nothing(
+    s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path
+) -> None:
+    inside.put({"rows.jsonl": ROWS})
+    ctx = reading(tmp_path, s3_laptop.endpoint, dataset=f"s3://{inside.name}/rows.jsonl")
+
+    def replace_it(operation: str, _: str) -> None:
+        if operation == "HeadObject":
+            inside.put({"rows.jsonl": ROWS * 2})
+
+    s3_calls.before = replace_it
+    with refused(DataError, "spec.dataset.source", "changed while it was downloaded", "start the run again"):
+        sources.fetch_dataset(ctx)
+
+
+def test_held_out_data_is_fetched_from_its_own_address(s3_laptop: S3Server, inside: Any, tmp_path: Path) -> None:
+    inside.put({"held-out.jsonl": ROWS})
+    spec = run_spec()
+    spec["dataset"] |= {"endpoint": s3_laptop.endpoint, "evaluation": {"source": f"s3://{inside.name}/held-out.jsonl"}}
+
+    fetched = sources.fetch_evaluation(context(tmp_path, spec))
+
+    assert fetched is not None
+    assert fetched.path.read_bytes() == ROWS
+
+
+def test_a_model_is_its_safetensors_configuration_and_tokenizer(s3_laptop: S3Server, inside: Any, tmp_path: Path) -> None:
+    others = {"README.md": b"# base", "model.py": b"code", "onnx/model.onnx": b"onnx", "consolidated.safetensors": b"twice"}
+    inside.put({f"base/{name}": content for name, content in (MODEL_FILES | others).items()})
+
+    fetched = sources.fetch_model(reading(tmp_path, s3_laptop.endpoint, model=f"s3://{inside.name}/base"))
+
+    assert read_files(fetched.path) == MODEL_FILES
+    assert fetched.resolved.startswith(f"s3://{inside.name}/base?etags=")
+
+
+def test_a_model_at_the_root_of_a_bucket_is_found(s3_laptop: S3Server, inside: Any, tmp_path: Path) -> None:
+    inside.put(MODEL_FILES)
+
+    fetched = sources.fetch_model(reading(tmp_path, s3_laptop.endpoint, model=f"s3://{inside.name}"))
+
+    assert read_files(fetched.path) == MODEL_FILES
+
+
+def test_the_second_fetch_downloads_nothing(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
+    inside.put({f"base/{name}": content for name, content in MODEL_FILES.items()})
+    ctx = reading(tmp_path, s3_laptop.endpoint, model=f"s3://{inside.name}/base/")
+    first = sources.fetch_model(ctx)
+    s3_calls.made.clear()
+
+    assert sources.fetch_model(ctx) == first
+    assert s3_calls.keys("GetObject", "HeadObject") == []
+
+
+def test_new_content_is_fetched_anew(s3_laptop: S3Server, inside: Any, tmp_path: Path) -> None:
+    inside.put({"rows.jsonl": ROWS})
+    ctx = reading(tmp_path, s3_laptop.endpoint, dataset=f"s3://{inside.name}/rows.jsonl")
+    first = sources.fetch_dataset(ctx)
+    inside.put({"rows.jsonl": ROWS[::-1]})
+
+    second = sources.fetch_dataset(ctx)
+
+    assert second.path.read_bytes() == ROWS[::-1]
+    assert second.resolved != first.resolved
+
+
+def test_a_download_that_broke_off_is_continued_at_the_missing_file(
+    s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path
+) -> None:
+    inside.put(MODEL_FILES)
+    ctx = reading(tmp_path, s3_laptop.endpoint, model=f"s3://{inside.name}")
+
+    def break_off(operation: str, key: str) -> None:
+        if operation == "HeadObject" and key == "model.safetensors":
+            raise EndpointConnectionError(endpoint_url=s3_laptop.endpoint)
+
+    s3_calls.before = break_off
+    with refused(InfrastructureError, "spec.model.source", "could not be reached", "check the endpoint"):
+        sources.fetch_model(ctx)
+    s3_calls.before = lambda _operation, _key: None
+    s3_calls.made.clear()
+
+    assert read_files(sources.fetch_model(ctx).path) == MODEL_FILES
+    assert s3_calls.keys("GetObject") == ["model.safetensors", "tokenizer.json"]
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from finetune_trainer import sources
+from finetune_trainer.sources import s3
+from support.run_contexts import context, run_spec
+
+plain = s3._download_one
+def slow(client, where, item, path):
+    if item.key == "tokenizer.json":
+        print("here", flush=True)
+        time.sleep(60)
+    plain(client, where, item, path)
+s3._download_one = slow
+spec = run_spec(sys.argv[2])
+spec["model"]["endpoint"] = sys.argv[3]
+sources.fetch_model(context(Path(sys.argv[1]), spec))
+"""
+
+
+def test_a_killed_download_holds_no_lock_and_is_continued(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
+    inside.put(MODEL_FILES)
+    arguments = [str(tmp_path), f"s3://{inside.name}", s3_laptop.endpoint]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, env=environment, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "here\n"
+        child.send_signal(signal.SIGKILL)
+
+    fetched = sources.fetch_model(reading(tmp_path, s3_laptop.endpoint, model=f"s3://{inside.name}"))
+
+    assert read_files(fetched.path) == MODEL_FILES
+    assert s3_calls.keys("GetObject") == ["tokenizer.json"]
+
+
+BAD_FILES: list[tuple[str, dict[str, bytes], str, type[FineTuneError], tuple[str, ...]]] = [
+    ("no such key", {}, "rows.jsonl", DataError, ("does not exist", "correct the key")),
+    ("an empty object", {"rows.jsonl": b""}, "rows.jsonl", DataError, ("is empty", "at least one row")),
+    ("a bucket without a key", {}, "", DataError, ("one object", "add its key")),
+]
+
+
+@pytest.mark.parametrize(("files", "key", "kind", "words"), [case[1:] for case in BAD_FILES], ids=[case[0] for case in BAD_FILES])
+@pytest.mark.parametrize("call", [sources.check, sources.fetch_dataset])
+def test_a_bad_dataset_is_refused(
+    s3_laptop: S3Server,
+    inside: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, bytes],
+    key: str,
+    kind: type[FineTuneError],
+    words: tuple[str, ...],
+    call: Any,
+) -> None:
+    inside.put(files)
+    ctx = reading(tmp_path, s3_laptop.endpoint, dataset=f"s3://{inside.name}/{key}")
+
+    with refused(kind, "spec.dataset.source", f"s3://{inside.name}", *words, hidden=(s3_laptop.secret_key,)):
+        call(ctx)
+
+
+BAD_MODELS: list[tuple[str, dict[str, bytes], tuple[str, ...]]] = [
+    ("nothing there", {}, ("nothing lies under", "correct the prefix")),
+    ("no config.json", {"base/model.safetensors": WEIGHTS}, ("no config.json",)),
+    ("no weights", {"base/config.json": CONFIG}, ("no .safetensors file", "upload the weights as safetensors")),
+    ("only a pickle", {f"base/{name}": content for name, content in PICKLE_ONLY.items()}, (".bin or .pt", "convert them to safetensors")),
+    ("another prefix that begins alike", {f"base-old/{name}": content for name, content in MODEL_FILES.items()}, ("nothing lies under",)),
+]
+
+
+@pytest.mark.parametrize(("files", "words"), [case[1:] for case in BAD_MODELS], ids=[case[0] for case in BAD_MODELS])
+@pytest.mark.parametrize("call", [sources.check, sources.fetch_model])
+def test_a_prefix_without_a_model_is_refused(
+    s3_laptop: S3Server, inside: Any, tmp_path: Path, files: dict[str, bytes], words: tuple[str, ...], call: Any
+) -> None:
+    inside.put(files)
+
+    with refused(DataError, "spec.model.source", f"s3://{inside.name}/base", *words):
+        call(reading(tmp_path, s3_laptop.endpoint, model=f"s3://{inside.name}/base"))
+
+
+def test_a_bucket_that_does_not_exist_is_an_access_error(s3_laptop: S3Server, tmp_path: Path) -> None:
+    with refused(AccessError, "spec.dataset.source", "NoSuchBucket", "create it or correct its name"):
+        sources.check(reading(tmp_path, s3_laptop.endpoint, dataset="s3://no-such-bucket/rows.jsonl"))
+
+
+@pytest.mark.parametrize("call", [sources.check, sources.fetch_dataset])
+def test_a_wrong_secret_key_is_named_and_not_quoted(
+    wrong_secret_key: str, s3_here: S3Server, bucket: str, tmp_path: Path, call: Any
+) -> None:
+    hidden = (wrong_secret_key, s3_here.access_key)
+    with refused(AccessError, "spec.dataset.source", "AWS_SECRET_ACCESS_KEY", hidden=hidden):
+        call(reading(tmp_path, s3_here.endpoint, dataset=f"s3://{bucket}/rows.jsonl"))
+
+
+def test_an_unknown_access_key_is_an_access_error(
+    s3_laptop: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    with refused(AccessError, "spec.dataset.source", "AWS_ACCESS_KEY_ID", hidden=(s3_laptop.secret_key,)):
+        sources.check(reading(tmp_path, s3_laptop.endpoint, dataset=f"s3://{bucket}/rows.jsonl"))
+
+
+def test_a_private_bucket_without_credentials_is_an_access_error(s3_here: S3Server, inside: Any, tmp_path: Path) -> None:
+    inside.put({"rows.jsonl": ROWS})
+    with refused(AccessError, "spec.dataset.source", "correct the credentials"):
+        sources.check(reading(tmp_path, s3_here.endpoint, dataset=f"s3://{inside.name}/rows.jsonl"))
+
+
+@pytest.mark.parametrize("call", [sources.check, sources.fetch_dataset])
+def test_a_server_that_is_out_of_reach_is_an_infrastructure_error(
+    s3_laptop: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any
+) -> None:
+    monkeypatch.setattr(sources.credentials, "PATIENT_ATTEMPTS", 2)
+    endpoint = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+
+    with refused(InfrastructureError, "spec.dataset.source", endpoint, "check the endpoint and the network"):
+        call(reading(tmp_path, endpoint, dataset="s3://bucket/rows.jsonl"))
+
+
+def test_a_bucket_name_that_no_bucket_can_have_is_a_spec_error(s3_laptop: S3Server, tmp_path: Path) -> None:
+    with refused(SpecError, "spec.dataset.source", "write s3://bucket/key"):
+        sources.check(reading(tmp_path, s3_laptop.endpoint, dataset="s3://not*a*bucket/rows.jsonl"))
+
+
+def test_an_endpoint_that_is_no_url_is_a_spec_error(s3_laptop: S3Server, tmp_path: Path) -> None:
+    with refused(SpecError, "spec.dataset.source", "'https://-'", "write https://host"):
+        sources.check(reading(tmp_path, "https://-", dataset="s3://bucket/rows.jsonl"))
+
+
+def test_a_check_downloads_no_weights(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
+    inside.put(MODEL_FILES)
+
+    sources.check(reading(tmp_path, s3_laptop.endpoint, model=f"s3://{inside.name}"))
+
+    assert s3_calls.keys("GetObject") == ["config.json"]

@@ -1,0 +1,514 @@
+"""decide.py as a table: a world and what is done about it. One row a policy of POLICIES and a way to end."""
+
+import json
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from finetune_api.exits import REASONS, ExitCode
+from finetune_api.progress import ProgressReport
+from finetune_api.status import Progress, Stage
+from finetune_operator import decide as decide_module
+from finetune_operator.decide import (
+    CHECKPOINTED_LIMIT,
+    CreateJob,
+    DeleteJob,
+    PatchJob,
+    Plan,
+    WriteStatus,
+    decide,
+    is_unfinished,
+    merge_patch,
+    progress_address,
+    unexplained,
+)
+from finetune_operator.desired import build_job
+from finetune_operator.settings import Settings
+from finetune_operator.subject import Json, World, read_subject
+from support.simulated_cluster import NOW, SETTINGS, build_ended_state, build_finetunejob, build_pod, build_stored_job, merged
+
+RUNNING: Json = {"running": {"startedAt": "2026-01-01T11:59:00Z"}}
+DISRUPTED: Json = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
+COMPLETE: Json = {"type": "Complete", "reason": "CompletionsReached"}
+
+
+def failed(reason: str = "PodFailurePolicy") -> Json:
+    return {"type": "Failed", "reason": reason}
+
+
+def job_for(raw: Json, **changes: Any) -> Json:
+    """The stored Job of the run that a FineTuneJob asks for."""
+    return build_stored_job(build_job(read_subject(raw), SETTINGS), **changes)
+
+
+def world_of(raw: Json, *jobs: Json, **facts: Any) -> World:
+    return World(read_subject(raw), tuple(jobs), **facts)
+
+
+def kinds(plan: Plan) -> list[str]:
+    return [type(action).__name__ for action in plan.actions]
+
+
+def status_after(raw: Json, plan: Plan) -> Json:
+    """The stored status once the plan is executed."""
+    status: Json = raw.get("status") or {}
+    for action in plan.actions:
+        if isinstance(action, WriteStatus):
+            status = merged(status, action.patch)
+    return status
+
+
+def ready_reason(status: Json) -> str:
+    return str(next(item["reason"] for item in status["conditions"] if item["type"] == "Ready"))
+
+
+def ended(code: int, message: str = "", **pod: Any) -> tuple[Json, World]:
+    """A run whose only pod failed with this exit code, and whose Job failed for it."""
+    raw = build_finetunejob()
+    job = job_for(raw, condition=failed())
+    return raw, world_of(raw, job, pods=(build_pod(job, phase="Failed", state=build_ended_state(code, message), **pod),))
+
+
+def latched(phase: str = "Succeeded", changes: Json | None = None) -> Json:
+    """A FineTuneJob whose run has ended, with the status that the operator writes for it."""
+    raw = build_finetunejob(changes)
+    job = job_for(raw, condition=COMPLETE if phase == "Succeeded" else failed())
+    code = 0 if phase == "Succeeded" else 11
+    pod = build_pod(job, phase=phase, state=build_ended_state(code))
+    return raw | {"status": status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A world, and the plan it leads to."""
+
+    policy: str
+    world: World
+    actions: list[str]
+    phase: str | None = None
+    reason: str | None = None
+
+
+def rows() -> dict[str, Row]:
+    new, suspended = build_finetunejob(), build_finetunejob({"runPolicy": {"suspend": True}})
+    job, deleted = job_for(new), job_for(new)
+    deleted["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
+    other = job_for(build_finetunejob({"training": {"seed": 7}}), uid="other")
+    foreign = job_for(new)
+    foreign["metadata"]["ownerReferences"] = []
+    leaving = build_finetunejob()
+    leaving["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
+    done, unreadable = latched(), build_finetunejob({"model": {"colour": "red"}})
+    wrong = build_finetunejob({"resources": {"gpus": 2}})
+    image = build_finetunejob({"pod": {"image": "registry.example.com/other:1"}})
+    account = build_finetunejob({"pod": {"serviceAccountName": "admin"}})
+    checkpointed = tuple(
+        build_pod(job, name=f"pod-{index}", phase="Failed", state=build_ended_state(18)) for index in range(CHECKPOINTED_LIMIT)
+    )
+    succeeded = build_pod(job, phase="Succeeded", state=build_ended_state(0))
+    complete = job_for(new, condition=COMPLETE)
+    return {
+        "what is being deleted is left": Row("leave_what_is_being_deleted", world_of(leaving), []),
+        "an unreadable spec": Row("stall_on_an_unreadable_spec", world_of(unreadable), ["WriteStatus"], "Pending", "InvalidSpec"),
+        "a run that has ended": Row("keep_what_has_ended", world_of(done), []),
+        "a spec that breaks a rule": Row("stall_on_what_is_not_allowed", world_of(wrong), ["WriteStatus"], "Pending", "InvalidSpec"),
+        "an image that is not allowed": Row("stall_on_what_is_not_allowed", world_of(image), ["WriteStatus"], "Pending", "NotAllowed"),
+        "a service account that is not": Row("stall_on_what_is_not_allowed", world_of(account), ["WriteStatus"], "Pending", "NotAllowed"),
+        "the Job of another run": Row(
+            "wait_until_other_jobs_are_gone", world_of(new, other), ["DeleteJob", "WriteStatus"], "Pending", "Replacing"
+        ),
+        "a Job that someone deleted": Row("wait_until_other_jobs_are_gone", world_of(new, deleted), ["WriteStatus"], "Pending", "Replacing"),
+        "a namesake": Row("stall_on_a_namesake", world_of(new, namesake=foreign), ["WriteStatus"], "Pending", "NameTaken"),
+        "no Job yet": Row("create_what_is_missing", world_of(new), ["WriteStatus", "CreateJob"], "Pending", "JobCreated"),
+        "too many checkpoints": Row(
+            "stop_what_only_checkpoints", world_of(new, job, pods=checkpointed), ["WriteStatus", "DeleteJob"], "Failed", "CheckpointedTooOften"
+        ),
+        "a Job without a pod": Row("report_what_is_seen", world_of(new, job), ["WriteStatus"], "Pending", "JobCreated"),
+        "a Job that can't make its pod": Row(
+            "report_what_is_seen", world_of(new, job, warnings=("exceeded quota",)), ["WriteStatus"], "Pending", "PodNotCreated"
+        ),
+        "a running pod": Row(
+            "report_what_is_seen", world_of(new, job, pods=(build_pod(job, phase="Running", state=RUNNING),)), ["WriteStatus"], "Running", "Running"
+        ),
+        "a retry": Row(
+            "report_what_is_seen",
+            world_of(new, job, pods=(build_pod(job, phase="Failed", state=build_ended_state(16)),)),
+            ["WriteStatus"],
+            "Pending",
+            "Retrying",
+        ),
+        "suspended": Row("report_what_is_seen", world_of(suspended, job_for(suspended)), ["WriteStatus"], "Suspended", "Suspended"),
+        "suspending": Row(
+            "report_what_is_seen",
+            world_of(suspended, job, pods=(build_pod(job, phase="Running", state=RUNNING),)),
+            ["PatchJob", "WriteStatus"],
+            "Running",
+            "Suspending",
+        ),
+        "success": Row("report_what_is_seen", world_of(new, complete, pods=(succeeded,)), ["WriteStatus"], "Succeeded", "Succeeded"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("row", rows().values(), ids=rows().keys())
+def test_a_world_leads_to_its_plan(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def noted(policy: decide_module.Policy) -> decide_module.Policy:
+        def note(situation: decide_module.Situation) -> Plan | None:
+            asked.append(policy.__name__)  # type: ignore[attr-defined]
+            return policy(situation)
+
+        return note
+
+    monkeypatch.setattr(decide_module, "POLICIES", tuple(noted(policy) for policy in decide_module.POLICIES))
+    plan = decide(row.world, NOW, SETTINGS)
+    assert (asked[-1], kinds(plan)) == (row.policy, row.actions)
+    if row.phase:
+        status = status_after(row.world.subject.raw, plan)
+        assert (status["phase"], ready_reason(status)) == (row.phase, row.reason)
+
+
+def test_every_policy_has_a_row() -> None:
+    assert {row.policy for row in rows().values()} == {policy.__name__ for policy in decide_module.POLICIES}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("row", rows().values(), ids=rows().keys())
+def test_a_plan_that_was_executed_writes_no_second_status(row: Row) -> None:
+    raw = row.world.subject.raw
+    after = raw | {"status": status_after(raw, decide(row.world, NOW, SETTINGS))}
+    again = decide(replace(row.world, subject=read_subject(after)), NOW + timedelta(seconds=1), SETTINGS)
+    assert not [action for action in again.actions if isinstance(action, WriteStatus) and action.patch]
+
+
+@pytest.mark.parametrize("code", [code for code in ExitCode if code is not ExitCode.SUCCEEDED])
+def test_each_exit_code_ends_the_run_with_its_reason_and_names_the_code(code: ExitCode) -> None:
+    raw, world = ended(code)
+    status = status_after(raw, decide(world, NOW, SETTINGS))
+    assert (status["phase"], ready_reason(status)) == ("Failed", REASONS[code])
+    assert f"exit code {int(code)}" in status["message"]
+    assert status["attempts"][0]["exitCode"] == code
+
+
+def test_the_trainers_own_sentence_becomes_the_message() -> None:
+    sentence = "rows.jsonl, line 3: found a number, but a string is expected."
+    raw, world = ended(11, json.dumps({"version": 1, "stage": "Loading", "message": sentence, "exitCode": 11}))
+    status = status_after(raw, decide(world, NOW, SETTINGS))
+    assert (status["message"], status["stage"]) == (sentence, "Loading")
+
+
+def test_the_last_log_lines_become_the_message_where_the_trainer_said_nothing() -> None:
+    raw, world = ended(1, "line 1\nline 2\nline 3\nImportError: no such module\n")
+    assert "line 2 line 3 ImportError: no such module" in status_after(raw, decide(world, NOW, SETTINGS))["message"]
+
+
+def test_running_out_of_memory_names_the_stage_the_limit_and_the_mend() -> None:
+    raw = build_finetunejob({"resources": {"memory": "3Gi"}})
+    job = job_for(raw, condition=failed())
+    state = build_ended_state(137, json.dumps({"version": 1, "stage": "Converting"}), "OOMKilled")
+    world = world_of(raw, job, pods=(build_pod(job, phase="Failed", state=state),))
+    status = status_after(raw, decide(world, NOW, SETTINGS))
+    assert ready_reason(status) == "OOMKilled"
+    for part in ("out of memory", "Converting", "3Gi", "resources.memory"):
+        assert part in status["message"]
+
+
+def test_a_pod_evicted_for_its_disk_names_the_workspace() -> None:
+    raw, world = ended(137, reason="Evicted", message="x")
+    pod = world.pods[0]
+    pod["status"] |= {"reason": "Evicted", "message": 'Usage of EmptyDir volume "workspace" exceeds the limit "50Gi".'}
+    status = status_after(raw, decide(world, NOW, SETTINGS))
+    assert ready_reason(status) == "Evicted"
+    assert "storage.workspace.size" in status["message"]
+
+
+def test_a_disrupted_pod_is_waited_for_and_not_a_failure() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    pod = build_pod(job, phase="Failed", state=build_ended_state(18), conditions=(DISRUPTED,))
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    assert (status["phase"], status["attempts"][0]["reason"]) == ("Pending", "Disrupted")
+    assert "PreemptionByScheduler" in status["message"]
+
+
+def test_disruptions_never_count_as_checkpointed_too_often() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    pods = tuple(
+        build_pod(job, name=f"pod-{index}", phase="Failed", state=build_ended_state(18), conditions=(DISRUPTED,))
+        for index in range(CHECKPOINTED_LIMIT)
+    )
+    assert status_after(raw, decide(world_of(raw, job, pods=pods), NOW, SETTINGS))["phase"] == "Pending"
+
+
+def test_a_run_that_checkpointed_too_often_has_a_completion_time() -> None:
+    row = rows()["too many checkpoints"]
+    assert status_after(row.world.subject.raw, decide(row.world, NOW, SETTINGS))["completionTime"] == "2026-01-01T12:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("pod", "reason", "parts"),
+    [
+        ({"state": {"waiting": {"reason": "ImagePullBackOff", "message": "not found"}}}, "ImagePullFailed", ["trainer:1", "not found"]),
+        ({"state": {"waiting": {"reason": "CreateContainerConfigError", "message": "no"}}}, "CreateContainerConfigError", ["no"]),
+        ({"state": {"waiting": {"reason": "not a word"}}}, "PodWaiting", ["not a word"]),
+        (
+            {"conditions": ({"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available."},)},
+            "Unschedulable",
+            ["0/3 nodes are available", "spec.resources"],
+        ),
+        ({"state": {"waiting": {"reason": "ContainerCreating"}}}, "ContainerCreating", ["starting"]),
+    ],
+)
+def test_a_pod_that_does_not_start_says_why(pod: Json, reason: str, parts: list[str]) -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    status = status_after(raw, decide(world_of(raw, job, pods=(build_pod(job, **pod),)), NOW, SETTINGS))
+    assert (status["phase"], ready_reason(status)) == ("Pending", reason)
+    assert all(part in status["message"] for part in parts)
+
+
+def test_a_pod_that_waits_for_its_volume_says_what_the_events_say() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    pod = build_pod(job, state={"waiting": {"reason": "ContainerCreating"}})
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,), warnings=("FailedMount: no claim work",)), NOW, SETTINGS))
+    assert "FailedMount: no claim work" in status["message"]
+
+
+def test_a_job_that_used_up_its_retries_says_how_many() -> None:
+    raw = build_finetunejob({"runPolicy": {"backoffLimit": 2}})
+    job = job_for(raw, condition=failed("BackoffLimitExceeded"))
+    world = world_of(raw, job, pods=(build_pod(job, phase="Failed", state=build_ended_state(16)),))
+    status = status_after(raw, decide(world, NOW, SETTINGS))
+    assert ready_reason(status) == "InfrastructureError"
+    assert "2 retries" in status["message"]
+
+
+def test_a_job_that_ran_past_its_deadline_names_the_field() -> None:
+    raw = build_finetunejob({"runPolicy": {"activeDeadlineSeconds": 60}})
+    status = status_after(raw, decide(world_of(raw, job_for(raw, condition=failed("DeadlineExceeded"))), NOW, SETTINGS))
+    assert ready_reason(status) == "DeadlineExceeded"
+    assert "60 s" in status["message"]
+    assert "runPolicy.activeDeadlineSeconds" in status["message"]
+
+
+def test_the_job_of_another_run_is_deleted_before_the_new_one_is_created() -> None:
+    old = job_for(build_finetunejob({"training": {"seed": 7}}), uid="old")
+    new = build_finetunejob()
+    first = decide(world_of(new, old), NOW, SETTINGS)
+    assert first.actions[0] == DeleteJob(old["metadata"]["name"], "old")
+    going = merged(old, {"metadata": {"deletionTimestamp": "2026-01-01T12:00:00Z"}})
+    assert "CreateJob" not in kinds(decide(world_of(new, going), NOW, SETTINGS))
+    assert "CreateJob" in kinds(decide(world_of(new), NOW, SETTINGS))
+
+
+def test_a_job_is_created_only_behind_a_check_that_nothing_has_changed() -> None:
+    raw = build_finetunejob()
+    stored = raw | {"status": status_after(raw, decide(world_of(raw), NOW, SETTINGS))}
+    assert decide(world_of(stored), NOW, SETTINGS).actions[0] == WriteStatus({})
+    assert kinds(decide(world_of(stored), NOW, SETTINGS)) == ["WriteStatus", "CreateJob"]
+
+
+@pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
+def test_a_run_that_has_ended_starts_nothing_when_its_job_is_gone(phase: str) -> None:
+    assert decide(world_of(latched(phase)), NOW, SETTINGS) == Plan()
+
+
+def test_the_job_gets_its_ttl_only_behind_the_terminal_status() -> None:
+    raw = build_finetunejob({"runPolicy": {"ttlSecondsAfterFinished": 60}})
+    job = job_for(raw, condition=COMPLETE)
+    running = decide(world_of(raw, job_for(raw)), NOW, SETTINGS)
+    assert "PatchJob" not in kinds(running)
+    plan = decide(world_of(raw, job), NOW, SETTINGS)
+    assert kinds(plan) == ["WriteStatus", "PatchJob"]
+    assert plan.actions[1] == PatchJob(job["metadata"]["name"], {"spec": {"ttlSecondsAfterFinished": 60}})
+
+
+def test_a_ttl_that_was_lost_with_the_operator_is_given_later() -> None:
+    raw = latched("Succeeded", {"runPolicy": {"ttlSecondsAfterFinished": 60}})
+    job = job_for(raw, condition=COMPLETE)
+    assert decide(world_of(raw, job), NOW, SETTINGS).actions == (
+        PatchJob(job["metadata"]["name"], {"spec": {"ttlSecondsAfterFinished": 60}}),
+    )
+
+
+def test_a_job_that_still_works_for_an_ended_run_is_deleted() -> None:
+    raw = latched("Failed")
+    job = job_for(raw)
+    assert decide(world_of(raw, job), NOW, SETTINGS).actions == (DeleteJob(job["metadata"]["name"], "job-uid"),)
+
+
+def test_a_live_edit_of_an_ended_run_only_moves_the_observed_generation() -> None:
+    raw = latched()
+    edited = merged(raw, {"metadata": {"generation": 2}, "spec": {"runPolicy": {"backoffLimit": 9}}})
+    plan = decide(world_of(edited), NOW, SETTINGS)
+    assert kinds(plan) == ["WriteStatus"]
+    status = status_after(edited, plan)
+    assert status["observedGeneration"] == 2
+    assert {item["observedGeneration"] for item in status["conditions"]} == {2}
+    assert (status["phase"], status["message"]) == (raw["status"]["phase"], raw["status"]["message"])
+
+
+def test_the_latch_holds_when_a_newer_operator_wrote_fields_that_this_one_can_not_read() -> None:
+    raw = latched()
+    newer = merged(raw, {"metadata": {"generation": 2}, "status": {"run": {"colour": "red"}, "weather": "fine"}})
+    status = status_after(newer, decide(world_of(newer), NOW, SETTINGS))
+    assert status["run"] == newer["status"]["run"]
+    assert decide(world_of(newer | {"status": status}), NOW, SETTINGS) == Plan()
+
+
+def test_an_ended_run_keeps_its_status_when_its_spec_can_no_longer_be_read() -> None:
+    raw = merged(latched(), {"spec": {"model": {"colour": "red"}}})
+    assert decide(world_of(raw), NOW, SETTINGS) == Plan()
+
+
+@pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
+def test_rerun_makes_a_new_job_after_an_end(phase: str) -> None:
+    raw = latched(phase)
+    again = merged(raw, {"metadata": {"generation": 2}, "spec": {"runPolicy": {"rerun": "1"}}})
+    plan = decide(world_of(again), NOW, SETTINGS)
+    created = [action for action in plan.actions if isinstance(action, CreateJob)]
+    assert created[0].manifest["metadata"]["name"] != raw["status"]["run"]["jobName"]
+    status = status_after(again, plan)
+    assert (status["phase"], status.get("completionTime"), status.get("attempts")) == ("Pending", None, None)
+    assert {item["type"] for item in status["conditions"]} == {"Ready", "Reconciling"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "patch"),
+    [
+        ({"suspend": True}, {"suspend": True}),
+        ({"backoffLimit": 9}, {"backoffLimit": 9}),
+        ({"activeDeadlineSeconds": 60}, {"activeDeadlineSeconds": 60}),
+    ],
+)
+def test_a_live_edit_patches_the_job_and_nothing_restarts(edit: Json, patch: Json) -> None:
+    job = job_for(build_finetunejob())
+    plan = decide(world_of(build_finetunejob({"runPolicy": edit}), job), NOW, SETTINGS)
+    assert plan.actions[0] == PatchJob(job["metadata"]["name"], {"spec": patch})
+    assert not {"CreateJob", "DeleteJob"} & set(kinds(plan))
+
+
+def test_a_deadline_that_was_taken_back_is_removed_from_the_job() -> None:
+    job = job_for(build_finetunejob({"runPolicy": {"activeDeadlineSeconds": 60}}))
+    plan = decide(world_of(build_finetunejob(), job), NOW, SETTINGS)
+    assert plan.actions[0] == PatchJob(job["metadata"]["name"], {"spec": {"activeDeadlineSeconds": None}})
+
+
+def test_a_job_that_runs_already_is_left_alone_when_the_allow_list_shrinks() -> None:
+    raw = build_finetunejob({"pod": {"image": "registry.example.com/other:1"}})
+    assert kinds(decide(world_of(raw, job_for(raw)), NOW, SETTINGS)) == ["WriteStatus"]
+
+
+def test_an_image_that_is_not_allowed_is_named_with_the_mend() -> None:
+    raw = build_finetunejob({"pod": {"image": "registry.example.com/other:1"}})
+    status = status_after(raw, decide(world_of(raw), NOW, SETTINGS))
+    assert "registry.example.com/other:1" in status["message"]
+    assert "allowedImages" in status["message"]
+    allowed = Settings(allowed_images=("registry.example.com/*",))
+    assert "CreateJob" in kinds(decide(world_of(raw), NOW, allowed))
+
+
+def test_a_message_of_control_characters_alone_is_no_message() -> None:
+    raw, world = ended(11, json.dumps({"version": 1, "stage": "Loading", "message": "\u0001\u0002"}))
+    assert "exit code 11" in status_after(raw, decide(world, NOW, SETTINGS))["message"]
+
+
+def report(step: int, digest: str = "", stage: Stage = Stage.TRAINING) -> ProgressReport:
+    wanted = digest or read_subject(build_finetunejob()).run.train_digest
+    return ProgressReport(train_digest=wanted, stage=stage, progress=Progress(summary=f"{step}/400", step=step, total_steps=400))
+
+
+def running_with(progress: ProgressReport, status: Json | None = None) -> World:
+    raw = build_finetunejob(status=status)
+    job = job_for(raw)
+    return world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),), progress=progress)
+
+
+def status_with(progress: ProgressReport, seconds: float = 0, status: Json | None = None) -> Json:
+    world = running_with(progress, status)
+    return status_after(world.subject.raw, decide(world, NOW + timedelta(seconds=seconds), SETTINGS))
+
+
+def test_progress_of_the_runs_own_training_is_shown() -> None:
+    status = status_with(report(10))
+    assert (status["stage"], status["progress"]["summary"], status["progress"]["updatedAt"]) == (
+        "Training",
+        "10/400",
+        "2026-01-01T12:00:00Z",
+    )
+
+
+def test_progress_under_another_digest_is_not_believed() -> None:
+    assert "progress" not in status_with(report(10, digest="0" * 64))
+
+
+def test_progress_is_written_every_10_seconds_at_most() -> None:
+    first = status_with(report(10))
+    assert status_with(report(11), 9, first)["progress"]["step"] == 10
+    assert status_with(report(11), 10, first)["progress"]["step"] == 11
+
+
+def test_a_new_stage_is_written_at_once() -> None:
+    first = status_with(report(10))
+    assert status_with(report(10, stage=Stage.EVALUATING), 1, first)["stage"] == "Evaluating"
+
+
+def test_only_a_running_pod_is_asked_for_progress() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    assert progress_address(world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),))) == "192.0.2.1"
+    assert progress_address(world_of(raw, job, pods=(build_pod(job),))) is None
+    assert progress_address(world_of(raw, job, pods=(build_pod(job, phase="Failed", state=build_ended_state(1)),))) is None
+
+
+def test_events_are_read_only_of_what_takes_longer_than_5_seconds() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    pod = build_pod(job, state={"waiting": {"reason": "ContainerCreating"}})
+    later = NOW + timedelta(seconds=6)
+    assert unexplained(world_of(raw, job), NOW) is None
+    assert unexplained(world_of(raw, job), later) == "job-uid"
+    assert unexplained(world_of(raw, job, pods=(pod,)), later) == "pod-1-uid"
+    assert unexplained(world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),)), later) is None
+
+
+def test_a_running_pod_is_looked_at_again_every_2_to_10_seconds() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+
+    def again(seconds: float) -> float | None:
+        world = world_of(raw, job, pods=(build_pod(job, phase="Running", state={"running": {"startedAt": "2026-01-01T12:00:00Z"}}),))
+        return decide(world, NOW + timedelta(seconds=seconds), SETTINGS).again_seconds
+
+    assert [again(0), again(30), again(3600)] == [2.0, 5.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (None, True),
+        ({"phase": "Running", "observedGeneration": 1}, True),
+        ({"phase": "Succeeded", "observedGeneration": 1}, False),
+        ({"phase": "Failed", "observedGeneration": 0}, True),
+    ],
+)
+def test_the_resync_takes_what_has_not_ended_or_was_edited(status: Json | None, expected: bool) -> None:
+    assert is_unfinished(build_finetunejob(status=status)) is expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "patch"),
+    [
+        ({}, {"a": 1}, {"a": 1}),
+        ({"a": 1}, {}, {"a": None}),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}}, {"a": {"c": None}}),
+        ({"a": {"b": 1}}, {"a": {"b": 1}}, {}),
+        ({"a": [1]}, {"a": [1, 2]}, {"a": [1, 2]}),
+        ({"a": 1}, {"a": {"b": 1}}, {"a": {"b": 1}}),
+    ],
+)
+def test_a_merge_patch_makes_one_value_of_the_other(before: Json, after: Json, patch: Json) -> None:
+    assert merge_patch(before, after) == patch
+    assert merged(before, patch) == after
