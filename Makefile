@@ -68,7 +68,7 @@ demo: setup ## fine-tunes a small model on this machine: one YAML in, one verifi
 	@$(PY) -m finetune_trainer.cli run examples/laptop.yaml --workdir .demo
 
 crd: setup ## the CRD and docs/api.md from the models of finetune_api
-	@$(PY) -m finetune_api.crd
+	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs
 
 lock: $(UV) ## the pinned, hashed requirement files
 	@for target in operator trainer unsloth dev; do \

@@ -24,14 +24,15 @@ Quantity = Annotated[str, StringConstraints(max_length=32, pattern=r"^[0-9]+(\.[
 PositiveNumber = Annotated[
     str, StringConstraints(max_length=24, pattern=r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)([eE][-+]?[0-9]{1,2})?$")
 ]
-ModelSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(hf|s3|pvc|file|builtin)://[^\s]+$")]
-DataSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(hf|s3|pvc|file|builtin|configmap)://[^\s]+$")]
-DestinationUri = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(s3|hf|file)://[^\s]+$")]
-Endpoint = Annotated[str, StringConstraints(max_length=512, pattern=r"^(https?://[^\s/@]+(/[^\s@]*)?)?$")]
-CheckpointUri = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(s3://[^\s/]+(/[^\s]*)?)?$")]
+# \x00-\x20 rather than \s, which means more to pydantic's regular expressions than to the API server's.
+ModelSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(hf|s3|pvc|file|builtin)://[^\x00-\x20]+$")]
+DataSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(hf|s3|pvc|file|builtin|configmap)://[^\x00-\x20]+$")]
+DestinationUri = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(s3|hf|file)://[^\x00-\x20]+$")]
+Endpoint = Annotated[str, StringConstraints(max_length=512, pattern=r"^(https?://[^\x00-\x20/@]+(/[^\x00-\x20@]*)?)?$")]
+CheckpointUri = Annotated[str, StringConstraints(max_length=1024, pattern=r"^(s3://[^\x00-\x20/]+(/[^\x00-\x20]*)?)?$")]
 _MODULE = r"[A-Za-z_][A-Za-z0-9_.]*"
 TargetModules = Annotated[str, StringConstraints(max_length=1024, pattern=rf"^(all-linear|{_MODULE}(,{_MODULE})*)$")]
-OptionalDataSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^((hf|s3|pvc|file|builtin|configmap)://[^\s]+)?$")]
+OptionalDataSource = Annotated[str, StringConstraints(max_length=1024, pattern=r"^((hf|s3|pvc|file|builtin|configmap)://[^\x00-\x20]+)?$")]
 LabelKey = Annotated[str, StringConstraints(max_length=317)]
 LabelValue = Annotated[str, StringConstraints(max_length=63)]
 

@@ -1,6 +1,6 @@
 """The status of a FineTuneJob: what the operator reports, and only the operator writes.
 
-Losses are strings with 4 significant digits (the API conventions forbid floats). docs/status.md says what a user can do about each state.
+Losses are strings with 4 significant digits (the API conventions forbid floats). docs/api.md lists the fields.
 """
 
 from enum import StrEnum
@@ -12,7 +12,10 @@ from finetune_api.fields import ApiModel
 
 Text = Annotated[str, StringConstraints(max_length=1024)]
 Short = Annotated[str, StringConstraints(max_length=256)]
-Timestamp = Annotated[str, StringConstraints(max_length=32, pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Timestamp = Annotated[str, StringConstraints(max_length=32, pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
+Count = Annotated[
+    int, Field(ge=0, le=2**53)
+]  # a trainer's word goes into the status: what the API server can't hold would block every write
 Loss = Annotated[str, StringConstraints(max_length=16)]
 
 
@@ -58,7 +61,7 @@ class Condition(ApiModel):
     status: Literal["True", "False", "Unknown"] = Field(description="True, False or Unknown.")
     reason: Annotated[str, StringConstraints(max_length=128, pattern=r"^[A-Z][A-Za-z0-9]*$")] = Field(description="CamelCase reason.")
     message: Text = Field("", description="A sentence a person can act on.")
-    observed_generation: int = Field(0, ge=0, description="Generation of the spec it speaks of.")
+    observed_generation: Count = Field(0, description="Generation of the spec it speaks of.")
     last_transition_time: Timestamp = Field(description="When the status of the condition last changed.")
 
 
@@ -66,12 +69,12 @@ class Progress(ApiModel):
     """How far the training is; cosmetic, losing it loses nothing."""
 
     summary: Short = Field("", description="Steps done and in all, such as 120/400.")
-    step: int = Field(0, ge=0, description="Optimizer steps done.")
-    total_steps: int = Field(0, ge=0, description="Optimizer steps in all.")
+    step: Count = Field(0, description="Optimizer steps done.")
+    total_steps: Count = Field(0, description="Optimizer steps in all.")
     epoch: Short = Field("", description="Passes over the data so far, such as 0.30.")
     loss: Loss = Field("", description="Training loss of the last step, 4 significant digits.")
-    tokens_per_second: int = Field(0, ge=0, description="Tokens per second since the start of this attempt.")
-    eta_seconds: int = Field(0, ge=0, description="Estimated seconds to the last step.")
+    tokens_per_second: Count = Field(0, description="Tokens per second since the start of this attempt.")
+    eta_seconds: Count = Field(0, description="Estimated seconds to the last step.")
     updated_at: Timestamp | None = Field(None, description="When the trainer said so.")
 
 
@@ -100,7 +103,7 @@ class Qat(ApiModel):
     """What was quantized."""
 
     scheme: Short = Field("", description="Quantization scheme.")
-    layers: int = Field(0, ge=0, description="Linear layers that are quantized.")
+    layers: Count = Field(0, description="Linear layers that are quantized.")
     coverage: Short = Field("", description="Share of the linear weights that are quantized, such as 100%.")
 
 
@@ -110,7 +113,7 @@ class PublishedArtifact(ApiModel):
     kind: Short = Field(description="adapter, quantized or merged.")
     uri: Text = Field(description="Where it is.")
     digest: Short = Field("", description="sha256 of its manifest.")
-    bytes: int = Field(0, ge=0, description="Size of its files in bytes.")
+    bytes: Count = Field(0, description="Size of its files in bytes.")
 
 
 class Run(ApiModel):
@@ -126,7 +129,7 @@ class Run(ApiModel):
 class FineTuneJobStatus(ApiModel):
     """What the operator reports."""
 
-    observed_generation: int = Field(0, ge=0, description="Generation of the spec this status speaks of.")
+    observed_generation: Count = Field(0, description="Generation of the spec this status speaks of.")
     phase: Phase | None = Field(None, description="Pending, Queued, Running, Succeeded, Failed or Suspended.")
     stage: Stage | None = Field(None, description="What the trainer is doing.")
     message: Text = Field("", description="One sentence a person can act on.")
@@ -135,7 +138,7 @@ class FineTuneJobStatus(ApiModel):
     )
     progress: Progress | None = Field(None, description="How far the training is.")
     attempts: tuple[Attempt, ...] = Field((), max_length=10, description="The last 10 pods of the run.")
-    gpu_seconds: int = Field(0, ge=0, description="GPU seconds of all pods of the run: a lower bound.")
+    gpu_seconds: Count = Field(0, description="GPU seconds of all pods of the run: a lower bound.")
     quality: Quality | None = Field(None, description="Held-out losses and the proof's verdict.")
     qat: Qat | None = Field(None, description="What was quantized.")
     artifacts: tuple[PublishedArtifact, ...] = Field((), max_length=32, description="What was published, and where.")

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from finetune_api.fields import ApiModel
-from finetune_api.status import PublishedArtifact, Qat, Quality, Short, Stage, Text
+from finetune_api.status import Count, PublishedArtifact, Qat, Quality, Short, Stage, Text
 
 MAX_BYTES = 4096
 _SHORTEST_MESSAGE = 200
@@ -22,9 +22,9 @@ class TerminationMessage(ApiModel):
     stage: Stage = Field(description="The stage it was in.")
     reason: Short = Field("", description="CamelCase reason of exits.REASONS; empty while it runs.")
     message: Text = Field("", description="One sentence: what is wrong, and the mend.")
-    exit_code: int | None = Field(None, description="Exit code, once it is known.")
-    step: int = Field(0, ge=0, description="Optimizer steps done.")
-    total_steps: int = Field(0, ge=0, description="Optimizer steps in all.")
+    exit_code: int | None = Field(None, ge=0, le=255, description="Exit code, once it is known.")
+    step: Count = Field(0, description="Optimizer steps done.")
+    total_steps: Count = Field(0, description="Optimizer steps in all.")
     model: Text = Field("", description="The model's source with its resolved revision.")
     dataset: Text = Field("", description="The dataset's source with its resolved revision or ETag.")
     quality: Quality | None = Field(None, description="Held-out losses and the proof's verdict.")

@@ -15,10 +15,10 @@ from finetune_api.status import FineTuneJobStatus, Phase
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields
 from finetune_operator.diagnosis import container_state, is_ended
-from finetune_operator.observed import carried_status, observed_status, status_of
+from finetune_operator.observed import carried_status, observed_status, status_of, timestamp
 from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
-from finetune_operator.subject import FINAL, Json, World, is_being_deleted, is_finished
+from finetune_operator.subject import FINAL, Json, World, condition_of, is_being_deleted, is_finished
 
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
 NEW_POD_SECONDS = 5.0  # a pod that takes longer to start has its events read
@@ -90,6 +90,8 @@ def stall_on_an_unreadable_spec(situation: Situation) -> Plan | None:
     subject = situation.world.subject
     if subject.spec is not None:
         return None
+    if not is_unfinished(subject.raw):
+        return Plan()  # it ended before this version came: what stands there stays true
     verdict = Verdict(subject.stored.phase or Phase.PENDING, Standing.STALLED, "InvalidSpec", clean(subject.problem))
     return Plan(_write(situation, status_of(subject, subject.stored, verdict, situation.now)))
 
@@ -99,11 +101,12 @@ def keep_what_has_ended(situation: Situation) -> Plan | None:
     subject = situation.world.subject
     if not subject.is_latched:
         return None
-    stored = subject.stored
-    conditions = tuple(item.model_copy(update={"observed_generation": subject.generation}) for item in stored.conditions)
-    status = stored.model_copy(update={"observed_generation": subject.generation, "conditions": conditions})
+    # On the raw status: what a newer operator wrote and this one can't read must not be lost, least of all the digest of the latch.
+    seen = {"observedGeneration": subject.generation}
+    raw: Json = subject.raw["status"]
+    patch = merge_patch(raw, raw | seen | {"conditions": [item | seen for item in raw.get("conditions", ())]})
     unfinished = [job for job in situation.world.jobs if not is_finished(job)]
-    return Plan((*_write(situation, status), *_delete(unfinished), *_ttl(situation)))
+    return Plan((*((WriteStatus(patch),) if patch else ()), *_delete(unfinished), *_ttl(situation)))
 
 
 def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
@@ -139,13 +142,17 @@ def stall_on_a_namesake(situation: Situation) -> Plan | None:
 
 
 def create_what_is_missing(situation: Situation) -> Plan | None:
-    """The run has no Job yet, or lost it before its end."""
+    """The run has no Job yet, or lost it before its end.
+
+    The status comes first, also an empty patch: its resourceVersion stops an operator that decided before an edit or an end was stored.
+    """
     world = situation.world
     if world.current is not None:
         return None
     verdict = Verdict(Phase.PENDING, Standing.RECONCILING, "JobCreated", "Waiting for the Job to make its pod.")
     status = status_of(world.subject, carried_status(world.subject), verdict, situation.now)
-    return Plan((CreateJob(build_job(world.subject, situation.settings)), *_write(situation, status)))
+    check = _write(situation, status) or (WriteStatus({}),)
+    return Plan((*check, CreateJob(build_job(world.subject, situation.settings))))
 
 
 def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
@@ -153,14 +160,16 @@ def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
     world, job = situation.world, situation.world.current
     if job is None or is_finished(job):
         return None
-    endings = [container_state(pod, "terminated") or {} for pod in world.current_pods if is_ended(pod)]
+    undisturbed = [pod for pod in world.current_pods if is_ended(pod) and not condition_of(pod, "DisruptionTarget")]
+    endings = [container_state(pod, "terminated") or {} for pod in undisturbed]
     if sum(ending.get("exitCode") == ExitCode.CHECKPOINTED for ending in endings) < CHECKPOINTED_LIMIT:
         return None
     sentence = (
         f"The trainer stopped {CHECKPOINTED_LIMIT} times by itself after saving a checkpoint; see the pods' logs, then set runPolicy.rerun."
     )
     verdict = Verdict(Phase.FAILED, Standing.STALLED, "CheckpointedTooOften", sentence)
-    status = status_of(world.subject, observed_status(world, situation.now), verdict, situation.now)
+    seen = observed_status(world, situation.now).model_copy(update={"completion_time": timestamp(situation.now)})
+    status = status_of(world.subject, seen, verdict, situation.now)
     return Plan((*_write(situation, status), *_delete([job])))
 
 

@@ -3,6 +3,7 @@
 What the container wrote is untrusted: parsed strictly, cleaned, shortened. The exit code is the kubelet's word and wins over it.
 """
 
+import re
 from dataclasses import dataclass
 
 from finetune_api import names
@@ -13,6 +14,7 @@ from finetune_api.termination import TerminationMessage, parse
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, condition_of
 
+_CAMEL_CASE = re.compile(r"[A-Z][A-Za-z0-9]{0,127}")
 _UNSTARTED = {"ContainerCreating", "PodInitializing"}
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable"}
 
@@ -44,6 +46,11 @@ def container_state(pod: Json, state: str) -> Json | None:
     """The `running`, `waiting` or `terminated` state of the trainer's container, when it is in it."""
     found = (container_status(pod).get("state") or {}).get(state)
     return dict(found) if found is not None else None
+
+
+def camel_case(reason: str, otherwise: str) -> str:
+    """The reason where it is one that a condition may have; a runtime may write anything there."""
+    return reason if _CAMEL_CASE.fullmatch(reason) else otherwise
 
 
 def is_ended(pod: Json) -> bool:
@@ -83,7 +90,7 @@ def waiting_sentence(pod: Json, warnings: tuple[str, ...]) -> tuple[str, str]:
             f"The image {image} can't be pulled ({reason}): {detail or 'no reason given'}; correct the image or spec.pod.imagePullSecrets."
         )
     if reason and reason not in _UNSTARTED:
-        return reason, clean(f"The pod can't start ({reason}): {detail or 'no reason given'}.")
+        return camel_case(reason, "PodWaiting"), clean(f"The pod can't start ({reason}): {detail or 'no reason given'}.")
     unscheduled = _condition(pod, "PodScheduled", "False")
     if unscheduled:
         said = clean(str(unscheduled.get("message") or "no node is named yet"), 700).rstrip(".")
@@ -116,12 +123,12 @@ def _out_of_memory(terminated: Json, said: TerminationMessage | None, spec: Fine
 def _reason(code: int | None, terminated: Json) -> str:
     if code in set(ExitCode):
         return REASONS[ExitCode(code)]
-    given = str(terminated.get("reason") or "")
-    return given if given.isalnum() and given[:1].isupper() and given != "Completed" else "Error"
+    given = camel_case(str(terminated.get("reason") or ""), "Error")
+    return given if given != "Completed" else "Error"
 
 
 def _sentence(code: int | None, said: TerminationMessage | None, text: str, status: Json) -> str:
-    if said and said.message:
+    if said and clean(said.message):
         return clean(said.message)
     if code is None:
         return clean(

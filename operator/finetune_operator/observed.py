@@ -13,7 +13,7 @@ from finetune_api.termination import TerminationMessage
 
 from finetune_operator.attempts import added_gpu_seconds, merge_attempts
 from finetune_operator.conditions import Standing, Verdict, build_conditions
-from finetune_operator.diagnosis import Ending, container_state, ending_of, is_ended, waiting_sentence
+from finetune_operator.diagnosis import Ending, camel_case, container_state, ending_of, is_ended, waiting_sentence
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, Subject, World, condition_of, is_being_deleted
 
@@ -30,7 +30,7 @@ def timestamp(now: datetime) -> str:
 def carried_status(subject: Subject) -> FineTuneJobStatus:
     """What the stored status knows of the run that the spec asks for; blank for a new run."""
     stored = subject.stored
-    if stored.run and stored.run.run_digest == subject.run.run_digest:
+    if stored.run:
         return stored
     return FineTuneJobStatus(run=subject.run, conditions=stored.conditions)
 
@@ -100,7 +100,7 @@ def _failure(failed: Json, spec: FineTuneJobSpec, last: Ending | None) -> tuple[
         limit = spec.run_policy.active_deadline_seconds
         return given, f"The run was stopped after its deadline of {limit} s; raise runPolicy.activeDeadlineSeconds and set runPolicy.rerun."
     if last is None or last.reason == "Succeeded":
-        return given or "Failed", clean(f"The Job failed: {failed.get('message') or given or 'no reason given'}")
+        return camel_case(given, "Failed"), clean(f"The Job failed: {failed.get('message') or given or 'no reason given'}")
     if given == "BackoffLimitExceeded" and spec.run_policy.backoff_limit:
         return last.reason, clean(f"{last.sentence} (Given up after {spec.run_policy.backoff_limit} retries.)")
     return last.reason, last.sentence

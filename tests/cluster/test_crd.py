@@ -9,7 +9,7 @@ import pytest
 from finetune_api.crd import CRD_FILE
 from finetune_api.validation import spec_problems
 from kubernetes import client, config
-from support.bad_specs import BAD_SPECS, LAPTOP_ONLY, BadSpec
+from support.bad_specs import BAD_SPECS, LAPTOP_ONLY, STRICTER_OFFLINE, BadSpec
 from support.kubernetes import Cluster
 from support.mutations import mutated
 from support.specs import full_spec, job, minimal_spec
@@ -76,6 +76,11 @@ def test_a_bad_spec_is_refused_by_the_fields_name(dry_run: DryRun, bad: BadSpec)
     message = dry_run(bad.spec)
     assert bad.path in message
     assert not bad.said_by_server or bad.sentence in message
+
+
+@pytest.mark.parametrize("bad", STRICTER_OFFLINE.values(), ids=STRICTER_OFFLINE.keys())
+def test_what_only_the_offline_verdict_refuses_is_taken(dry_run: DryRun, bad: BadSpec) -> None:
+    assert dry_run(bad.spec) == ""
 
 
 @pytest.mark.parametrize("bad", LAPTOP_ONLY.values(), ids=LAPTOP_ONLY.keys())

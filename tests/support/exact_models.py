@@ -6,7 +6,7 @@ import torch
 from finetune_api.spec import LoraSpec, QuantizationSpec, Scheme
 from finetune_trainer.qat.linear import ExactLinear
 from finetune_trainer.qat.prepare import exact_layers, prepare
-from finetune_trainer.stages.load import add_adapter
+from finetune_trainer.adapter import add_adapter
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from support.tiny_model import tiny_llama
@@ -29,7 +29,7 @@ def lora_model(
         parameter.data = parameter.data.to(dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        model = add_adapter(base, LoraSpec(rank=rank, target_modules=targets), "tiny")
+        model = add_adapter(base, LoraSpec(rank=rank, target_modules=targets))
         set_factors(model, seed + 2)
     return model
 

@@ -77,7 +77,7 @@ OTHER_VALUES: dict[str, Any] = {
 # Values that are wrong nearly everywhere, and those at which a Python regular expression, a Rust one and a Go one differ.
 ODD_VALUES: tuple[Any, ...] = (
     *("", "x", "0", "a\n", "a\u00a0b", "\u0663", "x" * 2000, "é" * 1024, "A_B", "true"),
-    *(0, 1, -1, 2, 5.0, 8.5, 129, 2**31, 2**63, 10**30, True, False),
+    *(0, 1, -1, 2, 8.5, 129, 2**31, 2**63, 10**30, True, False),
     *([], {}, [{}], ["adapter", "adapter"], ["merged"], {"source": "x"}, {"a": 1}),
     *(
         "s3://bucket",
@@ -137,10 +137,8 @@ def mutated(seed: int) -> Spec:
             spec = put(spec, path, random.choice(ODD_VALUES))
         elif kind < 0.9:
             spec = put(spec, path.rpartition(".")[0], random.choice(ODD_VALUES))
-        elif kind < 0.94:
+        elif kind < 0.95:
             spec = put(spec, random.choice(_UNKNOWN), random.choice(ODD_VALUES))
-        elif kind < 0.97:
-            spec = put(spec, path, None)
         else:
             spec = put(spec, path, REMOVED)
     return spec

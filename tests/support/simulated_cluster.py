@@ -33,7 +33,8 @@ def merged(base: Json, changes: Json) -> Json:
         if value is None:
             result.pop(key, None)
         elif isinstance(value, dict):
-            result[key] = merged(result.get(key) or {}, value)
+            old = result.get(key)
+            result[key] = merged(old if isinstance(old, dict) else {}, value)
         else:
             result[key] = deepcopy(value)
     return result
@@ -112,22 +113,37 @@ def broken_status_rules(status: Json, generation: int) -> list[str]:
 
 
 class _Pause:
-    def __await__(self) -> Generator[None]:
-        yield
+    """Stands before a request; says whether the request would write."""
+
+    def __init__(self, *, writes: bool) -> None:
+        self._writes = writes
+
+    def __await__(self) -> Generator[bool]:
+        yield self._writes
 
 
 @dataclass
 class Operator:
-    """One pass of a reconcile that stands before its next request."""
+    """One pass of a reconcile that stands before its next request.
+
+    Attributes:
+        writes_next: whether that request would write.
+        began_writing: whether a request that writes was made, so that its plan is under way.
+        wrote: whether a request has changed anything.
+        ended: done, refused or killed.
+    """
 
     pass_: Coroutine[Any, Any, float | None]
+    writes_next: bool = False
+    began_writing: bool = False
     wrote: bool = False
     ended: bool = False
 
     def step(self) -> None:
         """Lets the pending request happen, and runs to the next one; a refused request ends the pass."""
+        self.began_writing |= self.writes_next
         try:
-            self.pass_.send(None)
+            self.writes_next = self.pass_.send(None)
         except (StopIteration, ApiError):
             self.ended = True
 
@@ -261,12 +277,12 @@ class SimulatedCluster:
 
     async def read_finetunejob(self, key: Key) -> Json | None:
         """As Cluster."""
-        await _Pause()
+        await _Pause(writes=False)
         return deepcopy(self.finetunejob)
 
     async def patch_status(self, key: Key, resource_version: str, patch: Json) -> None:
         """As Cluster."""
-        await _Pause()
+        await _Pause(writes=True)
         if self.finetunejob is None:
             raise ApiError(404, "NotFound", "")
         if self.finetunejob["metadata"]["resourceVersion"] != resource_version:
@@ -279,17 +295,17 @@ class SimulatedCluster:
 
     async def list_jobs(self, namespace: str, selector: str) -> list[Json]:
         """As Cluster."""
-        await _Pause()
+        await _Pause(writes=False)
         return [deepcopy(job) for job in self.jobs.values() if _selects(selector, job)]
 
     async def read_job(self, namespace: str, name: str) -> Json | None:
         """As Cluster."""
-        await _Pause()
+        await _Pause(writes=False)
         return deepcopy(self.jobs.get(name))
 
     async def create_job(self, manifest: Json) -> None:
         """As Cluster."""
-        await _Pause()
+        await _Pause(writes=True)
         name = manifest["metadata"]["name"]
         if name in self.jobs:
             raise ApiError(409, "AlreadyExists", "")
@@ -299,7 +315,7 @@ class SimulatedCluster:
 
     async def patch_job(self, namespace: str, name: str, patch: Json) -> None:
         """As Cluster."""
-        await _Pause()
+        await _Pause(writes=True)
         if name not in self.jobs:
             raise ApiError(404, "NotFound", "")
         self.is_writing = True
@@ -307,7 +323,7 @@ class SimulatedCluster:
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         """As Cluster: in the foreground."""
-        await _Pause()
+        await _Pause(writes=True)
         if name not in self.jobs:
             raise ApiError(404, "NotFound", "")
         if self.jobs[name]["metadata"]["uid"] != uid:
@@ -317,12 +333,12 @@ class SimulatedCluster:
 
     async def list_pods(self, namespace: str, selector: str) -> list[Json]:
         """As Cluster."""
-        await _Pause()
+        await _Pause(writes=False)
         return [deepcopy(pod) for pod in self.pods.values() if _selects(selector, pod)]
 
     async def list_warnings(self, namespace: str, uid: str) -> list[Json]:
         """As Cluster."""
-        await _Pause()
+        await _Pause(writes=False)
         return []
 
     def _next(self, prefix: str) -> str:

@@ -14,6 +14,7 @@ from finetune_api import names
 from finetune_api.exits import REASONS, ExitCode
 from finetune_api.job import JobDescription
 from finetune_api.validation import Problem, parse_job, verdicts
+from pydantic import ValidationError
 from typer.exceptions import TyperException
 
 from finetune_trainer import VERSION
@@ -105,7 +106,12 @@ def _description(job: str | None) -> JobDescription:
         text = os.environ.get(names.ENV_JOB)
         if text is None:
             raise SpecError("No job: name a YAML file (finetune run job.yaml).")
-        return JobDescription.from_json(text)
+        try:
+            return JobDescription.from_json(text)
+        except ValidationError as error:
+            raise SpecError(
+                f"{names.ENV_JOB} holds no job description of this version ({error.error_count()} problems); use the image that belongs to the operator."
+            ) from error
     text = _read(job)
     problems = verdicts(text, local=True)
     if problems:

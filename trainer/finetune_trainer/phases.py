@@ -85,15 +85,16 @@ class Phases(TrainerCallback):
                 self.require_finite(parameter.grad, "gradient", state.global_step + 1)
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
-        """SIGTERM: save this step and stop; the last step is always saved."""
-        if self.stopping or state.global_step == self._work.plan.steps:
+        """The last step is always saved."""
+        if state.global_step == self._work.plan.steps:
             control.should_save = True
-        control.should_training_stop = control.should_training_stop or self.stopping
+        self._stop_if_asked(control)
 
-    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(self, _args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """One optimizer step is done."""
         if logs and "loss" in logs:
             self.meter.step_done(state.global_step, float(logs["loss"]), float(logs.get("epoch", 0.0)), int(logs.get("num_tokens", 0)))
+            self._stop_if_asked(control)
 
     def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Seals what transformers wrote, and mirrors it. A mirror that fails costs nothing as long as this pod lives."""
@@ -126,6 +127,11 @@ class Phases(TrainerCallback):
             f"The {what} of step {step} is not finite at training.learningRate {rate}; lower it, look for broken rows, or set model.dtype to float32. "
             "Checkpoints of earlier steps are kept."
         )
+
+    def _stop_if_asked(self, control: Any) -> None:
+        """SIGTERM: save this step and stop."""
+        control.should_save = control.should_save or self.stopping
+        control.should_training_stop = control.should_training_stop or self.stopping
 
     def _measure_switch(self) -> None:
         work = self._work

@@ -44,6 +44,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     """Trains, converts and proves; ends with report.json, which is what says that all of it is done."""
     reporter.enter(Stage.LOADING)
     # Here, not above: what preflight refuses needs no torch.
+    from finetune_trainer.adapter import save_adapter
     from finetune_trainer.reporting.report import build_report
     from finetune_trainer.stages import convert, data, evaluate, load, train, verify
 
@@ -56,9 +57,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
 
     reporter.enter(Stage.TRAINING)
     trained = train.run(ctx, loaded, rows)
-    with atomic.folder(ctx.adapter) as folder:
-        trained.model.save_pretrained(folder)
-        trained.tokenizer.save_pretrained(folder)
+    save_adapter(trained.model, trained.tokenizer, ctx.job, ctx.adapter)
     weights = finished.digest_of(ctx.job.train_digest, loaded.resolved, rows.digest, ctx.adapter / "adapter_model.safetensors")
     stages = finished.FinishedStages(ctx.workdir / finished.FOLDER, weights)
 

@@ -115,7 +115,7 @@ def test_every_answer_ends_where_a_template_does_not_end_it() -> None:
     assert trained(rendered("chat", without_eos, messages=turns("a", "b", "c", "d"))) == [f"b\n{EOS}", f"d\n{EOS}"]
 
 
-def test_a_generation_prompt_that_the_answer_does_not_hold_is_not_trained_away() -> None:
+def test_where_the_generation_prompt_opens_more_than_the_answer_holds_the_header_is_trained_with_it() -> None:
     def thinking(messages: Messages, generation_prompt: bool) -> str:
         return without_eos(messages, generation_prompt=False) + ("<assistant><think>" if generation_prompt else "")
 

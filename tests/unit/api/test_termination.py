@@ -99,6 +99,8 @@ NO_MESSAGES: dict[str, str] = {
     "a number in quotes": json.dumps(SMALL | {"exitCode": "11"}),
     "a truth for a number": json.dumps(SMALL | {"step": True}),
     "a negative count": json.dumps(SMALL | {"step": -1}),
+    "a count that the API server can't hold": json.dumps(SMALL | {"qat": {"layers": 2**63}}),
+    "an exit code that can't be": json.dumps(SMALL | {"exitCode": 256}),
     "a name of Python's": json.dumps({"stage": "Training", "exit_code": 11}),
     "a sentence that is too long": json.dumps(SMALL | {"message": "x" * 1025}),
     "a message with too much white space": json.dumps(SMALL) + " " * MAX_BYTES,

@@ -10,7 +10,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validation import Problem, parse_job, spec_problems, verdicts
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.bad_specs import BAD_SPECS, LAPTOP_ONLY, NOT_YET, RULES, STRUCTURE, BadSpec
+from support.bad_specs import BAD_SPECS, LAPTOP_ONLY, NOT_YET, RULES, STRICTER_OFFLINE, STRUCTURE, BadSpec
 from support.mutations import mutated
 from support.specs import changed, full_spec, job, minimal_spec
 
@@ -29,7 +29,8 @@ def of_job(**changes: Any) -> str:
     return yaml.safe_dump(job(minimal_spec()) | changes)
 
 
-each_bad = pytest.mark.parametrize("bad", BAD_SPECS.values(), ids=BAD_SPECS.keys())
+REFUSED = BAD_SPECS | STRICTER_OFFLINE
+each_bad = pytest.mark.parametrize("bad", REFUSED.values(), ids=REFUSED.keys())
 
 
 def test_the_table_is_a_table() -> None:
@@ -97,6 +98,12 @@ def test_a_problem_without_a_finding_is_a_sentence_too() -> None:
 def test_what_was_found_is_shown_up_to_a_line() -> None:
     (sentence,) = sentences(of_job(spec=changed(minimal_spec(), "runPolicy.rerun", "x" * 5000)))
     assert len(sentence) < 200
+
+
+def test_every_kind_of_white_space_is_told_apart_as_the_server_does() -> None:
+    assert spec_problems(changed(minimal_spec(), "model.source", "s3://models/a\u2003b"), local=False) == []
+    for control in ("\x00", "\t", "\x0b", " "):
+        assert spec_problems(changed(minimal_spec(), "model.source", f"s3://models/a{control}b"), local=False)
 
 
 @pytest.mark.parametrize("spec", [None, [], "x", 1, True], ids=repr)

@@ -70,7 +70,7 @@ def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
             for item in publication.files:
                 upload(place.client, place.bucket, place.key(item.path), item)
             put_bytes(place.client, place.bucket, place.key(MANIFEST), publication.manifest)
-        _remove_stale(place, publication)
+        _remove_stale(place, frozenset(item.path for item in publication.files))
     return where.uri.rstrip("/")
 
 
@@ -78,16 +78,17 @@ def _withdraw(place: _Place) -> None:
     """Takes an older manifest away before its files change, and keeps it aside for `_remove_stale`."""
     older = place.read(MANIFEST)
     if older is not None:
+        _remove_stale(place, named_files(older))  # what a publication that was killed at its very end has left
         put_bytes(place.client, place.bucket, place.key(REPLACED), older)
         place.delete(MANIFEST)
 
 
-def _remove_stale(place: _Place, publication: Publication) -> None:
+def _remove_stale(place: _Place, current: frozenset[str]) -> None:
     """A shard that only the older model had would be loaded with the new one."""
     older = place.read(REPLACED)
     if older is None:
         return
-    for path in sorted(named_files(older) - {item.path for item in publication.files} - {MANIFEST}):
+    for path in sorted(named_files(older) - current - {MANIFEST}):
         place.delete(path)
     place.delete(REPLACED)
 

@@ -6,18 +6,15 @@ Runs no code from the model's repository unless the spec asks for it. CUDA is us
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from finetune_api.job import JobDescription
-from finetune_api.spec import LoraSpec
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from finetune_trainer import sources
+from finetune_trainer.adapter import add_adapter
 from finetune_trainer.context import RunContext
-from finetune_trainer.destinations.model_card import base_model
 from finetune_trainer.errors import DataError, SpecError
 from finetune_trainer.failures import first_line, is_out_of_memory
 
@@ -57,7 +54,7 @@ def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Loaded:
     base = load_base(fetched.path, ctx.spec.model.dtype, trust_remote_code=ctx.spec.model.trust_remote_code)
     size, dtype = base.num_parameters() / 1e6, str(base.dtype).removeprefix("torch.")
     ctx.reporter.note(f"Loaded {size:,.0f} million parameters as {dtype} on the {base.device.type.upper()}.")
-    return Loaded(add_adapter(base, ctx.spec.lora, published_base(ctx.job)), tokenizer, fetched.resolved)
+    return Loaded(add_adapter(base, ctx.spec.lora), tokenizer, fetched.resolved)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -103,48 +100,6 @@ def load_base(folder: Path, dtype: str, *, trust_remote_code: bool) -> PreTraine
     if lacking:
         raise DataError(f"The model in {folder} lacks {len(lacking)} weights, the first is {lacking[0]}; download it again.")
     return model.to(device)
-
-
-def add_adapter(base: PreTrainedModel, lora: LoraSpec, published_base: str) -> PeftModel:
-    """The base model with a LoRA adapter: A random, B zero, no dropout.
-
-    Args:
-        base: the model.
-        lora: rank, scale and target modules.
-        published_base: what the adapter's config names as its base model.
-
-    Raises:
-        SpecError: a target module that the model does not have.
-    """
-    targets: Any = lora.target_modules
-    if targets != "all-linear":
-        targets = targets.split(",")
-        _require_targets(base, targets)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha or 2 * lora.rank,
-        lora_dropout=0.0,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(base, config)
-    model.peft_config["default"].base_model_name_or_path = published_base
-    return model
-
-
-def published_base(job: JobDescription) -> str:
-    """The base model's name for whoever loads the adapter elsewhere: on the Hub, or else the source as written, never a path of a cache."""
-    return base_model(job) or job.spec.model.source.removeprefix("file://")
-
-
-def _require_targets(base: PreTrainedModel, targets: list[str]) -> None:
-    linears = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)})
-    known = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in known):
-            raise SpecError(
-                f"spec.lora.targetModules names {target!r}, which this model does not have; its linear layers are {', '.join(linears)}."
-            )
 
 
 def _require_own_code_allowed(folder: Path, *, trust_remote_code: bool) -> None:

@@ -1,0 +1,99 @@
+"""docs/api.md, generated from the models and the rules: `python -m finetune_api.docs` writes it (a test holds it to the models)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune_api.crd import structural_schema
+from finetune_api.fields import leaves
+from finetune_api.rules import ALWAYS, LOCAL_ONLY, SERVER_ONLY, Rule
+from finetune_api.spec import API_VERSION, KIND, FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+
+Schema = dict[str, Any]
+
+DOCS_FILE = Path(__file__).parents[2] / "docs" / "api.md"
+
+_HEAD = f"""<!-- Generated from crds/finetune_api by `make crd`; do not edit. -->
+# {KIND} (`{API_VERSION}`)
+
+What `kubectl explain ftj.spec` says, on one page. An edit of a field does one of three things:
+
+| class | an edit |
+|---|---|
+| train | changes the weights: the old Job stops, a new run trains |
+| run | makes a new Job, which starts from what the same training already has |
+| live | is patched onto the Job; nothing restarts |
+"""
+
+
+def api_markdown() -> str:
+    """The page."""
+    sections = [
+        _HEAD,
+        "## spec\n",
+        "| field | type | class | meaning |\n|---|---|---|---|",
+        *_spec_rows(),
+        "\n## What is refused beyond that\n",
+        "By `kubectl apply` and `finetune validate` alike, with the sentence:\n",
+        *_rule_rows(ALWAYS),
+        "\nBy `kubectl apply` only:\n",
+        *_rule_rows(SERVER_ONLY),
+        "\nBy `finetune run` and `finetune validate --local` only:\n",
+        *_rule_rows(LOCAL_ONLY),
+        "\n## status\n",
+        "| field | type | meaning |\n|---|---|---|",
+        *_status_rows(),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def _spec_rows() -> Iterator[str]:
+    classes = {".".join(path): field_class for path, _, field_class in leaves(FineTuneJobSpec)}
+    for path, schema in _walk(structural_schema(FineTuneJobSpec), ""):
+        plain = path.replace("[]", "")
+        if plain in classes:
+            yield f"| `{path}` | {_type(schema)} | {classes[plain]} | {_cell(schema)} |"
+
+
+def _status_rows() -> Iterator[str]:
+    return (f"| `{path}` | {_type(schema)} | {_cell(schema)} |" for path, schema in _walk(structural_schema(FineTuneJobStatus), ""))
+
+
+def _rule_rows(rules: tuple[Rule, ...]) -> list[str]:
+    return list(dict.fromkeys(f"- `spec.{rule.field}`: {rule.message}" for rule in rules))
+
+
+def _walk(schema: Schema, path: str) -> Iterator[tuple[str, Schema]]:
+    """(path, schema) of every field; items of a list are written `list[].field`."""
+    for name, field in schema.get("properties", {}).items():
+        here = f"{path}.{name}" if path else name
+        yield here, field
+        yield from _walk(field, here)
+        if "properties" in field.get("items", {}):
+            yield from _walk(field["items"], f"{here}[]")
+
+
+def _type(schema: Schema) -> str:
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" if value != "" else "empty" for value in schema["enum"])
+    if schema["type"] == "array":
+        inner = schema["items"]
+        return "list" if inner["type"] == "object" else f"list of {_type(inner)}"
+    kind = "map" if "additionalProperties" in schema else str(schema["type"])
+    return kind + _bounds(schema)
+
+
+def _bounds(schema: Schema) -> str:
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is not None and high is not None and high < 2**53:
+        return f", {low} to {high}"
+    return f", {low} or more" if low is not None else ""
+
+
+def _cell(schema: Schema) -> str:
+    return str(schema.get("description", "")).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    DOCS_FILE.write_text(api_markdown(), encoding="utf-8")

@@ -1,0 +1,155 @@
+"""Bad input on a laptop: each ends before training, with the exit code of its class and one sentence that names the thing and the mend."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.exits import ExitCode
+from finetune_trainer import atomic
+from support.tiny_jobs import finetune, tiny_job
+
+Prepare = Callable[[Path], dict[str, Any] | None]
+
+
+def no_dataset(folder: Path) -> dict[str, Any]:
+    return {"dataset": {"source": f"file://{folder}/nowhere.jsonl"}}
+
+
+def empty_dataset(folder: Path) -> dict[str, Any]:
+    (folder / "empty.jsonl").write_text("")
+    return {"dataset": {"source": f"file://{folder}/empty.jsonl"}}
+
+
+def broken_line(folder: Path) -> dict[str, Any]:
+    (folder / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
+    return {"dataset": {"source": f"file://{folder}/broken.jsonl"}}
+
+
+def wrong_column(folder: Path) -> dict[str, Any]:
+    (folder / "columns.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    return {"dataset": {"source": f"file://{folder}/columns.jsonl"}}
+
+
+def nothing_is_left(folder: Path) -> dict[str, Any]:
+    (folder / "long.jsonl").write_text('{"instruction": "%s", "output": "b"}\n' % ("a" * 200))
+    return {"dataset": {"source": f"file://{folder}/long.jsonl"}}
+
+
+def no_config(folder: Path) -> dict[str, Any]:
+    (folder / "model" / "config.json").unlink()
+    return {}
+
+
+def damaged_weights(folder: Path) -> dict[str, Any]:
+    path = folder / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    return {}
+
+
+def pickled_weights(folder: Path) -> dict[str, Any]:
+    (folder / "model" / "model.safetensors").rename(folder / "model" / "pytorch_model.bin")
+    return {}
+
+
+def gpu_scheme(_: Path) -> dict[str, Any]:
+    return {"quantization": {"scheme": "fp8-int4"}}
+
+
+def unknown_module(_: Path) -> dict[str, Any]:
+    return {"lora": {"targetModules": "no_such_proj"}}
+
+
+def foreign_destination(folder: Path) -> dict[str, Any]:
+    (folder / "published").mkdir()
+    (folder / "published" / "thesis.txt").write_text("years of work")
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "code", "named"),
+    [
+        (no_dataset, ExitCode.DATA, ["nowhere.jsonl", "does not exist"]),
+        (empty_dataset, ExitCode.DATA, ["empty.jsonl", "at least one row"]),
+        (broken_line, ExitCode.DATA, ["broken.jsonl", "line 2", "not JSON"]),
+        (wrong_column, ExitCode.DATA, ["columns.jsonl", "line 1", "question"]),
+        (nothing_is_left, ExitCode.DATA, ["long.jsonl", "maxLength"]),
+        (no_config, ExitCode.DATA, ["config.json"]),
+        (damaged_weights, ExitCode.DATA, ["does not load"]),
+        (pickled_weights, ExitCode.DATA, ["safetensors"]),
+        (gpu_scheme, ExitCode.CAPACITY, ["fp8-int4", "int8-int4"]),
+        (unknown_module, ExitCode.SPEC, ["no_such_proj", "targetModules"]),
+        (foreign_destination, ExitCode.SPEC, ["spec.outputs.destinations[0].uri", "not an earlier publication"]),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(
+    prepare: Prepare, code: ExitCode, named: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = tiny_job(tmp_path)
+    job = tiny_job(tmp_path, prepare(tmp_path))
+    assert finetune("run", str(job), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")) == code
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    for word in named:
+        assert word in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "work" / "lora_model").exists()
+    assert not (tmp_path / "work" / "report.json").exists()
+    assert not (tmp_path / "published" / "manifest.json").exists()
+
+
+def test_a_working_directory_that_can_not_be_made_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    code = finetune("run", str(tiny_job(tmp_path)), "--workdir", str(tmp_path / "file" / "work"), "--cache", str(tmp_path / "cache"))
+    assert code == ExitCode.CAPACITY
+    assert "is not writable" in capfd.readouterr().err
+
+
+def test_a_full_disk_is_seen_before_anything_is_loaded(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 0))
+    code = finetune("run", str(tiny_job(tmp_path)), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache"))
+    assert code == ExitCode.CAPACITY
+    assert "0 MiB left" in capfd.readouterr().err
+
+
+def test_a_disk_that_fills_up_while_training_keeps_what_is_complete(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "work" / "lora_model"))
+
+    monkeypatch.setattr(atomic, "folder", full)
+    code = finetune("run", str(tiny_job(tmp_path)), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache"))
+    assert code == ExitCode.CAPACITY
+    assert "No space is left on the disk" in capfd.readouterr().err
+    assert list((tmp_path / "work" / "outputs").glob("checkpoint-*/sealed.json"))
+
+
+@pytest.mark.parametrize("prepare", [no_dataset, broken_line, no_config, gpu_scheme])
+def test_what_preflight_refuses_needs_no_torch(prepare: Prepare, tmp_path: Path) -> None:
+    tiny_job(tmp_path)
+    job = tiny_job(tmp_path, prepare(tmp_path))
+    script = (
+        "import sys\n"
+        f"sys.argv = ['finetune', 'run', {str(job)!r}, '--workdir', {str(tmp_path / 'work')!r}, '--cache', {str(tmp_path / 'cache')!r}]\n"
+        "from finetune_trainer.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print('code', end.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    _, code, torch_was_loaded = done.stdout.splitlines()[-1].split()
+    assert int(code) in (ExitCode.DATA, ExitCode.CAPACITY)
+    assert torch_was_loaded == "False"
+
+
+def test_a_learning_rate_that_explodes_stops_at_once_and_leaves_no_adapter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    job = tiny_job(tmp_path, {"training": {"learningRate": "1e30", "epochs": 2}})
+    code = finetune("run", str(job), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache"))
+    said = capfd.readouterr().err
+    assert code == ExitCode.DATA
+    assert "is not finite at training.learningRate 1e30; lower it" in said
+    assert not (tmp_path / "work" / "lora_model").exists()

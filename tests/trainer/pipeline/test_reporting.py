@@ -1,0 +1,82 @@
+"""What a run says while it works: the termination message, /progress and /metrics, and its lines or its bar."""
+
+import json
+import os
+import pty
+import urllib.request
+from pathlib import Path
+
+import pytest
+from finetune_api import termination
+from finetune_api.progress import ProgressReport
+from finetune_api.status import Progress, Stage
+from finetune_trainer.errors import DataError
+from finetune_trainer.reporting.reporter import LogScreen, RunReporter, TerminalScreen
+from finetune_trainer.reporting.server import Endpoint, serving
+from finetune_trainer.reporting.session import ENV_TERMINATION_LOG
+from support.tiny_jobs import run, tiny_job
+
+PROGRESS = Progress(summary="1/4", step=1, total_steps=4, loss="2.314", tokens_per_second=300)
+
+
+def test_the_termination_message_follows_each_stage_and_tells_the_end() -> None:
+    written: list[str] = []
+    reporter = RunReporter("digest", write_termination=written.append)
+    reporter.enter(Stage.TRAINING)
+    reporter.step(PROGRESS)
+    reporter.end(DataError("Line 2 is not JSON."))
+    messages = [termination.parse(text) for text in written]
+    assert all(messages)
+    assert [message.stage for message in messages if message] == [Stage.TRAINING, Stage.TRAINING]
+    last = messages[-1]
+    assert last is not None
+    assert (last.exit_code, last.reason, last.message, last.step) == (11, "InvalidData", "Line 2 is not JSON.", 1)
+
+
+def test_a_finished_run_leaves_its_results_in_the_termination_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_TERMINATION_LOG, str(tmp_path / "termination-log"))
+    run(tiny_job(tmp_path), tmp_path / "work")
+    message = termination.parse((tmp_path / "termination-log").read_text())
+    assert message is not None
+    assert message.exit_code == 0
+    assert message.quality is not None
+    assert message.quality.base_loss
+    assert [artifact.kind for artifact in message.artifacts] == ["adapter"]
+    assert message.dataset.startswith("file://")
+
+
+def test_progress_and_metrics_are_served() -> None:
+    endpoint = Endpoint()
+    endpoint.update(ProgressReport(train_digest="digest", stage=Stage.TRAINING, progress=PROGRESS))
+    with serving(endpoint, "127.0.0.1", 0) as port:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=5) as answer:
+            report = ProgressReport.model_validate_json(answer.read())
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            metrics = answer.read().decode()
+    assert report.progress == PROGRESS
+    assert "finetune_loss 2.314" in metrics
+    assert 'finetune_stage{stage="Training"} 1.0' in metrics
+
+
+def test_each_step_is_one_structured_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = RunReporter("digest", screen=LogScreen())
+    reporter.enter(Stage.TRAINING)
+    reporter.step(PROGRESS)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines] == ["stage", "step"]
+    assert lines[1] | {"loss": "2.314", "step": 1, "total_steps": 4} == lines[1]
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        reporter = RunReporter("digest")
+        reporter.enter(Stage.TRAINING)
+        reporter.step(PROGRESS)
+        reporter.end(None)
+    assert isinstance(reporter.screen, TerminalScreen)
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert "1/4" in shown
+    assert "loss 2.314" in shown

@@ -1,0 +1,180 @@
+"""A run that is stopped anywhere and started again ends with the weights of one that was not, bit for bit, and does nothing twice."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_trainer import checkpoints, destinations, phases
+from finetune_trainer.errors import Checkpointed, InfrastructureError, NotPublishedError
+from finetune_trainer.reporting.progress import ProgressMeter
+from finetune_trainer.stages import evaluate
+from support.tiny_jobs import STEPS, run, tiny_job
+from support.tiny_model import sums
+
+ADAPTER = "lora_model/adapter_model.safetensors"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the process may handle it."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The adapter of a run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(tiny_job(folder), folder / "work")
+    return (folder / "work" / ADAPTER).read_bytes()
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, wanted: int, act: Callable[[], None]) -> list[int]:
+    """Acts once the step is done; returns the list of the steps that were done."""
+    steps: list[int] = []
+    original = ProgressMeter.step_done
+
+    def step_done(self: ProgressMeter, step: int, *args: Any) -> None:
+        steps.append(step)
+        original(self, step, *args)
+        if step == wanted:
+            act()
+
+    monkeypatch.setattr(ProgressMeter, "step_done", step_done)
+    return steps
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_sigterm_saves_the_step_and_the_next_run_goes_on(step: int, undisturbed: bytes, tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Checkpointed, match=f"after step {step} of {STEPS}"):
+            run(job, tmp_path / "work")
+    with pytest.MonkeyPatch.context() as patch:
+        steps = at_step(patch, 0, kill)
+        report = run(job, tmp_path / "work")
+    assert steps == list(range(step + 1, STEPS + 1))
+    assert report["training"]["resumedFrom"] == step
+    assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_killed_run_goes_on_from_the_last_sealed_checkpoint(step: int, undisturbed: bytes, tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, {"training": {"checkpointEvery": 2}})
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, kill)
+        with pytest.raises(Killed):
+            run(job, tmp_path / "work")
+    report = run(job, tmp_path / "work")
+    assert report["training"]["resumedFrom"] == (step - 1) // 2 * 2  # the step is reported before its checkpoint is written
+    assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
+
+
+def test_a_checkpoint_that_was_never_sealed_is_passed_over(undisturbed: bytes, tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    original = checkpoints.seal
+
+    def seal(folder: Path, *args: Any) -> None:
+        if folder.name == "checkpoint-3":
+            raise Killed
+        original(folder, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases.checkpoints, "seal", seal)
+        with pytest.raises(Killed):
+            run(job, tmp_path / "work")
+    assert run(job, tmp_path / "work")["training"]["resumedFrom"] == 2
+    assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_is_used(undisturbed: bytes, tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Checkpointed):
+            run(job, tmp_path / "work")
+    damaged = tmp_path / "work" / "outputs" / "checkpoint-3" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert run(job, tmp_path / "work")["training"]["resumedFrom"] == 2
+    assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
+
+
+def test_the_losses_at_the_switch_survive_a_restart_behind_it(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    expected = run(tiny_job(whole), whole / "work")["losses"]
+    job = tiny_job(stopped)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Checkpointed):
+            run(job, stopped / "work")
+    assert run(job, stopped / "work")["losses"] == expected
+
+
+def test_an_edited_dataset_is_trained_anew_from_the_first_step(tmp_path: Path) -> None:
+    run(tiny_job(tmp_path), tmp_path / "work")
+    job = tiny_job(tmp_path, rows=sums(41)[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        steps = at_step(patch, 0, kill)
+        run(job, tmp_path / "work")
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_checkpoints_of_another_training_neither_count_nor_stay(tmp_path: Path) -> None:
+    run(tiny_job(tmp_path, {"training": {"epochs": 3}}), tmp_path / "work")
+    report = run(tiny_job(tmp_path), tmp_path / "work")
+    assert report["training"] | {"lastLoss": 0} == {"steps": STEPS, "resumedFrom": 0, "lastLoss": 0}
+    assert sorted(path.name for path in (tmp_path / "work" / "outputs").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    first = run(job, tmp_path / "work")
+    with pytest.MonkeyPatch.context() as patch:
+        steps = at_step(patch, 0, kill)
+        assert run(job, tmp_path / "work") == first
+    assert steps == []
+
+
+def test_after_a_failed_upload_no_optimizer_step_is_repeated(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise InfrastructureError("The disk of the destination is away.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(destinations.files, "publish", refuse)
+        with pytest.raises(NotPublishedError, match="is away"):
+            run(job, tmp_path / "work")
+    with pytest.MonkeyPatch.context() as patch:
+        steps = at_step(patch, 0, kill)
+        run(job, tmp_path / "work")
+    assert steps == []
+    assert json.loads((tmp_path / "published" / "manifest.json").read_text())["files"]
+
+
+def test_a_stage_behind_training_that_was_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny_job(tmp_path)
+    calls: list[int] = []
+    original = evaluate.run
+    monkeypatch.setattr(evaluate, "run", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    run(job, tmp_path / "work")
+    (tmp_path / "work" / "report.json").unlink()
+    run(job, tmp_path / "work")
+    assert calls == [1]
+
+
+def test_sigterm_outside_of_training_ends_at_once_with_the_code_of_a_checkpointed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate_run(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("SIGTERM did not stop the stage")
+
+    monkeypatch.setattr(evaluate, "run", evaluate_run)
+    with pytest.raises(Checkpointed, match="Evaluating"):
+        run(tiny_job(tmp_path), tmp_path / "work")

@@ -1,0 +1,147 @@
+"""The whole line on a tiny model: what lies where, what the report says, and that the shipped files are the trained model."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_trainer.context import RunContext
+from finetune_trainer.errors import ProofError
+from finetune_trainer.stages import verify
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from support.run_contexts import RecordingReporter
+from support.tiny_jobs import STEPS, description, run, tiny_job
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BOTH = {"outputs": {"artifacts": ["adapter", "quantized"]}}
+
+
+@pytest.fixture(scope="module", params=["int8-int4", "int8"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder and the report of a whole run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    report = run(tiny_job(folder, {"quantization": {"scheme": request.param}, **BOTH}), folder / "work")
+    return folder, report
+
+
+def test_every_weight_is_equal_and_no_logit_differs(finished: tuple[Path, dict[str, Any]]) -> None:
+    proof = finished[1]["proof"]
+    assert proof["weights_equal"] is True
+    assert proof["max_logit_difference"] == 0.0
+    assert proof["weights"] == 21
+
+
+def test_the_report_has_the_losses_the_layers_and_the_sizes(finished: tuple[Path, dict[str, Any]]) -> None:
+    report = finished[1]
+    assert {"base", "tuned", "ptq", "quantized"} == {name for name, value in report["losses"].items() if value and name != "recovered"}
+    assert report["losses"]["tuned"] < report["losses"]["base"]
+    assert report["qat"]["layers"] == 14
+    assert report["qat"]["coverage"] == 1.0
+    assert report["qat"]["skipped"] == {"lm_head": "output head"}
+    assert report["training"]["steps"] == STEPS
+    assert report["bytes"]["bytes_after"] < report["bytes"]["bytes_before"]
+    assert set(report["seconds"]) >= {"Loading", "Training", "Evaluating", "Converting", "Verifying"}
+    assert report["peakMemoryBytes"] > 0
+    assert {"torch", "torchao", "transformers", "peft", "trl"} <= set(report["versions"])
+
+
+def test_everything_is_published_and_nothing_half_written_stays(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    assert {path.name for path in (folder / "published").iterdir()} == {
+        "README.md",
+        "lora_model",
+        "manifest.json",
+        "model-torchao",
+        "proof",
+        "report.json",
+    }
+    assert not [path for path in folder.rglob("*") if path.name.endswith((".partial", ".replaced"))]
+    assert not list((folder / "published").rglob("*.bin"))
+
+
+def test_the_adapter_loads_in_plain_peft_and_gives_the_tuned_models_loss(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model = PeftModel.from_pretrained(base, folder / "published" / "lora_model")
+    recorded = load_file(folder / "work" / "proof" / "reference.safetensors")
+    with torch.no_grad():
+        tuned = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"]).logits
+        with model.disable_adapter():
+            plain = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"]).logits
+    assert not torch.equal(tuned, plain)
+    assert (tuned - recorded["logits"]).abs().max() < 0.2  # the reference is quantized, the adapter's model is not
+
+
+def test_the_shipped_folder_loads_in_plain_transformers(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(folder / "published" / "model-torchao")
+    recorded = load_file(folder / "published" / "proof" / "reference.safetensors")
+    with torch.no_grad():
+        logits = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"], use_cache=False).logits
+    assert torch.equal(logits, recorded["logits"])
+    assert AutoTokenizer.from_pretrained(folder / "published" / "model-torchao").chat_template
+
+
+def test_an_export_with_one_other_code_is_refused_by_the_proof(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = finished
+    shutil.copytree(folder / "work", tmp_path / "work")
+    weights = tmp_path / "work" / "model-torchao" / "model.safetensors"
+    change_one_code(weights)
+    ctx = RunContext(description(folder / "job.yaml"), tmp_path / "work", tmp_path / "cache", RecordingReporter())
+    with pytest.raises(ProofError, match="1 of 21 weights differ"):
+        verify.run(ctx)
+
+
+def change_one_code(path: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    name = next(
+        key for key in sorted(tensors) if tensors[key].dtype is torch.int8 and tensors[key].dim() == 2 and tensors[key].shape[0] > 1
+    )
+    codes = tensors[name].clone()
+    codes[0, 0] = codes[0, 0] + 1 if codes[0, 0] < 0 else codes[0, 0] - 1
+    save_file(tensors | {name: codes}, path, metadata=metadata)
+
+
+def test_without_a_scheme_only_the_adapter_is_made(tmp_path: Path) -> None:
+    report = run(tiny_job(tmp_path, {"quantization": {"scheme": "none"}}), tmp_path / "work")
+    assert report["proof"] is None
+    assert report["qat"] is None
+    assert report["losses"]["tuned"] < report["losses"]["base"]
+    assert not (tmp_path / "work" / "model-torchao").exists()
+
+
+def test_qat_from_the_first_step_has_no_reference_losses(tmp_path: Path) -> None:
+    losses = run(tiny_job(tmp_path, {"quantization": {"qatPercent": 100}}), tmp_path / "work")["losses"]
+    assert losses["tuned"] is None
+    assert losses["ptq"] is None
+    assert losses["quantized"] is not None
+
+
+def test_quantization_after_training_ships_what_ptq_measured(tmp_path: Path) -> None:
+    losses = run(tiny_job(tmp_path, {"quantization": {"qatPercent": 0}}), tmp_path / "work")["losses"]
+    assert losses["quantized"] == losses["ptq"]
+
+
+def test_the_quality_gate_publishes_nothing(tmp_path: Path) -> None:
+    from finetune_trainer.errors import QualityError
+
+    changes = {"quantization": {"qatPercent": 0}, "quality": {"maxLossIncreasePercent": "0.000001"}, "training": {"epochs": 2}}
+    with pytest.raises(QualityError, match="Nothing was published"):
+        run(tiny_job(tmp_path, changes), tmp_path / "work")
+    assert not (tmp_path / "published").exists()
+
+
+def test_the_quality_gate_can_only_warn(tmp_path: Path) -> None:
+    changes = {
+        "quantization": {"qatPercent": 0},
+        "quality": {"maxLossIncreasePercent": "0.000001", "onFailure": "Warn"},
+        "training": {"epochs": 2},
+    }
+    run(tiny_job(tmp_path, changes), tmp_path / "work")
+    assert json.loads((tmp_path / "published" / "manifest.json").read_text())["files"]

@@ -1,0 +1,66 @@
+"""The LoRA adapter: put on a base model by stages/load.py, saved as plain peft loads it by pipeline.py."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from finetune_api.job import JobDescription
+from finetune_api.spec import LoraSpec
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune_trainer import atomic
+from finetune_trainer.destinations.model_card import base_model
+from finetune_trainer.errors import SpecError
+
+
+def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
+    """The base model with a LoRA adapter: A random, B zero, no dropout.
+
+    Raises:
+        SpecError: a target module that the model does not have.
+    """
+    targets: Any = lora.target_modules
+    if targets != "all-linear":
+        targets = targets.split(",")
+        _require_targets(base, targets)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or 2 * lora.rank,
+        lora_dropout=0.0,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config)
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, job: JobDescription, target: Path) -> None:
+    """Writes adapter and tokenizer; the folder appears whole or not at all.
+
+    Raises:
+        OSError: no space, or not writable.
+    """
+    config = model.peft_config["default"]
+    here, config.base_model_name_or_path = config.base_model_name_or_path, published_base(job)
+    try:
+        with atomic.folder(target) as folder:
+            # Embeddings are never trained. Left to find out by itself, peft would ask the Hub for the base model's size.
+            model.save_pretrained(folder, save_embedding_layers=False)
+            tokenizer.save_pretrained(folder)
+    finally:
+        config.base_model_name_or_path = here
+
+
+def published_base(job: JobDescription) -> str:
+    """The base model's name for whoever loads the adapter elsewhere: on the Hub, or else the source as written, never a path of a cache."""
+    return base_model(job) or job.spec.model.source.removeprefix("file://")
+
+
+def _require_targets(base: PreTrainedModel, targets: list[str]) -> None:
+    known = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in known):
+            linears = sorted({name.rpartition(".")[2] for name in known})
+            raise SpecError(
+                f"spec.lora.targetModules names {target!r}, which this model does not have; its linear layers are {', '.join(linears)}."
+            )
