@@ -30,7 +30,7 @@ def timestamp(now: datetime) -> str:
 def carried_status(subject: Subject) -> FineTuneJobStatus:
     """What the stored status knows of the run that the spec asks for; blank for a new run."""
     stored = subject.stored
-    if stored.run:
+    if stored.run and stored.run.run_digest == subject.run.run_digest:
         return stored
     return FineTuneJobStatus(run=subject.run, conditions=stored.conditions)
 

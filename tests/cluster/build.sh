@@ -17,14 +17,21 @@ say() { echo "building $1 (${2}; once)" >&2; }
 
 build_kubernetes() {
   local wanted stamp
-  wanted=$(cat "$here"/k8s/go.mod "$here"/k8s/go.sum "$here"/k8s/main.go "$here"/k8s/pause/main.go | sha256sum)
-  [ "$(cat "$bin/k8s.inputs" 2>/dev/null)" = "$wanted" ] && [ -x "$bin/k8s" ] && [ -x "$bin/pause" ] && return
+  wanted=$(cat "$here"/k8s/go.mod "$here"/k8s/go.sum "$here"/k8s/main.go | sha256sum)
+  [ "$(cat "$bin/k8s.inputs" 2>/dev/null)" = "$wanted" ] && [ -x "$bin/k8s" ] && return
   say "Kubernetes $kubernetes" "5 minutes on two cores"
   stamp="-X k8s.io/component-base/version.gitVersion=v$kubernetes -X k8s.io/client-go/pkg/version.gitVersion=v$kubernetes"
-  (cd "$here/k8s" && go build -ldflags "-s -w $stamp" -o "$bin/k8s.new" . && go build -ldflags "-s -w" -o "$bin/pause.new" ./pause)
+  (cd "$here/k8s" && go build -ldflags "-s -w $stamp" -o "$bin/k8s.new" .)
   mv "$bin/k8s.new" "$bin/k8s"
-  mv "$bin/pause.new" "$bin/pause"
   echo "$wanted" > "$bin/k8s.inputs"
+}
+
+build_small_programs() {  # a second each, so always; replaced by a rename, for a cluster may be running them
+  local name
+  for name in pause actor; do
+    (cd "$here/k8s" && go build -ldflags "-s -w" -o "$bin/$name.new" "./$name")
+    mv "$bin/$name.new" "$bin/$name"
+  done
 }
 
 install_program() {
@@ -38,5 +45,6 @@ install_program() {
 install_program versitygw github.com/versity/versitygw/cmd/versitygw v1.8.0
 [ "${1:-}" != versitygw ] || exit 0
 build_kubernetes
+build_small_programs
 install_program helm helm.sh/helm/v4/cmd/helm v4.3.1
 install_program coredns github.com/coredns/coredns v1.15.0

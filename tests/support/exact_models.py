@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from finetune_api.spec import LoraSpec, QuantizationSpec, Scheme
+from finetune_trainer.adapter import add_adapter
 from finetune_trainer.qat.linear import ExactLinear
 from finetune_trainer.qat.prepare import exact_layers, prepare
-from finetune_trainer.adapter import add_adapter
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from support.tiny_model import tiny_llama

@@ -32,7 +32,7 @@ def what_is_missing() -> str | None:
         return "the test cluster needs root, because it makes namespaces and runs containers"
     needed = ["containerd", "runc", "iptables", "conntrack", "ip", "openssl", "unshare", "setpriv"]
     missing = [name for name in needed if shutil.which(name) is None]
-    missing += [name for name in ("k8s", "pause", "coredns", "helm", "versitygw") if not (BIN / name).exists()]
+    missing += [name for name in ("k8s", "pause", "actor", "coredns", "helm", "versitygw") if not (BIN / name).exists()]
     return f"the test cluster needs {', '.join(missing)}; `make cluster-setup` installs and builds them" if missing else None
 
 

@@ -42,10 +42,13 @@ class Mirror:
         """The run's mirror; None on a laptop, with a workspace that lasts, and without any S3 address.
 
         Raises:
-            AccessError: the Secret is missing or lacks a key.
+            AccessError: the Secret is missing or lacks a key. SpecError: the endpoint is not a URL.
         """
         where = mirror_location(ctx)
-        return None if where is None else cls(where, s3_client(ctx, where.role, where.endpoint))
+        if where is None:
+            return None
+        with s3_errors(where):
+            return cls(where, s3_client(ctx, where.role, where.endpoint))
 
     def push(self, folder: Path) -> None:
         """Copies a sealed checkpoint and removes all but the newest two.

@@ -69,7 +69,8 @@ def test_without_a_scheme_nothing_switches(percent: int, rows: int) -> None:
 
 @pytest.mark.parametrize("percent", [1, 50, 99, 100])
 def test_a_single_step_is_quantized_when_any_is(percent: int) -> None:
-    assert planned(percent=percent, rows=1) == Plan(steps=1, switch_step=0, micro_batch=16, accumulation=1, warmup_steps=1)
+    found = planned(percent=percent, rows=1)
+    assert (found.steps, found.switch_step) == (1, 0)
 
 
 @given(training=TRAINING, rows=ROWS)

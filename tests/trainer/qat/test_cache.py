@@ -121,6 +121,21 @@ def test_enabling_adapters_again_uses_the_merged_weights() -> None:
     assert torch.equal(logits_of(model, IDS), before)
 
 
+def test_an_edit_in_place_is_seen_by_itself() -> None:
+    model, before = caching_model()
+    with torch.no_grad():
+        exact_layer(model, "q_proj").lora_B["default"].weight.mul_(3)
+    assert_follows_its_weights(model, before)
+
+
+def test_a_load_drops_the_codes_whatever_the_weights_own_versions_say() -> None:
+    model, _ = caching_model()
+    layer = exact_layer(model, "q_proj")
+    codes = weight_codes(layer)
+    model.load_state_dict({}, strict=False)
+    assert weight_codes(layer) is not codes
+
+
 def test_an_edit_of_data_is_seen_once_caches_are_dropped() -> None:
     model, before = caching_model()
     exact_layer(model, "q_proj").lora_B["default"].weight.data *= 3

@@ -1,5 +1,6 @@
 """What is trained is what is shipped: the exported model, in memory and reloaded by plain transformers, computes the training's logits."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,16 @@ def test_the_reloaded_model_is_quantized_where_training_was_and_nowhere_else(tmp
     found = {name for name, parameter in loaded.named_parameters() if isinstance(parameter, IntxUnpackedToInt8Tensor)}
     assert found == {f"{name}.weight" for name, _ in exact_layers(model)}
     assert len(found) == 14
+
+
+def test_the_configuration_names_what_is_not_quantized(tmp_path: Path) -> None:
+    model = lora_model()
+    spec = quantization(group_size=128)
+    skipped = prepare(model, spec).skipped
+    plain_model(model, spec, skipped, trust_remote_code=False).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert written["quantization_config"]["modules_to_not_convert"] == sorted(skipped)
+    assert written["use_cache"] is True
 
 
 def test_the_reloaded_model_generates(tmp_path: Path) -> None:

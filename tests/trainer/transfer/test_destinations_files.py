@@ -11,7 +11,18 @@ from finetune_trainer import destinations
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import AccessError, CapacityError, FineTuneError, NotPublishedError, SpecError
 from finetune_trainer.sources.location import destinations as locations
-from support.run_contexts import CONFIG, MODEL_FILES, WEIGHTS, context, read_files, refused, report_of, run_spec, write_artifacts, write_files
+from support.run_contexts import (
+    CONFIG,
+    MODEL_FILES,
+    WEIGHTS,
+    context,
+    read_files,
+    refused,
+    report_of,
+    run_spec,
+    write_artifacts,
+    write_files,
+)
 
 FIELD = "spec.outputs.destinations[0].uri"
 TWO_SHARDS = {"config.json": b"{}", "model-1.safetensors": b"one", "model-2.safetensors": b"two"}
@@ -97,9 +108,10 @@ def test_a_copy_that_breaks_off_leaves_the_older_publication(tmp_path: Path, mon
 
 def test_a_copy_that_broke_off_is_made_anew_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = shipping(tmp_path, tmp_path / "bot")
-    with monkeypatch.context() as patch, pytest.raises(FineTuneError):
+    with monkeypatch.context() as patch:
         breaking_off(patch, OSError(28, "No space left on device"))
-        publish(ctx)
+        with pytest.raises(FineTuneError):
+            publish(ctx)
 
     publish(ctx)
 

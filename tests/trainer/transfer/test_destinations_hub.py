@@ -1,6 +1,7 @@
 """hf:// destinations against a small Hub: one commit or none, and a token that may not write is found out before the training."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from finetune_trainer import destinations
 from finetune_trainer.context import RunContext
 from finetune_trainer.destinations.hub import may_create
-from finetune_trainer.errors import AccessError, InfrastructureError, SpecError
+from finetune_trainer.errors import AccessError, FineTuneError, InfrastructureError, SpecError
 from finetune_trainer.sources.location import destinations as locations
 from support.hub_server import HubServer
 from support.run_contexts import CONFIG, MODEL_FILES, WEIGHTS, context, refused, report_of, run_spec, write_artifacts
@@ -111,6 +112,17 @@ def test_a_publication_that_broke_off_is_finished_by_the_next(hub_laptop: HubSer
 
     assert len(titles(hub_laptop)) == 2
     assert hub_laptop.files("acme/bot")["model.safetensors"] == WEIGHTS
+
+
+@pytest.mark.parametrize(("status", "kind"), [(403, AccessError), (507, InfrastructureError)])
+def test_a_large_file_that_the_hub_refuses_is_a_typed_error(
+    hub_laptop: HubServer, tmp_path: Path, status: int, kind: type[FineTuneError]
+) -> None:
+    hub_laptop.refuse = lambda method, _: status if method == "PUT" else None
+
+    with refused(kind, FIELD, BOT, str(status), hidden=(hub_laptop.token,)):
+        publish(shipping(tmp_path, model={"config.json": CONFIG, "model.safetensors": os.urandom(20_000)}))
+    assert hub_laptop.files("acme/bot") == {}
 
 
 def test_stale_files_are_deleted_in_the_same_commit(hub_laptop: HubServer, tmp_path: Path) -> None:

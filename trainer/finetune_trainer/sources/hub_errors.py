@@ -35,6 +35,12 @@ def hub_errors(where: Location) -> Iterator[None]:
         raise translate(error, where) from error
     except OSError as error:
         raise disk_error(error, where) from error
+    except RuntimeError as error:  # the wrapper around what went wrong with one large file's upload
+        if isinstance(error.__cause__, HTTPError):
+            raise translate(error.__cause__, where) from error
+        if isinstance(error.__cause__, OSError):
+            raise disk_error(error.__cause__, where) from error
+        raise
 
 
 def translate(error: BaseException, where: Location) -> FineTuneError:

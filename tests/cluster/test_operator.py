@@ -1,0 +1,239 @@
+"""The operator on a real API server and kubelet: what the status says of each end of a pod, and what no event, edit or restart may do.
+
+The operator runs from this checkout, outside the cluster; the pods are a stand-in for the trainer (k8s/actor) that ends as the job's name says.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster.image import write_image
+from support.finetunejobs import JobInCluster
+from support.finetunejobs import merged as with_changes
+from support.kubernetes import BIN, Cluster
+from support.s3_server import free_port
+from support.specs import job, minimal_spec
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).parents[2]
+IMAGE = "localhost/actor:1"
+SMALL = {"resources": {"gpus": 0, "cpu": "10m", "memory": "64Mi"}, "storage": {"workspace": {"size": "1Gi"}}}
+
+
+class Operator:
+    """The operator's process, which tests kill and start again."""
+
+    def __init__(self, kube: Cluster, log: Path) -> None:
+        self._kube, self._log = kube, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            "KUBECONFIG": str(self._kube.kubeconfig),
+            "FINETUNE_OPERATOR_TRAINER_IMAGE": IMAGE,
+            "FINETUNE_OPERATOR_RESYNC_SECONDS": "5",
+            "FINETUNE_OPERATOR_HEALTH_PORT": str(free_port("127.0.0.1")),
+        }
+        with self._log.open("ab") as log:
+            command = [sys.executable, "-m", "finetune_operator.main"]
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """SIGKILL, as a node that dies would."""
+        if self._process:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM, as a rollout would; returns the exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def operator(kube: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """The CRD and a running operator."""
+    folder = tmp_path_factory.mktemp("operator")
+    kube.kubectl("apply", "-f", str(ROOT / "crds" / "finetunejobs.finetune.dev.yaml"))
+    write_image(IMAGE, folder / "actor.tar", ["/actor"], {str(BIN / "actor"): "/actor"})
+    kube.import_archive(folder / "actor.tar")
+    process = Operator(kube, folder / "log")
+    process.start()
+    yield process
+    process.kill()
+    log = (folder / "log").read_text()
+    assert "Traceback" not in log, log[-4000:]
+
+
+Make = Callable[..., JobInCluster]
+
+
+@pytest.fixture
+def make(kube: Cluster, namespace: str, operator: Operator) -> Make:
+    """Applies a job of this name, with changes to its spec."""
+
+    def apply(name: str, **changes: Any) -> JobInCluster:
+        spec = with_changes(minimal_spec() | SMALL, changes)
+        made = JobInCluster(kube, namespace, job(spec, name))
+        made.apply()
+        return made
+
+    return apply
+
+
+def edit(made: JobInCluster, **changes: Any) -> None:
+    made.manifest = with_changes(made.manifest, {"spec": changes})
+    made.apply()
+
+
+def condition(status: dict[str, Any], kind: str) -> dict[str, Any]:
+    return next((item for item in status.get("conditions", []) if item["type"] == kind), {})
+
+
+def running_pod(made: JobInCluster) -> dict[str, Any]:
+    return made.kube.wait("a running pod", lambda: [pod for pod in made.owned("pods") if pod["status"].get("phase") == "Running"])[0]
+
+
+def test_a_run_that_succeeds(make: Make) -> None:
+    made = make("exit-0", runPolicy={"ttlSecondsAfterFinished": 3600})
+    status = made.wait_for_phase("Succeeded", 60)
+    assert condition(status, "Ready")["status"] == "True"
+    assert [artifact["uri"] for artifact in status["artifacts"]] == ["s3://models/tiny/lora_model"]
+    assert [attempt["exitCode"] for attempt in status["attempts"]] == [0]
+    (child,) = made.owned("jobs")
+    shown = made.kube.kubectl("get", "ftj", made.name, "-n", made.namespace).stdout.splitlines()
+    assert shown[0].split() == ["NAME", "PHASE", "STAGE", "PROGRESS", "LOSS", "AGE"]
+    assert shown[1].split()[:3] == ["exit-0", "Succeeded", "Publishing"]
+    made.kube.wait("the TTL", lambda: made.owned("jobs")[0]["spec"].get("ttlSecondsAfterFinished") == 3600)
+    assert child["metadata"]["ownerReferences"][0]["kind"] == "FineTuneJob"
+
+
+def test_bad_data_fails_at_once_with_the_trainers_sentence(make: Make) -> None:
+    status = make("exit-11").wait_for_phase("Failed", 60)
+    assert condition(status, "Stalled")["reason"] == "InvalidData"
+    assert "asked to end with 11" in status["message"]
+    assert len(status["attempts"]) == 1
+
+
+def test_trouble_of_the_infrastructure_is_tried_again(make: Make) -> None:
+    status = make("exit-16", runPolicy={"backoffLimit": 1}).wait_for_phase("Failed", 90)
+    assert [attempt["exitCode"] for attempt in status["attempts"]] == [16, 16]
+    assert "asked to end with 16" in status["message"]
+
+
+def test_a_pod_without_enough_memory_is_told_what_to_raise(make: Make) -> None:
+    status = make("oom", runPolicy={"backoffLimit": 2}).wait_for_phase("Failed", 90)
+    assert condition(status, "Stalled")["reason"] == "OOMKilled"
+    assert "64Mi" in status["message"]
+    assert "resources.memory" in status["message"]
+    assert len(status["attempts"]) == 1
+
+
+def test_a_suspended_job_stops_its_pod_and_goes_on_when_resumed(make: Make) -> None:
+    made = make("wait-suspend")
+    running_pod(made)
+    edit(made, runPolicy={"suspend": True})
+    status = made.wait_for_phase("Suspended", 60)
+    assert condition(status, "Ready")["status"] == "False"
+    assert not condition(status, "Stalled")
+    assert not condition(status, "Reconciling")
+    made.kube.wait("no pod runs", lambda: not [pod for pod in made.owned("pods") if pod["status"].get("phase") == "Running"])
+    edit(made, runPolicy={"suspend": False})
+    made.wait_for_phase("Running", 60)
+    assert len(made.owned("jobs")) == 1
+
+
+def test_an_edit_that_changes_the_weights_replaces_the_job(make: Make) -> None:
+    made = make("wait-edit")
+    running_pod(made)
+    (before,) = made.owned("jobs")
+    edit(made, lora={"rank": 8})
+
+    def replaced() -> bool:
+        jobs = made.owned("jobs")
+        assert len([item for item in jobs if not item["metadata"].get("deletionTimestamp")]) <= 1
+        return [item["metadata"]["uid"] for item in jobs] not in ([], [before["metadata"]["uid"]]) and len(jobs) == 1
+
+    made.kube.wait("another Job", replaced)
+    made.wait_for_phase("Running", 60)
+    assert made.status()["observedGeneration"] == 2
+
+
+def test_a_live_edit_restarts_nothing(make: Make) -> None:
+    made = make("wait-live")
+    pod = running_pod(made)
+    edit(made, runPolicy={"backoffLimit": 7})
+    made.kube.wait("the new limit", lambda: made.owned("jobs")[0]["spec"]["backoffLimit"] == 7)
+    assert [item["metadata"]["uid"] for item in made.owned("pods")] == [pod["metadata"]["uid"]]
+
+
+def test_a_failed_run_is_tried_again_when_rerun_asks_for_it(make: Make) -> None:
+    made = make("exit-11-rerun")
+    made.wait_for_phase("Failed", 60)
+    edit(made, runPolicy={"rerun": "again"})
+    made.kube.wait("another run's failure", lambda: made.status().get("observedGeneration") == 2 and made.status()["phase"] == "Failed")
+    assert len({item["metadata"]["uid"] for item in made.owned("jobs")}) == 1
+
+
+def test_a_completion_is_not_lost_on_an_operator_that_is_down(make: Make, operator: Operator) -> None:
+    made = make("exit-0-late", runPolicy={"ttlSecondsAfterFinished": 1}, scheduling={"nodeSelector": {"finetune.dev/later": "yes"}})
+    made.kube.wait("a pod", lambda: made.owned("pods"))
+    operator.kill()
+    made.kube.kubectl("label", "node", "node1", "finetune.dev/later=yes", "--overwrite")
+    made.kube.wait("the pod's end", lambda: made.owned("jobs")[0]["status"].get("succeeded"))
+    operator.start()
+    made.wait_for_phase("Succeeded", 60)
+    made.kube.wait("the TTL's end", lambda: not made.owned("jobs"))
+    edit(made, runPolicy={"suspend": False})
+    assert made.status()["phase"] == "Succeeded"
+    assert not made.owned("jobs")
+
+
+def test_a_job_that_nothing_can_hold_says_why_it_waits(make: Make) -> None:
+    made = make("wait-nowhere", scheduling={"nodeSelector": {"zone": "nowhere"}})
+    status = made.wait_until("the scheduler's reason", lambda status: status if "node" in status.get("message", "") else None, 60)
+    assert status["phase"] == "Pending"
+    assert "affinity/selector" in status["message"]
+
+
+def test_a_quota_that_is_used_up_is_named(make: Make, kube: Cluster, namespace: str) -> None:
+    kube.kubectl("create", "quota", "none", "--hard=pods=0", "-n", namespace)
+    made = make("wait-quota")
+    made.wait_until("the quota", lambda status: "quota" in status.get("message", ""), 60)
+
+
+def test_an_image_that_nobody_allowed_starts_nothing(make: Make) -> None:
+    made = make("wait-image", pod={"image": "evil.example/x"})
+    status = made.wait_until("the refusal", lambda status: condition(status, "Stalled"), 60)
+    assert status["reason"] == "NotAllowed"
+    assert "evil.example/x" in made.status()["message"]
+    assert not made.owned("jobs")
+
+
+def test_names_longer_than_a_label_work(make: Make) -> None:
+    name = "exit-0-" + "long." * 12 + "name"
+    made = make(name)
+    made.wait_for_phase("Succeeded", 60)
+
+
+def test_a_deleted_finetunejob_takes_everything_along_while_the_operator_is_down(make: Make, operator: Operator) -> None:
+    made = make("wait-delete")
+    running_pod(made)
+    operator.kill()
+    made.kube.kubectl("delete", "ftj", made.name, "-n", made.namespace, "--timeout=20s")
+    made.kube.wait("no Job and no pod", lambda: not made.owned("jobs") and not made.owned("pods"))
+    operator.start()
+
+
+def test_sigterm_ends_the_operator_well(make: Make, operator: Operator) -> None:
+    make("exit-0-last").wait_for_phase("Succeeded", 60)
+    assert operator.stop() == 0
+    operator.start()
