@@ -139,6 +139,14 @@ def test_a_laptop_ignores_the_secret_and_uses_its_own_token(mount: Mount, tmp_pa
     assert hub_token(with_secret(tmp_path, in_cluster=False), "model") == "hf_ambient"
 
 
+def test_a_laptop_ignores_the_secret_and_uses_its_own_keys(mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount("model", AWS_ACCESS_KEY_ID="mounted", AWS_SECRET_ACCESS_KEY="mounted")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+
+    assert keys_of(s3_client(with_secret(tmp_path, in_cluster=False), "model", "")) == ("mine", "secret", None)
+
+
 def test_a_laptop_says_once_which_secrets_it_ignores(tmp_path: Path) -> None:
     spec = run_spec("hf://acme/base", "builtin://python-docs", {"uri": "s3://models/a", "credentials": {"secretName": "write-keys"}})
     spec["model"]["credentials"] = {"secretName": "hub-token"}

@@ -76,17 +76,19 @@ def test_a_branch_that_has_moved_is_fetched_anew(hub: HubServer, tmp_path: Path)
 
 def test_one_look_up_decides_which_commit_is_read(hub: HubServer, tmp_path: Path) -> None:
     """The branch moves right after it was resolved: what is fetched is what was resolved."""
-    hub.put("acme/base", MODEL_FILES)
-    ctx = reading(tmp_path, "hf://acme/base")
+    commit = hub.put("acme/base", MODEL_FILES)
+    asked: list[str] = []
 
     def move(_: str, path: str) -> None:
-        if "/resolve/" in path:
-            hub.refuse = lambda _method, _path: None
+        asked.append(path)
+        if len(asked) == 2:
             hub.put("acme/base", {"config.json": b"{}"})
 
     hub.refuse = move
+    fetched = sources.fetch_model(reading(tmp_path, "hf://acme/base"))
 
-    assert read_files(sources.fetch_model(ctx).path) == MODEL_FILES
+    assert fetched.resolved == f"hf://acme/base@{commit}"
+    assert read_files(fetched.path) == MODEL_FILES
 
 
 def test_the_second_fetch_downloads_nothing(hub: HubServer, tmp_path: Path) -> None:
