@@ -110,13 +110,14 @@ def keep_what_has_ended(situation: Situation) -> Plan | None:
 
 
 def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
-    """Refused before anything is started; a Job that runs already is left alone."""
+    """Refused before anything is started, and what an earlier spec started is stopped; a Job of this very spec is left alone."""
     world = situation.world
     problem = _refusal(situation)
     if not problem or world.current is not None:
         return None
     reason = "InvalidSpec" if world.subject.problem else "NotAllowed"
-    return _stalled(situation, reason, problem)
+    plan = _stalled(situation, reason, problem)
+    return Plan((*plan.actions, *_delete(list(world.jobs))))
 
 
 def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
@@ -139,6 +140,17 @@ def stall_on_a_namesake(situation: Situation) -> Plan | None:
     name = world.namesake["metadata"]["name"]
     sentence = f"A Job named {name} exists and does not belong to this FineTuneJob; delete it, or set runPolicy.rerun to get another name."
     return _stalled(situation, "NameTaken", sentence)
+
+
+def wait_until_leftover_pods_are_gone(situation: Situation) -> Plan | None:
+    """A Job that was deleted by hand may leave its trainer at work for its grace period: never two trainers of one object."""
+    world = situation.world
+    if not world.leftovers or world.current is not None:
+        return None
+    name = world.leftovers[0]["metadata"]["name"]
+    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, "Replacing", f"Waiting until pod {name} of a deleted Job has ended.")
+    status = status_of(world.subject, carried_status(world.subject), verdict, situation.now)
+    return Plan(_write(situation, status), NEW_POD_SECONDS)
 
 
 def create_what_is_missing(situation: Situation) -> Plan | None:
@@ -190,6 +202,7 @@ POLICIES: tuple[Policy, ...] = (
     stall_on_what_is_not_allowed,
     wait_until_other_jobs_are_gone,
     stall_on_a_namesake,
+    wait_until_leftover_pods_are_gone,
     create_what_is_missing,
     stop_what_only_checkpoints,
     report_what_is_seen,

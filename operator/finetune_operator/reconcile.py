@@ -25,6 +25,7 @@ from finetune_operator.decide import (
     progress_address,
     unexplained,
 )
+from finetune_operator.diagnosis import is_ended
 from finetune_operator.progress import read_progress
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Key, Subject, World, is_being_deleted, is_controlled_by, read_subject
@@ -75,7 +76,10 @@ class Reconciler:
             found = await self.cluster.read_job(namespace, subject.run.job_name)
             ours = found is not None and is_controlled_by(found, subject.uid)
             # Ours without the label: someone took it off; it is our Job all the same.
-            return replace(world, jobs=(*jobs, found)) if found and ours else replace(world, namesake=found)
+            if found and ours:
+                return replace(world, jobs=(*jobs, found))
+            pods = await self.cluster.list_pods(namespace, selector)
+            return replace(world, namesake=found, leftovers=tuple(pod for pod in pods if not is_ended(pod)))
         return await self._observe_pods(world, selector)
 
     async def _observe_pods(self, world: World, selector: str) -> World:

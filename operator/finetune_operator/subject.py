@@ -91,6 +91,7 @@ class World:
         jobs: the batch Jobs that it owns.
         namesake: a Job that has the name of this run's but another owner.
         pods: the pods of the owned Jobs.
+        leftovers: pods at work that carry this object's label while no Job of this run exists.
         warnings: texts of warning events, newest first; only read where nothing else says why a pod is not there.
         progress: what the trainer's endpoint says; None when it was not asked or did not answer.
     """
@@ -99,6 +100,7 @@ class World:
     jobs: tuple[Json, ...] = ()
     namesake: Json | None = None
     pods: tuple[Json, ...] = ()
+    leftovers: tuple[Json, ...] = ()
     warnings: tuple[str, ...] = ()
     progress: ProgressReport | None = None
 

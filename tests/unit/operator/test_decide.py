@@ -120,6 +120,12 @@ def rows() -> dict[str, Row]:
         ),
         "a Job that someone deleted": Row("wait_until_other_jobs_are_gone", world_of(new, deleted), ["WriteStatus"], "Pending", "Replacing"),
         "a namesake": Row("stall_on_a_namesake", world_of(new, namesake=foreign), ["WriteStatus"], "Pending", "NameTaken"),
+        "a pod that outlives its Job": Row(
+            "wait_until_leftover_pods_are_gone", world_of(new, leftovers=(build_pod(job, phase="Running"),)), ["WriteStatus"], "Pending", "Replacing"
+        ),
+        "an edit to what is not allowed": Row(
+            "stall_on_what_is_not_allowed", world_of(image, other), ["WriteStatus", "DeleteJob"], "Pending", "NotAllowed"
+        ),
         "no Job yet": Row("create_what_is_missing", world_of(new), ["WriteStatus", "CreateJob"], "Pending", "JobCreated"),
         "too many checkpoints": Row(
             "stop_what_only_checkpoints", world_of(new, job, pods=checkpointed), ["WriteStatus", "DeleteJob"], "Failed", "CheckpointedTooOften"
