@@ -5,9 +5,11 @@ import logging
 import sys
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from typing import NoReturn
 
 import aiohttp
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from finetune_operator import events
 from finetune_operator.cluster import Cluster
@@ -44,11 +46,18 @@ def main() -> None:
         settings = Settings()
     except ValidationError as error:
         problems = "; ".join(f"FINETUNE_OPERATOR_{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in error.errors())
-        sys.exit(f"The operator's settings are wrong: {problems}")
+        _refuse(problems)
+    except SettingsError as error:
+        _refuse(f"{error}; lists and maps are written as JSON")
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLevelName(settings.log_level)))
     logger.info("Watching %s", ", ".join(settings.namespaces) or "all namespaces")
     asyncio.run(run(settings))
+
+
+def _refuse(problems: str) -> NoReturn:
+    print(f"The operator's settings are wrong: {problems}.", file=sys.stderr)  # noqa: T201 logging is not set up yet
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -40,11 +40,22 @@ def test_a_variable_of_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("name", "text"), [("resync_seconds", "0"), ("concurrency", "many"), ("log_level", "LOUD"), ("health_port", "70000")]
 )
-def test_a_wrong_setting_ends_the_operator_with_a_sentence_that_names_it(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+def test_a_wrong_setting_ends_the_operator_with_a_sentence_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
     monkeypatch.setenv(f"{PREFIX}{name.upper()}", text)
     with pytest.raises(SystemExit) as ended:
         main.main()
-    assert f"{PREFIX}{name.upper()}" in str(ended.value)
+    assert ended.value.code == 2
+    assert f"{PREFIX}{name.upper()}" in capsys.readouterr().err
+
+
+def test_a_list_that_is_not_json_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(f"{PREFIX}NAMESPACES", "ml")
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+    assert '"namespaces"' in capsys.readouterr().err
 
 
 def test_every_variable_that_the_chart_sets_is_a_setting() -> None:
