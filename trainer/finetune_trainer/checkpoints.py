@@ -49,12 +49,12 @@ def seal(folder: Path, train_digest: str, facts: dict[str, Any]) -> None:
 
 def newest(outputs: Path, train_digest: str, warn: Callable[[str], None]) -> Checkpoint | None:
     """The complete checkpoint of this training with the most steps; damaged ones are passed over with a warning."""
-    for folder in sorted(_folders(outputs), key=_step, reverse=True):
+    for folder in sorted(_folders(outputs), key=step_of, reverse=True):
         problem, sealed = _read_seal(folder)
         if problem:
             warn(f"Checkpoint {folder.name} is passed over: {problem}.")
         elif sealed["trainDigest"] == train_digest:
-            return Checkpoint(folder, _step(folder), sealed["facts"])
+            return Checkpoint(folder, step_of(folder), sealed["facts"])
     return None
 
 
@@ -94,7 +94,8 @@ def _read_seal(folder: Path) -> tuple[str, dict[str, Any]]:
     return "", sealed
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The optimizer steps that a checkpoint folder's name says."""
     return int(folder.name.removeprefix(_PREFIX))
 
 

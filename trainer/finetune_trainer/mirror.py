@@ -4,6 +4,7 @@ Used by stages/train.py (`fetch_latest`), phases.py (`push`) and pipeline.py (`r
 checkpoint is never taken for one. Never mirrors to a Hub repository.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from finetune_api import credentials
 from finetune_api.spec import DestinationSpec
 
 from finetune_trainer import atomic
-from finetune_trainer.checkpoints import SEAL
+from finetune_trainer.checkpoints import SEAL, folder_of, is_complete, step_of
 from finetune_trainer.context import RunContext
 from finetune_trainer.destinations.manifest import PublishedFile
 from finetune_trainer.destinations.s3_upload import upload
@@ -61,25 +62,26 @@ class Mirror:
             for path in (*paths, folder / SEAL):
                 name = f"{folder.name}/{path.relative_to(folder)}"
                 upload(self.client, self.where.authority, self._key(name), PublishedFile.of(name, path))
-            for step in self._steps()[:-_KEPT]:
+            # A later step than this one was passed over, damaged or of other data: nobody goes on from it any more.
+            steps = self._steps()
+            kept = [step for step in steps if step <= step_of(folder)][-_KEPT:]
+            for step in set(steps) - set(kept):
                 self._delete(f"checkpoint-{step}/")
 
     def fetch_latest(self, outputs: Path) -> None:
-        """Downloads the newest complete checkpoint into `outputs`; nothing when there is none. Its digests are checked by whoever loads it.
+        """Downloads the newest complete checkpoint into `outputs`; nothing when there is none. Damaged ones are removed, here and there.
 
         Raises:
             AccessError, CapacityError, InfrastructureError: one sentence each.
         """
         with s3_errors(self.where):
-            steps = self._steps()
-            if not steps:
-                return
-            name = f"checkpoint-{steps[-1]}"
-            with atomic.folder(outputs / name) as partial:
-                for key in self._keys(f"{name}/"):
-                    target = partial / key.removeprefix(self._key(f"{name}/"))
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    self.client.download_file(self.where.authority, key, str(target))
+            for step in reversed(self._steps()):
+                folder = folder_of(outputs, step)
+                self._download(folder)
+                if is_complete(folder):
+                    return
+                shutil.rmtree(folder)
+                self._delete(f"{folder.name}/")
 
     def remove(self) -> None:
         """Removes everything, after success.
@@ -89,6 +91,13 @@ class Mirror:
         """
         with s3_errors(self.where):
             self._delete("")
+
+    def _download(self, folder: Path) -> None:
+        with atomic.folder(folder) as partial:
+            for key in self._keys(f"{folder.name}/"):
+                target = partial / key.removeprefix(self._key(f"{folder.name}/"))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.client.download_file(self.where.authority, key, str(target))
 
     def _key(self, name: str) -> str:
         return f"{self.where.path}/{name}"

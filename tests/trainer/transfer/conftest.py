@@ -55,11 +55,11 @@ class Bucket:
         for key, content in files.items():
             self.client.put_object(Bucket=self.name, Key=key, Body=content)
 
-    def keys(self) -> list[str]:
+    def listed(self) -> list[str]:
         return [item["Key"] for item in self.client.list_objects_v2(Bucket=self.name).get("Contents", ())]
 
     def read(self) -> dict[str, bytes]:
-        return {key: self.client.get_object(Bucket=self.name, Key=key)["Body"].read() for key in self.keys()}
+        return {key: self.client.get_object(Bucket=self.name, Key=key)["Body"].read() for key in self.listed()}
 
     def unfinished(self) -> list[str]:
         return [item["Key"] for item in self.client.list_multipart_uploads(Bucket=self.name).get("Uploads", ())]

@@ -73,7 +73,7 @@ def test_the_manifest_goes_last(s3_laptop: S3Server, inside: Any, s3_calls: Any,
 
     sent = s3_calls.keys("PutObject")
     assert sent[-1] == "bot/manifest.json"
-    assert sorted(sent) == inside.keys()
+    assert sorted(sent) == inside.listed()
 
 
 def test_the_manifest_names_everything_else_with_its_digest(s3_laptop: S3Server, inside: Any, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_any_prefix_will_do(s3_laptop: S3Server, inside: Any, tmp_path: Path, ur
 
     adapter, _ = publish(ctx)
 
-    assert f"{adapter.uri}/adapter_model.safetensors" in [f"s3://{inside.name}/{key}" for key in inside.keys()]  # noqa: SIM118 no dict
+    assert f"{adapter.uri}/adapter_model.safetensors" in [f"s3://{inside.name}/{key}" for key in inside.listed()]
 
 
 def test_publishing_twice_sends_nothing(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_an_upload_that_broke_off_sends_only_what_is_missing(s3_laptop: S3Server
     s3_calls.before = breaking_off(s3_laptop, "PutObject", "bot/model-torchao/model.safetensors")
     with refused(InfrastructureError, FIELD, "could not be reached"):
         publish(ctx)
-    assert "bot/manifest.json" not in inside.keys()  # noqa: SIM118 no dict
-    arrived = set(inside.keys())
+    assert "bot/manifest.json" not in inside.listed()
+    arrived = set(inside.listed())
     s3_calls.before = lambda _operation, _key: None
     s3_calls.made.clear()
 
@@ -135,7 +135,7 @@ def test_bytes_that_change_on_the_way_are_refused_by_the_server(s3_laptop: S3Ser
 
     with refused(InfrastructureError, FIELD, "other bytes than were sent", "try again", hidden=(s3_laptop.secret_key,)):
         publish(shipping(tmp_path, s3_laptop, inside.name))
-    assert inside.keys() == []
+    assert inside.listed() == []
 
 
 def test_a_part_that_changes_on_the_way_is_refused_by_the_server(
@@ -146,7 +146,7 @@ def test_a_part_that_changes_on_the_way_is_refused_by_the_server(
 
     with refused(InfrastructureError, FIELD, "other bytes than were sent", "try again"):
         publish(ctx)
-    assert not {"bot/manifest.json", "bot/model-torchao/model.safetensors"} & set(inside.keys())
+    assert not {"bot/manifest.json", "bot/model-torchao/model.safetensors"} & set(inside.listed())
 
 
 def test_a_large_file_arrives_whole_in_parts(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path, small_parts: int) -> None:
@@ -217,7 +217,7 @@ def test_a_newer_model_replaces_the_older_one_wholly(s3_laptop: S3Server, inside
     publish(shipping(tmp_path / "new", s3_laptop, inside.name, ONE_SHARD))
 
     assert model_of(inside.read()) == ONE_SHARD
-    assert f"bot/{REPLACED}" not in inside.keys()  # noqa: SIM118 no dict
+    assert f"bot/{REPLACED}" not in inside.listed()
 
 
 def test_a_reader_never_sees_a_mixture(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_foreign_manifest_deletes_nothing_outside_the_prefix(s3_laptop: S3Serv
 def test_a_check_proves_write_access_and_leaves_nothing(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
     destinations.check_write(shipping(tmp_path, s3_laptop, inside.name))
 
-    assert inside.keys() == inside.unfinished() == []
+    assert inside.listed() == inside.unfinished() == []
     assert s3_calls.keys("CreateMultipartUpload", "AbortMultipartUpload") == ["bot/manifest.json", "bot/manifest.json"]
 
 

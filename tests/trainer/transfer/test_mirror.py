@@ -116,7 +116,7 @@ def test_a_checkpoint_that_was_copied_by_half_is_ignored(pod: Any, mirror_of: An
 
     mirror_of(new).fetch_latest(new.outputs)
 
-    assert any("checkpoint-20/" in key for key in inside.keys())  # noqa: SIM118 no dict
+    assert any("checkpoint-20/" in key for key in inside.listed())
     found = newest(new)
     assert found is not None
     assert found.step == 10
@@ -127,7 +127,32 @@ def test_only_two_checkpoints_are_kept(pod: Any, mirror_of: Any, inside: Any, tm
     for step in (9, 10, 100):
         mirror_of(ctx).push(checkpoint(ctx, step))
 
-    assert {key.split("/")[3] for key in inside.keys()} == {"checkpoint-10", "checkpoint-100"}  # noqa: SIM118 no dict
+    assert {key.split("/")[3] for key in inside.listed()} == {"checkpoint-10", "checkpoint-100"}
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(pod: Any, mirror_of: Any, inside: Any, tmp_path: Path) -> None:
+    old, new = pod(tmp_path / "old"), pod(tmp_path / "new")
+    for step in (10, 20):
+        mirror_of(old).push(checkpoint(old, step))
+    (damaged,) = [key for key in inside.listed() if key.endswith("checkpoint-20/adapter_model.safetensors")]
+    inside.put({damaged: b"other bytes"})
+
+    mirror_of(new).fetch_latest(new.outputs)
+
+    found = newest(new)
+    assert found is not None
+    assert found.step == 10
+    assert not [key for key in inside.listed() if "checkpoint-20/" in key]
+
+
+def test_a_push_removes_later_steps_that_were_passed_over(pod: Any, mirror_of: Any, inside: Any, tmp_path: Path) -> None:
+    old, new = pod(tmp_path / "old"), pod(tmp_path / "new")
+    for step in (30, 40):
+        mirror_of(old).push(checkpoint(old, step))
+
+    mirror_of(new).push(checkpoint(new, 10))
+
+    assert {key.split("/checkpoint-")[1].split("/")[0] for key in inside.listed()} == {"10"}
 
 
 def test_a_seal_is_deleted_before_what_it_seals(pod: Any, mirror_of: Any, s3_calls: Any, tmp_path: Path) -> None:
@@ -157,7 +182,7 @@ def test_after_success_nothing_is_left(pod: Any, mirror_of: Any, inside: Any, tm
 
     mirror_of(ctx).remove()
 
-    assert inside.keys() == ["bot/.checkpoints/other-training/a", "bot/model.safetensors"]
+    assert inside.listed() == ["bot/.checkpoints/other-training/a", "bot/model.safetensors"]
     assert inside.unfinished() == []
 
 

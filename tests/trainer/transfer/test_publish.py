@@ -54,6 +54,18 @@ def test_one_destination_that_fails_does_not_keep_the_others_waiting(s3_laptop: 
     assert "bot/manifest.json" in inside.read()
 
 
+def test_what_nobody_foresaw_at_one_destination_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = finished(tmp_path, {"uri": "s3://bucket/bot"}, {"uri": f"file://{tmp_path}/b"})
+
+    def broken(*_: Any) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("finetune_trainer.destinations.s3.publish", broken)
+    with refused(NotPublishedError, "KeyError"):
+        publish.run(ctx, report_of(ctx))
+    assert (tmp_path / "b" / "manifest.json").is_file()
+
+
 def test_every_failure_is_named(s3_laptop: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune_trainer.sources.credentials.PATIENT_ATTEMPTS", 1)
     away = f"http://127.0.0.1:{free_port('127.0.0.1')}"

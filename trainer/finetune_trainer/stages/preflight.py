@@ -6,7 +6,9 @@ from pathlib import Path
 
 from finetune_trainer import dataset, destinations, sources
 from finetune_trainer.context import RunContext
+from finetune_trainer.destinations import s3
 from finetune_trainer.errors import CapacityError
+from finetune_trainer.mirror import mirror_location
 from finetune_trainer.qat.schemes import require_convertible
 
 _LEAST_FREE_BYTES = 64 * 2**20
@@ -23,6 +25,7 @@ def run(ctx: RunContext) -> None:
         require_writable(folder)
     sources.check(ctx)
     destinations.check_write(ctx)
+    check_mirror(ctx)
     check_rows(ctx)
 
 
@@ -43,6 +46,21 @@ def require_writable(folder: Path) -> None:
     if free < _LEAST_FREE_BYTES:
         raise CapacityError(
             f"{folder} has {free // 2**20} MiB left on its disk, but a run needs far more; free some space or choose another --workdir."
+        )
+
+
+def check_mirror(ctx: RunContext) -> None:
+    """Checkpoints can be mirrored; says so where nothing outlasts the pod.
+
+    Raises:
+        AccessError, InfrastructureError, SpecError: one sentence each.
+    """
+    where = mirror_location(ctx)
+    if where is not None:
+        s3.check_write(ctx, where)
+    elif ctx.job.in_cluster and not ctx.spec.storage.workspace.persistent_volume_claim:
+        ctx.reporter.note(
+            "Checkpoints end with this pod: without an s3 destination, set storage.checkpoints.uri or storage.workspace.persistentVolumeClaim."
         )
 
 

@@ -9,7 +9,8 @@ from finetune_api.status import PublishedArtifact
 
 from finetune_trainer import destinations
 from finetune_trainer.context import RunContext
-from finetune_trainer.errors import FineTuneError, NotPublishedError
+from finetune_trainer.errors import NotPublishedError
+from finetune_trainer.failures import classify
 from finetune_trainer.sources import location
 
 
@@ -28,8 +29,8 @@ def run(ctx: RunContext, report: dict[str, Any]) -> tuple[PublishedArtifact, ...
         try:
             published += destinations.publish(ctx, where, report)
             ctx.reporter.note(f"Published to {where.uri}.")
-        except FineTuneError as error:
-            failures.append(str(error))
+        except Exception as error:  # noqa: BLE001 whatever ails one destination, the next one is served
+            failures.append(str(classify(error)))
     if failures:
         raise NotPublishedError(f"The model is trained and kept, but not published everywhere: {' '.join(failures)}")
     return tuple(published)
