@@ -36,13 +36,20 @@ def make_namespace(kube: Cluster) -> Iterator[Callable[[str], str]]:
 
     yield make
     for name in made:
-        kube.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
+        remove_namespace(kube, name)
 
 
 @pytest.fixture
-def namespace(make_namespace: Callable[[str], str]) -> str:
-    """A fresh namespace of this test alone."""
-    return make_namespace("test")
+def namespace(kube: Cluster, make_namespace: Callable[[str], str]) -> Iterator[str]:
+    """A fresh namespace of this test alone; what runs in it ends with the test, since the node has two cores for all of them."""
+    name = make_namespace("test")
+    yield name
+    remove_namespace(kube, name)
+
+
+def remove_namespace(kube: Cluster, name: str) -> None:
+    """Begins to delete a namespace and everything in it."""
+    kube.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
 
 
 @pytest.fixture(scope="session")

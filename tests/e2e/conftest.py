@@ -51,7 +51,8 @@ def operator(kube: Cluster, images: dict[str, str], hub: HubServer, make_namespa
     chart = str(ROOT / "charts" / "finetune-operator")
     # The CRD outlives an uninstalled release, and other tests apply it with kubectl: a new release takes it over.
     options = ["--wait", "--timeout", "120s", "--take-ownership"]
-    kube.helm("install", "ft", chart, "-n", system, *options, *_set_json(values))
+    installed = kube.helm("install", "ft", chart, "-n", system, *options, *_set_json(values), check=False)
+    assert installed.returncode == 0, f"{installed.stderr}\n{kube.story(system)}"
     yield jobs
     kube.helm("uninstall", "ft", "-n", system, check=False)
 

@@ -85,9 +85,8 @@ class JobInCluster:
         return dict(self.wait_until(f"phase {phase}", condition, seconds))
 
     def story(self) -> str:
-        """Status, Jobs, pods and the end of the pods' logs: what a person would look at first."""
-        parts = [json.dumps(self.status(), indent=1)]
-        parts += [self.kube.kubectl("get", "jobs,pods", "-n", self.namespace, "-o", "wide").stdout]
+        """Status, the state of node and namespace, and the end of the pods' logs."""
+        parts = [json.dumps(self.status(), indent=1), self.kube.story(self.namespace)]
         for pod in self.owned("pods"):
             name = pod["metadata"]["name"]
             parts += [name, self.kube.kubectl("logs", "-n", self.namespace, name, "--tail=40", check=False).stdout]

@@ -71,6 +71,16 @@ class Cluster:
             time.sleep(0.3)
         return result
 
+    def story(self, namespace: str) -> str:
+        """What a person would look at first: the node's conditions and taints, the namespace's Jobs, pods and latest events."""
+        node = "{range .items[*]}{.metadata.name}: {range .status.conditions[*]}{.type}={.status} {end}taints={.spec.taints}{end}"
+        looks = (
+            ("get", "nodes", "-o", f"jsonpath={node}"),
+            ("get", "jobs,pods", "-n", namespace, "-o", "wide"),
+            ("get", "events", "-n", namespace, "--sort-by=.metadata.creationTimestamp"),
+        )
+        return "\n".join(self.kubectl(*look, check=False).stdout[-4000:] for look in looks)
+
     def load_image(self, layout: Path, tag: str, name: str) -> str:
         """Gives the node an image from an OCI layout and returns its reference; only layers that the node lacks are sent."""
         reference = f"{name}:{tag}"
