@@ -85,7 +85,7 @@ def _model(arm: str, dtype: str) -> Any:
 
     base = AutoModelForCausalLM.from_pretrained(builtin.fetch_model(_cache()), dtype=getattr(torch, dtype))
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    model = get_peft_model(base, config)
     model.train()
     if arm == "exact":
         prepare(model, QuantizationSpec(), enabled=True)
