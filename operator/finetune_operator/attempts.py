@@ -9,6 +9,7 @@ from finetune_operator.diagnosis import container_state, ending_of, is_ended
 from finetune_operator.subject import Json
 
 KEPT = 10
+_NEVER = "1970-01-01T00:00:00Z"  # what a kubelet writes for a container that could not be started
 
 
 def merge_attempts(stored: tuple[Attempt, ...], pods: tuple[Json, ...], spec: FineTuneJobSpec) -> tuple[Attempt, ...]:
@@ -35,11 +36,12 @@ def _is_over(attempt: Attempt | None) -> bool:
 def _attempt(pod: Json, spec: FineTuneJobSpec) -> Attempt | None:
     running, terminated = container_state(pod, "running"), container_state(pod, "terminated")
     uid = str(pod["metadata"]["uid"])
+    started = (running or terminated or {}).get("startedAt")
+    started = None if started == _NEVER else started
     if terminated and is_ended(pod):
         ending = ending_of(pod, spec)
-        end = terminated.get("finishedAt") or terminated.get("startedAt")
-        return Attempt(pod_uid=uid, start=terminated.get("startedAt"), end=end, exit_code=ending.exit_code, reason=ending.reason)
-    started = (running or terminated or {}).get("startedAt")
+        end = terminated.get("finishedAt") or started
+        return Attempt(pod_uid=uid, start=started, end=end, exit_code=ending.exit_code, reason=ending.reason)
     return Attempt(pod_uid=uid, start=started) if started else None
 
 

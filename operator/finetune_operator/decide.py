@@ -6,7 +6,7 @@ The list is the specification. A plan is data; reconcile.py executes its actions
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from finetune_api.exits import ExitCode
@@ -20,6 +20,7 @@ from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
 from finetune_operator.subject import FINAL, Json, World, condition_of, is_being_deleted, is_finished
 
+REFUSED = "JobRefused"
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
 NEW_POD_SECONDS = 5.0  # a pod that takes longer to start has its events read
 
@@ -106,7 +107,8 @@ def keep_what_has_ended(situation: Situation) -> Plan | None:
     raw: Json = subject.raw["status"]
     patch = merge_patch(raw, raw | seen | {"conditions": [item | seen for item in raw.get("conditions", ())]})
     unfinished = [job for job in situation.world.jobs if not is_finished(job)]
-    return Plan((*((WriteStatus(patch),) if patch else ()), *_delete(unfinished), *_ttl(situation)))
+    write = (WriteStatus(patch),) if patch else ()
+    return Plan((*_fenced(write, _delete(unfinished)), *_ttl(situation)))
 
 
 def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
@@ -116,8 +118,7 @@ def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
     if not problem or world.current is not None:
         return None
     reason = "InvalidSpec" if world.subject.problem else "NotAllowed"
-    plan = _stalled(situation, reason, problem)
-    return Plan((*plan.actions, *_delete(list(world.jobs))))
+    return Plan(_fenced(_stalled(situation, reason, problem).actions, _delete(list(world.jobs))))
 
 
 def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
@@ -129,7 +130,7 @@ def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
     name = in_the_way[0]["metadata"]["name"]
     verdict = Verdict(Phase.PENDING, Standing.RECONCILING, "Replacing", f"Waiting until Job {name} and its pods are gone.")
     status = status_of(world.subject, carried_status(world.subject), verdict, situation.now)
-    return Plan((*_delete(in_the_way), *_write(situation, status)))
+    return Plan(_fenced(_write(situation, status), _delete(in_the_way)))
 
 
 def stall_on_a_namesake(situation: Situation) -> Plan | None:
@@ -154,17 +155,16 @@ def wait_until_leftover_pods_are_gone(situation: Situation) -> Plan | None:
 
 
 def create_what_is_missing(situation: Situation) -> Plan | None:
-    """The run has no Job yet, or lost it before its end.
-
-    The status comes first, also an empty patch: its resourceVersion stops an operator that decided before an edit or an end was stored.
-    """
+    """The run has no Job yet, or lost it before its end. A refusal of an earlier attempt stands until one succeeds."""
     world = situation.world
     if world.current is not None:
         return None
+    create = (CreateJob(build_job(world.subject, situation.settings)),)
+    base = carried_status(world.subject)
+    if base.phase is not None and any(item.reason == REFUSED for item in base.conditions):
+        return Plan(_fenced((), create))
     verdict = Verdict(Phase.PENDING, Standing.RECONCILING, "JobCreated", "Waiting for the Job to make its pod.")
-    status = status_of(world.subject, carried_status(world.subject), verdict, situation.now)
-    check = _write(situation, status) or (WriteStatus({}),)
-    return Plan((*check, CreateJob(build_job(world.subject, situation.settings))))
+    return Plan(_fenced(_write(situation, status_of(world.subject, base, verdict, situation.now)), create))
 
 
 def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
@@ -182,7 +182,7 @@ def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
     verdict = Verdict(Phase.FAILED, Standing.STALLED, "CheckpointedTooOften", sentence)
     seen = observed_status(world, situation.now).model_copy(update={"completion_time": timestamp(situation.now)})
     status = status_of(world.subject, seen, verdict, situation.now)
-    return Plan((*_write(situation, status), *_delete([job])))
+    return Plan(_fenced(_write(situation, status), _delete([job])))
 
 
 def report_what_is_seen(situation: Situation) -> Plan | None:
@@ -209,6 +209,20 @@ POLICIES: tuple[Policy, ...] = (
 )
 
 
+def report_a_refused_job(situation: Situation, refusal: str, *, for_good: bool) -> Plan:
+    """The API server takes no such Job: a quota is used up, an admission policy says no, or the pod is not valid. It is tried again.
+
+    Args:
+        refusal: what the API server said.
+        for_good: whether only an edit can mend it.
+    """
+    subject = situation.world.subject
+    standing = Standing.STALLED if for_good else Standing.RECONCILING
+    sentence = f"The API server refuses the Job: {clean(refusal, 800).rstrip('.')}; correct the spec, the quota or the policy."
+    verdict = Verdict(Phase.PENDING, standing, REFUSED, sentence)
+    return Plan(_write(situation, status_of(subject, carried_status(subject), verdict, situation.now)))
+
+
 def is_unfinished(raw: Json) -> bool:
     """Whether the periodic re-list puts this FineTuneJob back on the queue."""
     status = raw.get("status") or {}
@@ -227,10 +241,17 @@ def unexplained(world: World, now: datetime) -> str | None:
     if job is None or is_finished(job) or is_being_deleted(job):
         return None
     if not active:
-        suspended = bool(job["spec"].get("suspend")) or bool(world.current_pods)
-        return None if suspended or _age_seconds(job, now) < NEW_POD_SECONDS else str(job["metadata"]["uid"])
+        is_new = (now - podless_since(world)).total_seconds() < NEW_POD_SECONDS
+        return None if job["spec"].get("suspend") or is_new else str(job["metadata"]["uid"])
     starting = container_state(active[-1], "running") is None and container_state(active[-1], "terminated") is None
     return str(active[-1]["metadata"]["uid"]) if starting and _age_seconds(active[-1], now) >= NEW_POD_SECONDS else None
+
+
+def podless_since(world: World) -> datetime:
+    """When the current Job was last left without a pod: its creation, or the end of its last pod."""
+    job, ends = world.current or {"metadata": {}}, [container_state(pod, "terminated") or {} for pod in world.current_pods]
+    times = [job["metadata"].get("creationTimestamp"), *(ending.get("finishedAt") for ending in ends)]
+    return max((datetime.fromisoformat(str(moment)) for moment in times if moment), default=datetime.min.replace(tzinfo=UTC))
 
 
 def merge_patch(before: Json, after: Json) -> Json:
@@ -250,6 +271,11 @@ def _write(situation: Situation, status: FineTuneJobStatus) -> tuple[Action, ...
     raw: dict[str, Any] = situation.world.subject.raw.get("status") or {}
     patch = merge_patch(raw, status.wire())
     return (WriteStatus(patch),) if patch else ()
+
+
+def _fenced(write: tuple[Action, ...], actions: tuple[Action, ...]) -> tuple[Action, ...]:
+    """The status first, also an empty patch: its resourceVersion stops an operator that decided before an edit or an end was stored."""
+    return (*(write or ((WriteStatus({}),) if actions else ())), *actions)
 
 
 def _delete(jobs: list[Json]) -> tuple[Action, ...]:

@@ -12,13 +12,14 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from finetune_operator import events
-from finetune_operator.cluster import Cluster
+from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.health import Heartbeat, serving
 from finetune_operator.reconcile import Reconciler, resync, work
 from finetune_operator.settings import Settings
 from finetune_operator.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
+CRD_SECONDS = 5.0
 
 
 async def run(settings: Settings) -> None:
@@ -30,6 +31,7 @@ async def run(settings: Settings) -> None:
         stack.push_async_callback(cluster.close)
         session = await stack.enter_async_context(aiohttp.ClientSession(trust_env=False))
         await stack.enter_async_context(serving(heartbeat, settings.health_port))
+        await _crd_is_there(cluster, settings)
         reconciler = Reconciler(cluster, session, settings, lambda: datetime.now(UTC))
         background = [work(queue, reconciler) for _ in range(settings.concurrency)]
         background.append(resync(queue, cluster, settings, heartbeat.beat))
@@ -38,6 +40,21 @@ async def run(settings: Settings) -> None:
             await events.watch(queue, settings)
             for task in tasks:
                 task.cancel()
+
+
+async def _crd_is_there(cluster: Cluster, settings: Settings) -> None:
+    """Waits for the CRD: kopf looks once at what there is to watch, and never again."""
+    while True:
+        try:
+            async for _ in cluster.list_finetunejobs((*settings.namespaces, "")[0]):
+                break
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            logger.warning("The CRD of FineTuneJobs is not installed; looking again in %.0f s", CRD_SECONDS)
+            await asyncio.sleep(CRD_SECONDS)
+        else:
+            return
 
 
 def main() -> None:

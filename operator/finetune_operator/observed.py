@@ -4,9 +4,10 @@ It carries over what the stored status knows of the same run, since pods come an
 """
 
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, TypeVar
 
 from finetune_api.exits import ExitCode
+from finetune_api.fields import ApiModel
 from finetune_api.spec import Artifact, FineTuneJobSpec
 from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Progress, Stage
 from finetune_api.termination import TerminationMessage
@@ -17,6 +18,7 @@ from finetune_operator.diagnosis import Ending, camel_case, container_state, end
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, Subject, World, condition_of, is_being_deleted
 
+Said = TypeVar("Said", bound=ApiModel)
 Facts = dict[ConditionType, tuple[Literal["True", "False", "Unknown"], str, str]]
 _AFTER_TRAINING = (Stage.EVALUATING, Stage.CONVERTING, Stage.VERIFYING, Stage.PUBLISHING)
 PROGRESS_WRITE_SECONDS = 10
@@ -147,7 +149,7 @@ def _with_live(base: FineTuneJobStatus, world: World, verdict: Verdict, now: dat
     fresh = report.progress.model_copy(update={"updated_at": timestamp(now)}) if report.progress else None
     if fresh and base.stage == report.stage and not _is_due(base.progress, fresh, now):
         return base
-    return base.model_copy(update={"stage": report.stage, "progress": _cleaned(fresh) or base.progress})
+    return base.model_copy(update={"stage": report.stage, "progress": _cleaned(fresh) if fresh else base.progress})
 
 
 def _is_due(stored: Progress | None, fresh: Progress, now: datetime) -> bool:
@@ -159,12 +161,10 @@ def _is_due(stored: Progress | None, fresh: Progress, now: datetime) -> bool:
     return age_seconds >= PROGRESS_WRITE_SECONDS or age_seconds < 0
 
 
-def _cleaned(progress: Progress | None) -> Progress | None:
-    if progress is None:
-        return None
-    return progress.model_copy(
-        update={"summary": clean(progress.summary, 64), "epoch": clean(progress.epoch, 32), "loss": clean(progress.loss, 16)}
-    )
+def _cleaned(item: Said) -> Said:
+    """A part of what a container said, each of its texts cleaned and no longer than it was."""
+    texts = {name: value for name, value in item if isinstance(value, str)}
+    return item.model_copy(update={name: clean(text, len(text)) for name, text in texts.items()})
 
 
 def _with_words(base: FineTuneJobStatus, said: TerminationMessage, *, final: bool) -> FineTuneJobStatus:
@@ -177,7 +177,9 @@ def _with_words(base: FineTuneJobStatus, said: TerminationMessage, *, final: boo
         changes["progress"] = before.model_copy(
             update={"step": said.step, "total_steps": said.total_steps, "summary": f"{said.step}/{said.total_steps}", "eta_seconds": 0}
         )
-    changes |= {name: value for name, value in (("quality", said.quality), ("qat", said.qat), ("artifacts", said.artifacts)) if value}
+    changes |= {name: _cleaned(value) for name, value in (("quality", said.quality), ("qat", said.qat)) if value}
+    if said.artifacts:
+        changes["artifacts"] = tuple(_cleaned(item) for item in said.artifacts)
     if base.run and (said.model or said.dataset):
         resolved = {"model": clean(said.model) or base.run.model, "dataset": clean(said.dataset) or base.run.dataset}
         changes["run"] = base.run.model_copy(update=resolved)

@@ -19,10 +19,13 @@ from finetune_operator.decide import (
     DeleteJob,
     PatchJob,
     Plan,
+    Situation,
     WriteStatus,
     decide,
     is_unfinished,
+    podless_since,
     progress_address,
+    report_a_refused_job,
     unexplained,
 )
 from finetune_operator.diagnosis import is_ended
@@ -33,6 +36,7 @@ from finetune_operator.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 RECONCILE_SECONDS = 120
+_REFUSALS = (400, 403, 422)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Reconciler:
         world = replace(world, pods=tuple(pod for pod in pods if any(is_controlled_by(pod, uid) for uid in owned)))
         silent = unexplained(world, self.now())
         if silent:
-            return replace(world, warnings=_newest_first(await self.cluster.list_warnings(namespace, silent)))
+            return replace(world, warnings=_newest_first(await self.cluster.list_warnings(namespace, silent), podless_since(world)))
         address = progress_address(world)
         return replace(world, progress=await read_progress(self.session, address)) if address else world
 
@@ -104,11 +108,23 @@ class Reconciler:
             case WriteStatus(patch):
                 await self.cluster.patch_status(subject.key, subject.metadata["resourceVersion"], patch)
             case CreateJob(manifest):
-                await self._create(subject, manifest)
+                await self._create_or_report(subject, manifest)
             case PatchJob(name, patch):
                 await _unless_gone(self.cluster.patch_job(namespace, name, patch))
             case DeleteJob(name, uid):
                 await _unless_gone(self.cluster.delete_job(namespace, name, uid))
+
+    async def _create_or_report(self, subject: Subject, manifest: Json) -> None:
+        try:
+            await self._create(subject, manifest)
+        except ApiError as error:
+            if error.status in _REFUSALS:
+                raw = await self.cluster.read_finetunejob(subject.key)
+                if raw is not None and raw["metadata"].get("generation") == subject.generation:
+                    now = read_subject(raw)
+                    situation = Situation(World(now), self.now(), self.settings)
+                    await self._execute(now, report_a_refused_job(situation, error.message, for_good=error.status != 403))
+            raise
 
     async def _create(self, subject: Subject, manifest: Json) -> None:
         try:
@@ -153,11 +169,14 @@ async def resync(queue: WorkQueue, cluster: Cluster, settings: Settings, attempt
         await asyncio.sleep(settings.resync_seconds)
 
 
-def _newest_first(events: list[Json]) -> tuple[str, ...]:
+def _newest_first(events: list[Json], since: datetime) -> tuple[str, ...]:
+    """Texts of the events that were seen since then."""
+
     def seen(event: Json) -> str:
         return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or "")
 
-    return tuple(str(event.get("message") or event.get("reason") or "") for event in sorted(events, key=seen, reverse=True))
+    recent = [event for event in events if seen(event) and datetime.fromisoformat(seen(event)) >= since]
+    return tuple(str(event.get("message") or event.get("reason") or "") for event in sorted(recent, key=seen, reverse=True))
 
 
 async def _unless_gone(request: Awaitable[None]) -> None:

@@ -210,6 +210,15 @@ def test_a_quota_that_is_used_up_is_named(make: Make, kube: Cluster, namespace: 
     made.wait_until("the quota", lambda status: "quota" in status.get("message", ""), 60)
 
 
+def test_a_job_that_the_api_server_refuses_says_why_and_is_made_when_it_may_be(make: Make, kube: Cluster, namespace: str) -> None:
+    kube.kubectl("create", "quota", "none", "--hard=count/jobs.batch=0", "-n", namespace)
+    made = make("exit-0-refused")
+    made.wait_until("the quota", lambda status: "exceeded quota" in status.get("message", ""), 60)
+    assert condition(made.status(), "Reconciling")["reason"] == "JobRefused"
+    kube.kubectl("delete", "quota", "none", "-n", namespace)
+    made.wait_for_phase("Succeeded", 90)
+
+
 def test_an_image_that_nobody_allowed_starts_nothing(make: Make) -> None:
     made = make("wait-image", pod={"image": "evil.example/x"})
     status = made.wait_until("the refusal", lambda status: condition(status, "Stalled"), 60)

@@ -162,13 +162,18 @@ class _NoTrainer:
 
 @dataclass
 class SimulatedCluster:
-    """The API server, the Job controller, the kubelet and the garbage collector, with one FineTuneJob."""
+    """The API server, the Job controller, the kubelet and the garbage collector, with one FineTuneJob.
+
+    Attributes:
+        refusal: what creating a Job is answered with, such as a quota's; None lets it be made.
+    """
 
     finetunejob: Json | None = None
     jobs: dict[str, Json] = field(default_factory=dict)
     pods: dict[str, Json] = field(default_factory=dict)
     now: datetime = NOW
     is_writing: bool = False
+    refusal: ApiError | None = None
     created: list[tuple[str, Json]] = field(default_factory=list)
     _counter: int = 0
 
@@ -307,6 +312,8 @@ class SimulatedCluster:
         """As Cluster."""
         await _Pause(writes=True)
         name = manifest["metadata"]["name"]
+        if self.refusal:
+            raise self.refusal
         if name in self.jobs:
             raise ApiError(409, "AlreadyExists", "")
         self.is_writing = True

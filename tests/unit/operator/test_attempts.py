@@ -39,6 +39,14 @@ def test_an_ended_pod_is_an_attempt_with_its_exit_code_and_reason() -> None:
     assert (attempt.end, attempt.exit_code, attempt.reason) == ("2026-01-01T12:00:00Z", 16, "InfrastructureError")
 
 
+def test_a_container_that_could_not_be_started_has_no_start_and_took_no_time() -> None:
+    failed = pod(0, 128)
+    failed["status"]["containerStatuses"][0]["state"]["terminated"]["startedAt"] = "1970-01-01T00:00:00Z"
+    (attempt,) = merge((), failed)
+    assert (attempt.start, attempt.end) == (None, "2026-01-01T12:00:00Z")
+    assert added_gpu_seconds((), (attempt,), 1) == 0
+
+
 def test_the_end_of_a_known_pod_is_filled_in() -> None:
     running = merge((), pod(0, None))
     (attempt,) = merge(running, pod(0, 0))

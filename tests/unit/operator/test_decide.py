@@ -16,17 +16,29 @@ from finetune_operator.decide import (
     DeleteJob,
     PatchJob,
     Plan,
+    Situation,
     WriteStatus,
     decide,
     is_unfinished,
     merge_patch,
+    podless_since,
     progress_address,
+    report_a_refused_job,
     unexplained,
 )
 from finetune_operator.desired import build_job
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, World, read_subject
-from support.simulated_cluster import NOW, SETTINGS, build_ended_state, build_finetunejob, build_pod, build_stored_job, merged
+from support.simulated_cluster import (
+    NOW,
+    SETTINGS,
+    broken_status_rules,
+    build_ended_state,
+    build_finetunejob,
+    build_pod,
+    build_stored_job,
+    merged,
+)
 
 RUNNING: Json = {"running": {"startedAt": "2026-01-01T11:59:00Z"}}
 DISRUPTED: Json = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
@@ -116,7 +128,7 @@ def rows() -> dict[str, Row]:
         "an image that is not allowed": Row("stall_on_what_is_not_allowed", world_of(image), ["WriteStatus"], "Pending", "NotAllowed"),
         "a service account that is not": Row("stall_on_what_is_not_allowed", world_of(account), ["WriteStatus"], "Pending", "NotAllowed"),
         "the Job of another run": Row(
-            "wait_until_other_jobs_are_gone", world_of(new, other), ["DeleteJob", "WriteStatus"], "Pending", "Replacing"
+            "wait_until_other_jobs_are_gone", world_of(new, other), ["WriteStatus", "DeleteJob"], "Pending", "Replacing"
         ),
         "a Job that someone deleted": Row("wait_until_other_jobs_are_gone", world_of(new, deleted), ["WriteStatus"], "Pending", "Replacing"),
         "a namesake": Row("stall_on_a_namesake", world_of(new, namesake=foreign), ["WriteStatus"], "Pending", "NameTaken"),
@@ -303,7 +315,7 @@ def test_the_job_of_another_run_is_deleted_before_the_new_one_is_created() -> No
     old = job_for(build_finetunejob({"training": {"seed": 7}}), uid="old")
     new = build_finetunejob()
     first = decide(world_of(new, old), NOW, SETTINGS)
-    assert first.actions[0] == DeleteJob(old["metadata"]["name"], "old")
+    assert first.actions[1] == DeleteJob(old["metadata"]["name"], "old")
     going = merged(old, {"metadata": {"deletionTimestamp": "2026-01-01T12:00:00Z"}})
     assert "CreateJob" not in kinds(decide(world_of(new, going), NOW, SETTINGS))
     assert "CreateJob" in kinds(decide(world_of(new), NOW, SETTINGS))
@@ -314,6 +326,36 @@ def test_a_job_is_created_only_behind_a_check_that_nothing_has_changed() -> None
     stored = raw | {"status": status_after(raw, decide(world_of(raw), NOW, SETTINGS))}
     assert decide(world_of(stored), NOW, SETTINGS).actions[0] == WriteStatus({})
     assert kinds(decide(world_of(stored), NOW, SETTINGS)) == ["WriteStatus", "CreateJob"]
+
+
+def refused(raw: Json, *, for_good: bool = False) -> Json:
+    """The status after the API server refused the run's Job."""
+    situation = Situation(world_of(raw), NOW, SETTINGS)
+    return status_after(raw, report_a_refused_job(situation, 'jobs.batch "x" is forbidden: exceeded quota: none', for_good=for_good))
+
+
+@pytest.mark.parametrize(("for_good", "standing"), [(False, "Reconciling"), (True, "Stalled")])
+def test_a_job_that_the_api_server_refuses_says_why(for_good: bool, standing: str) -> None:
+    status = refused(build_finetunejob(), for_good=for_good)
+    assert ready_reason(status) == "JobRefused"
+    assert "exceeded quota: none" in status["message"]
+    assert standing in {item["type"] for item in status["conditions"]}
+    assert broken_status_rules(status, 1) == []
+
+
+def test_a_refusal_stands_until_the_job_is_made() -> None:
+    raw = build_finetunejob()
+    stored = raw | {"status": refused(raw)}
+    assert decide(world_of(stored), NOW, SETTINGS).actions == (
+        WriteStatus({}),
+        CreateJob(build_job(read_subject(stored), SETTINGS)),
+    )
+    assert ready_reason(status_after(stored, decide(world_of(stored, job_for(stored)), NOW, SETTINGS))) == "JobCreated"
+
+
+def test_a_refusal_of_another_run_does_not_stand() -> None:
+    stored = build_finetunejob({"training": {"seed": 7}}, status=refused(build_finetunejob()))
+    assert ready_reason(status_after(stored, decide(world_of(stored), NOW, SETTINGS))) == "JobCreated"
 
 
 @pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
@@ -342,7 +384,7 @@ def test_a_ttl_that_was_lost_with_the_operator_is_given_later() -> None:
 def test_a_job_that_still_works_for_an_ended_run_is_deleted() -> None:
     raw = latched("Failed")
     job = job_for(raw)
-    assert decide(world_of(raw, job), NOW, SETTINGS).actions == (DeleteJob(job["metadata"]["name"], "job-uid"),)
+    assert decide(world_of(raw, job), NOW, SETTINGS).actions == (WriteStatus({}), DeleteJob(job["metadata"]["name"], "job-uid"))
 
 
 def test_a_live_edit_of_an_ended_run_only_moves_the_observed_generation() -> None:
@@ -478,6 +520,33 @@ def test_events_are_read_only_of_what_takes_longer_than_5_seconds() -> None:
     assert unexplained(world_of(raw, job), later) == "job-uid"
     assert unexplained(world_of(raw, job, pods=(pod,)), later) == "pod-1-uid"
     assert unexplained(world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),)), later) is None
+
+
+def test_events_are_read_of_a_retry_that_gets_no_pod() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    world = world_of(raw, job, pods=(build_pod(job, phase="Failed", state=build_ended_state(16, now=NOW + timedelta(hours=1))),))
+    assert unexplained(world, NOW + timedelta(hours=1, seconds=4)) is None
+    assert unexplained(world, NOW + timedelta(hours=1, seconds=6)) == "job-uid"
+    assert podless_since(world) == NOW + timedelta(hours=1)
+
+
+def test_what_a_container_says_reaches_the_status_without_credentials() -> None:
+    artifact = {"kind": "adapter", "uri": "s3://me:hush@models/x", "digest": "hf_abcdefghijkl"}
+    said = {
+        "version": 1,
+        "stage": "Publishing",
+        "artifacts": [artifact],
+        "quality": {"baseLoss": "hf_abcdefghijkl"},
+        "qat": {"scheme": "a\nb"},
+    }
+    raw = build_finetunejob()
+    job = job_for(raw, condition=COMPLETE)
+    pod = build_pod(job, phase="Succeeded", state=build_ended_state(0, json.dumps(said)))
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    assert status["artifacts"][0]["uri"] == "s3://***@models/x"
+    assert "abcdefghijkl" not in json.dumps(status)
+    assert status["qat"]["scheme"] == "a b"
 
 
 def test_a_running_pod_is_looked_at_again_every_2_to_10_seconds() -> None:

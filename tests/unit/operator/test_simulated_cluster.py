@@ -7,6 +7,7 @@ import pytest
 from finetune_api.digests import run_digest
 from finetune_api.exits import PERMANENT, ExitCode
 from finetune_api.validation import parse_spec
+from finetune_operator.cluster import ApiError
 from finetune_operator.subject import Json, is_being_deleted, is_finished
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -232,4 +233,32 @@ def test_a_sleeping_operator_makes_no_job_for_a_spec_that_was_edited_meanwhile()
     cluster.reconcile()
     while not sleeper.ended:
         cluster.step(sleeper)
+    assert len(cluster.jobs) == 1
+
+
+def test_a_sleeping_operator_deletes_no_job_that_another_one_has_made_meanwhile() -> None:
+    cluster = SimulatedCluster()
+    cluster.apply({})
+    sleeper = cluster.start_operator()
+    cluster.step(sleeper)  # it has read the FineTuneJob
+    cluster.apply({"training": {"seed": 7}})
+    cluster.reconcile()
+    (made,) = cluster.jobs
+    while not sleeper.ended:
+        cluster.step(sleeper)
+    assert not is_being_deleted(cluster.jobs[made])
+
+
+def test_a_refused_job_is_said_once_and_made_when_it_is_let() -> None:
+    cluster = SimulatedCluster()
+    cluster.refusal = ApiError(403, "Forbidden", 'jobs.batch "x" is forbidden: exceeded quota: none')
+    cluster.apply({})
+    cluster.reconcile()
+    assert cluster.finetunejob is not None
+    assert "exceeded quota" in cluster.finetunejob["status"]["message"]
+    assert not cluster.reconcile(), "the second refusal is no news"
+    cluster.refusal = None
+    cluster.reconcile()
+    cluster.reconcile()
+    assert "quota" not in cluster.finetunejob["status"]["message"]
     assert len(cluster.jobs) == 1
