@@ -67,7 +67,7 @@ format: setup ## formats the code and mends what lint can mend
 demo: setup ## fine-tunes a small model on this machine: one YAML in, one verified, quantized model out (.demo/)
 	@$(PY) -m finetune_trainer.cli run examples/laptop.yaml --workdir .demo
 
-crd: setup ## the CRD and docs/api.md from the models of finetune_api
+crd: setup ## the CRD, docs/api.md and docs/status.md from finetune_api
 	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs
 
 lock: $(UV) ## the pinned, hashed requirement files

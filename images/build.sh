@@ -8,7 +8,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator/images
-base_tag=localhost/finetune-base:bookworm
+base_tag=localhost/finetune-base:bookworm-gcc  # a base that is there is reused: another content needs another tag
 certificates=/etc/ssl/certs/ca-certificates.crt
 mkdir -p "$cache"
 export STORAGE_DRIVER=overlay
@@ -34,10 +34,11 @@ require_buildah() {
 
 make_base() {
   buildah inspect --type image "$base_tag" >/dev/null 2>&1 && return
-  say "making a Debian base image (20 seconds; once)"
+  say "making a Debian base image (30 seconds; once)"
   local work
   work=$(mktemp -d)
-  mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/base.tar"
+  # gcc, libc6-dev and python3-dev are for Triton in the trainer's image (see Dockerfile.trainer).
+  mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates,gcc,libc6-dev,python3-dev bookworm "$work/base.tar"
   printf 'FROM scratch\nADD base.tar /\n' > "$work/Dockerfile"
   run_buildah "$base_tag" "$work/Dockerfile" "$work"
   rm -rf "$work"

@@ -1,4 +1,7 @@
-"""docs/api.md, generated from the models and the rules: `python -m finetune_api.docs` writes it (a test holds it to the models)."""
+"""docs/api.md and docs/status.md, generated from the models, the rules and the states: `python -m finetune_api.docs` writes them.
+
+A test holds the pages to what they are generated from.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +11,13 @@ from finetune_api.crd import structural_schema
 from finetune_api.fields import leaves
 from finetune_api.rules import ALWAYS, LOCAL_ONLY, SERVER_ONLY, Rule
 from finetune_api.spec import API_VERSION, KIND, FineTuneJobSpec
+from finetune_api.states import STATES
 from finetune_api.status import FineTuneJobStatus
 
 Schema = dict[str, Any]
 
 DOCS_FILE = Path(__file__).parents[2] / "docs" / "api.md"
+STATUS_FILE = DOCS_FILE.with_name("status.md")
 
 _HEAD = f"""<!-- Generated from crds/finetune_api by `make crd`; do not edit. -->
 # {KIND} (`{API_VERSION}`)
@@ -46,6 +51,24 @@ def api_markdown() -> str:
         *_status_rows(),
     ]
     return "\n".join(sections) + "\n"
+
+
+_STATUS_HEAD = """<!-- Generated from crds/finetune_api/states.py by `make crd`; do not edit. -->
+# What the status says
+
+`kubectl describe ftj` has a `message` of one sentence, and a reason in the conditions. Conditions follow kstatus: `Ready` is always there; `Reconciling` while
+something is under way; `Stalled` when a person must act; a suspended job has `Ready=False` alone. So `kubectl wait --for=condition=Ready` ends when the
+model is published, and GitOps tools see a failed job as failed. `Trained`, `Verified`, `QualityPassed` and `Published` are milestones: once reached in a
+run they stay. A condition's transition time changes only with its status.
+
+| reason | seen in | what it means | what to do |
+|---|---|---|---|
+"""
+
+
+def status_markdown() -> str:
+    """The page of all states."""
+    return _STATUS_HEAD + "".join(f"| {reason} | {state.seen} | {state.means} | {state.action} |\n" for reason, state in STATES.items())
 
 
 def _spec_rows() -> Iterator[str]:
@@ -97,3 +120,4 @@ def _cell(schema: Schema) -> str:
 
 if __name__ == "__main__":
     DOCS_FILE.write_text(api_markdown(), encoding="utf-8")
+    STATUS_FILE.write_text(status_markdown(), encoding="utf-8")

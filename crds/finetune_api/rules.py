@@ -88,30 +88,54 @@ def _matching(field: str, scheme: str, pattern: str, message: str) -> Rule:
     return Rule(field, cel, holds, message)
 
 
-def _only_scheme(field: str, scheme: str, uri: str) -> Rule:
-    """A field that belongs to one scheme of the URI beside it."""
-    cel = f"!({written(field)}) || self.{field} == '' || self.{uri}.startsWith('{scheme}://')"
+def _only_scheme(field: str, scheme: str, *uris: str) -> Rule:
+    """A field that belongs to one scheme: one of the URIs that it opens has it."""
+    one_has = " || ".join(f"({written(uri)} && self.{uri}.startsWith('{scheme}://'))" for uri in uris)
     return Rule(
         field,
-        cel,
-        lambda spec: not value_at(spec, field, "") or value_at(spec, uri, "").startswith(f"{scheme}://"),
-        f"an endpoint belongs to {scheme}:// only; remove it or correct the URI beside it",
+        f"!({written(field)}) || self.{field} == '' || {one_has}",
+        lambda spec: not value_at(spec, field, "") or any(value_at(spec, uri, "").startswith(f"{scheme}://") for uri in uris),
+        f"an endpoint belongs to {scheme}:// only; remove it or correct {' or '.join(uris)}",
     )
+
+
+def _each(field: str, name: str, condition_cel: str, holds: Callable[[Spec], bool], message: str) -> Rule:
+    """A rule that each item of a list fulfils by itself; `name` is the item's in CEL."""
+
+    def all_hold(spec: Spec) -> bool:
+        return all(holds(item) for item in value_at(spec, field, []))
+
+    return Rule(field, f"!({written(field)}) || self.{field}.all({name}, {condition_cel})", all_hold, message)
 
 
 def _destinations(condition_cel: str, holds: Callable[[Spec], bool], message: str) -> Rule:
     """A rule that each destination fulfils by itself."""
+    return _each("outputs.destinations", "d", condition_cel, holds, message)
 
-    def all_hold(spec: Spec) -> bool:
-        return all(holds(item) for item in value_at(spec, "outputs.destinations", []))
 
-    return Rule("outputs.destinations", f"self.outputs.destinations.all(d, {condition_cel})", all_hold, message)
+def _tolerations(condition_cel: str, holds: Callable[[Spec], bool], message: str) -> Rule:
+    """A rule that each toleration fulfils by itself, as Kubernetes asks of a pod's."""
+    return _each("scheduling.tolerations", "t", condition_cel, holds, message)
+
+
+_USER = "^s3://[^/]*@"  # would be taken for a part of the bucket's name, and be read in every `kubectl get -o yaml`
+
+
+def _no_secret(field: str, secret: str) -> Rule:
+    """Credentials come from a Secret, never from an address."""
+    return Rule(
+        field,
+        f"!({written(field)}) || !self.{field}.matches('{_USER}')",
+        lambda spec: re.search(_USER, value_at(spec, field, "")) is None,
+        f"{_KEYLESS}{secret}",
+    )
 
 
 def _scheme(spec: Spec) -> str:
     return str(value_at(spec, "quantization.scheme", "int8-int4"))
 
 
+_KEYLESS = "an S3 address holds no user and no secret; remove them and use "
 _SCHEME = _or_default("quantization.scheme", "'int8-int4'")
 _GROUPS = {"int8-int4": (32, 64, 128), "int4": (32, 64, 128), "fp8-int4": (128,)}
 _FORMS = {
@@ -139,7 +163,11 @@ _TABLE: tuple[Rule, ...] = (
     _matching("model.source", "builtin", r"^builtin://smollm2-135m$", "the only builtin model is builtin://smollm2-135m"),
     *(_matching(field, scheme, *form) for field in ("dataset.source", "dataset.evaluation.source") for scheme, form in _FORMS.items()),
     _only_scheme("model.endpoint", "s3", "model.source"),
-    _only_scheme("dataset.endpoint", "s3", "dataset.source"),
+    _only_scheme("dataset.endpoint", "s3", "dataset.source", "dataset.evaluation.source"),
+    _no_secret("model.source", "model.credentials.secretName"),
+    _no_secret("dataset.source", "dataset.credentials.secretName"),
+    _no_secret("dataset.evaluation.source", "dataset.credentials.secretName"),
+    _no_secret("storage.checkpoints.uri", "storage.checkpoints.credentials.secretName"),
     Rule(
         "quantization.groupSize",
         f"!({written('quantization.groupSize')}) || {_SCHEME} == 'int8-int4' || {_SCHEME} == 'int4' || ({_SCHEME} == 'fp8-int4' && self.quantization.groupSize == 128)",
@@ -180,6 +208,21 @@ _TABLE: tuple[Rule, ...] = (
         "!has(d.endpoint) || d.endpoint == '' || d.uri.startsWith('s3://')",
         lambda item: not item.get("endpoint") or item["uri"].startswith("s3://"),
         "endpoint belongs to s3:// only; remove it",
+    ),
+    _destinations(
+        f"!d.uri.matches('{_USER}')",
+        lambda item: re.search(_USER, item["uri"]) is None,
+        f"{_KEYLESS}the destination's credentials.secretName",
+    ),
+    _tolerations(
+        "(has(t.key) && t.key != '') || (has(t.operator) && t.operator == 'Exists')",
+        lambda item: item.get("key", "") != "" or item.get("operator", "Equal") == "Exists",
+        "a toleration without a key needs operator Exists; add one of the two",
+    ),
+    _tolerations(
+        "!has(t.operator) || t.operator != 'Exists' || !has(t.value) || t.value == ''",
+        lambda item: item.get("operator", "Equal") != "Exists" or item.get("value", "") == "",
+        "a toleration with operator Exists takes no value; remove it, or use Equal",
     ),
     Rule(
         "quality.maxLossIncreasePercent",

@@ -104,7 +104,7 @@ class DatasetSpec(ApiModel):
     credentials: SecretReference = spec_field(
         "Secret that opens the source. Default: none.", default=SecretReference, field_class=FieldClass.RUN
     )
-    endpoint: Endpoint = spec_field("S3 endpoint of the source. Default: AWS.", default="", field_class=FieldClass.RUN)
+    endpoint: Endpoint = spec_field("S3 endpoint of source and evaluation.source. Default: AWS.", default="", field_class=FieldClass.RUN)
     format: Literal["auto", "chat", "prompt-completion", "instruction", "text"] = spec_field(
         "Columns of a row: messages (chat), prompt and completion, instruction [, input] and output, or text. Default auto: detected from the first row.",
         default="auto",
@@ -224,9 +224,9 @@ class ResourcesSpec(ApiModel):
 class Toleration(ApiModel):
     """A Kubernetes toleration."""
 
-    key: LabelKey = spec_field("Taint key. Default: all keys.", default="")
-    operator: Literal["Exists", "Equal"] = spec_field("Exists or Equal. Default Equal.", default="Equal")
-    value: LabelValue = spec_field("Taint value for Equal. Default: empty.", default="")
+    key: LabelKey = spec_field("Taint key. Default: all keys, which needs operator Exists.", default="")
+    operator: Literal["Exists", "Equal"] = spec_field("Exists (whatever the value) or Equal. Default Equal.", default="Equal")
+    value: LabelValue = spec_field("Taint value for Equal; Exists takes none. Default: empty.", default="")
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = spec_field("Taint effect. Default: all effects.", default="")
 
 

@@ -22,6 +22,7 @@ _NAME_LIMIT = 253
 _SHOWN = 80
 _SECTIONS = ("apiVersion", "kind", "metadata", "spec", "status")
 _MOST_VALUES = 10_000
+_GO_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def spec_problems(spec: Any, *, local: bool) -> list[Problem]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as kubectl reads it: a date is a string."""
+    """YAML as kubectl reads it: a date is a string, and 2e-4 is a number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own attribute
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
@@ -127,6 +128,10 @@ class _Loader(yaml.SafeLoader):
         if _expanded_size(node, {}) > _MOST_VALUES:
             raise yaml.constructor.ConstructorError(None, None, "the aliases expand to too much", node.start_mark)
         return super().construct_document(node)
+
+
+# PyYAML wants a point and a sign in the exponent. Last of the patterns, so that what is a whole number for both stays one.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _GO_FLOAT, list("-+.0123456789"))
 
 
 def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:

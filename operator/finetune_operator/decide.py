@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_api.exits import ExitCode
+from finetune_api.states import Reason
 from finetune_api.status import FineTuneJobStatus, Phase
 
 from finetune_operator.conditions import Standing, Verdict
@@ -20,7 +21,6 @@ from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
 from finetune_operator.subject import FINAL, Json, World, condition_of, is_being_deleted, is_finished
 
-REFUSED = "JobRefused"
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
 NEW_POD_SECONDS = 5.0  # a pod that takes longer to start has its events read
 
@@ -93,7 +93,7 @@ def stall_on_an_unreadable_spec(situation: Situation) -> Plan | None:
         return None
     if not is_unfinished(subject.raw):
         return Plan()  # it ended before this version came: what stands there stays true
-    verdict = Verdict(subject.stored.phase or Phase.PENDING, Standing.STALLED, "InvalidSpec", clean(subject.problem))
+    verdict = Verdict(subject.stored.phase or Phase.PENDING, Standing.STALLED, Reason.INVALID_SPEC, clean(subject.problem))
     return Plan(_write(situation, status_of(subject, subject.stored, verdict, situation.now)))
 
 
@@ -117,7 +117,7 @@ def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
     problem = _refusal(situation)
     if not problem or world.current is not None:
         return None
-    reason = "InvalidSpec" if world.subject.problem else "NotAllowed"
+    reason = Reason.INVALID_SPEC if world.subject.problem else Reason.NOT_ALLOWED
     return Plan(_fenced(_stalled(situation, reason, problem).actions, _delete(list(world.jobs))))
 
 
@@ -128,7 +128,7 @@ def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
     if not in_the_way:
         return None
     name = in_the_way[0]["metadata"]["name"]
-    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, "Replacing", f"Waiting until Job {name} and its pods are gone.")
+    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, Reason.REPLACING, f"Waiting until Job {name} and its pods are gone.")
     status = status_of(world.subject, carried_status(world.subject), verdict, situation.now)
     return Plan(_fenced(_write(situation, status), _delete(in_the_way)))
 
@@ -140,7 +140,7 @@ def stall_on_a_namesake(situation: Situation) -> Plan | None:
         return None
     name = world.namesake["metadata"]["name"]
     sentence = f"A Job named {name} exists and does not belong to this FineTuneJob; delete it, or set runPolicy.rerun to get another name."
-    return _stalled(situation, "NameTaken", sentence)
+    return _stalled(situation, Reason.NAME_TAKEN, sentence)
 
 
 def wait_until_leftover_pods_are_gone(situation: Situation) -> Plan | None:
@@ -149,7 +149,7 @@ def wait_until_leftover_pods_are_gone(situation: Situation) -> Plan | None:
     if not world.leftovers or world.current is not None:
         return None
     name = world.leftovers[0]["metadata"]["name"]
-    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, "Replacing", f"Waiting until pod {name} of a deleted Job has ended.")
+    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, Reason.REPLACING, f"Waiting until pod {name} of a deleted Job has ended.")
     status = status_of(world.subject, carried_status(world.subject), verdict, situation.now)
     return Plan(_write(situation, status), NEW_POD_SECONDS)
 
@@ -161,9 +161,9 @@ def create_what_is_missing(situation: Situation) -> Plan | None:
         return None
     create = (CreateJob(build_job(world.subject, situation.settings)),)
     base = carried_status(world.subject)
-    if base.phase is not None and any(item.reason == REFUSED for item in base.conditions):
+    if base.phase is not None and any(item.reason == Reason.JOB_REFUSED for item in base.conditions):
         return Plan(_fenced((), create))
-    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, "JobCreated", "Waiting for the Job to make its pod.")
+    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod.")
     return Plan(_fenced(_write(situation, status_of(world.subject, base, verdict, situation.now)), create))
 
 
@@ -179,7 +179,7 @@ def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
     sentence = (
         f"The trainer stopped {CHECKPOINTED_LIMIT} times by itself after saving a checkpoint; see the pods' logs, then set runPolicy.rerun."
     )
-    verdict = Verdict(Phase.FAILED, Standing.STALLED, "CheckpointedTooOften", sentence)
+    verdict = Verdict(Phase.FAILED, Standing.STALLED, Reason.CHECKPOINTED_TOO_OFTEN, sentence)
     seen = observed_status(world, situation.now).model_copy(update={"completion_time": timestamp(situation.now)})
     status = status_of(world.subject, seen, verdict, situation.now)
     return Plan(_fenced(_write(situation, status), _delete([job])))
@@ -219,7 +219,7 @@ def report_a_refused_job(situation: Situation, refusal: str, *, for_good: bool) 
     subject = situation.world.subject
     standing = Standing.STALLED if for_good else Standing.RECONCILING
     sentence = f"The API server refuses the Job: {clean(refusal, 800).rstrip('.')}; correct the spec, the quota or the policy."
-    verdict = Verdict(Phase.PENDING, standing, REFUSED, sentence)
+    verdict = Verdict(Phase.PENDING, standing, Reason.JOB_REFUSED, sentence)
     return Plan(_write(situation, status_of(subject, carried_status(subject), verdict, situation.now)))
 
 

@@ -3,18 +3,17 @@
 What the container wrote is untrusted: parsed strictly, cleaned, shortened. The exit code is the kubelet's word and wins over it.
 """
 
-import re
 from dataclasses import dataclass
 
 from finetune_api import names
 from finetune_api.exits import OOM_KILLED, REASONS, ExitCode
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.states import Reason
 from finetune_api.termination import TerminationMessage, parse
 
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, condition_of
 
-_CAMEL_CASE = re.compile(r"[A-Z][A-Za-z0-9]{0,127}")
 _UNSTARTED = {"ContainerCreating", "PodInitializing"}
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable"}
 
@@ -24,7 +23,7 @@ class Ending:
     """How a pod ended.
 
     Attributes:
-        reason: CamelCase, as in conditions and attempts.
+        reason: one of states.py or exits.py, as in conditions and attempts.
         sentence: for status.message.
         exit_code: None when the container never ran.
         said: the trainer's last words, where they are a termination message.
@@ -48,11 +47,6 @@ def container_state(pod: Json, state: str) -> Json | None:
     return dict(found) if found is not None else None
 
 
-def camel_case(reason: str, otherwise: str) -> str:
-    """The reason where it is one that a condition may have; a runtime may write anything there."""
-    return reason if _CAMEL_CASE.fullmatch(reason) else otherwise
-
-
 def is_ended(pod: Json) -> bool:
     """Whether the pod will run no more."""
     return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
@@ -68,16 +62,16 @@ def ending_of(pod: Json, spec: FineTuneJobSpec) -> Ending:
     status = pod.get("status") or {}
     disruption = condition_of(pod, "DisruptionTarget")
     if code == ExitCode.SUCCEEDED and status.get("phase") == "Succeeded":
-        return Ending("Succeeded", "", code, said)
+        return Ending(REASONS[ExitCode.SUCCEEDED], "", code, said)
     if status.get("reason") == "Evicted":
-        return Ending("Evicted", _evicted(str(status.get("message") or "")), code, said)
+        return Ending(Reason.EVICTED, _evicted(str(status.get("message") or "")), code, said)
     if disruption:
         return Ending(
-            "Disrupted", f"The pod was disrupted ({_disruption(disruption)}); the run continues from its last checkpoint.", code, said
+            Reason.DISRUPTED, f"The pod was disrupted ({_disruption(disruption)}); the run continues from its last checkpoint.", code, said
         )
     if terminated.get("reason") == "OOMKilled" or code == OOM_KILLED:
-        return Ending("OOMKilled", _out_of_memory(terminated, said, spec), code, said)
-    return Ending(_reason(code, terminated), _sentence(code, said, text, status), code, said)
+        return Ending(Reason.OOM_KILLED, _out_of_memory(terminated, said, spec), code, said)
+    return Ending(_reason(code), _sentence(code, said, text, status), code, said)
 
 
 def waiting_sentence(pod: Json, warnings: tuple[str, ...]) -> tuple[str, str]:
@@ -86,18 +80,18 @@ def waiting_sentence(pod: Json, warnings: tuple[str, ...]) -> tuple[str, str]:
     reason, detail = str(waiting.get("reason") or ""), clean(str(waiting.get("message") or ""), 600)
     if reason in _IMAGE:
         image = (pod["spec"]["containers"] or [{}])[0].get("image", "")
-        return "ImagePullFailed", clean(
+        return Reason.IMAGE_PULL_FAILED, clean(
             f"The image {image} can't be pulled ({reason}): {detail or 'no reason given'}; correct the image or spec.pod.imagePullSecrets."
         )
     if reason and reason not in _UNSTARTED:
-        return camel_case(reason, "PodWaiting"), clean(f"The pod can't start ({reason}): {detail or 'no reason given'}.")
+        return Reason.POD_WAITING, clean(f"The pod can't start ({reason}): {detail or 'no reason given'}.")
     unscheduled = _condition(pod, "PodScheduled", "False")
     if unscheduled:
         said = clean(str(unscheduled.get("message") or "no node is named yet"), 700).rstrip(".")
-        return "Unschedulable", clean(f"No node can take the pod: {said}; lower spec.resources, correct spec.scheduling, or wait.")
+        return Reason.UNSCHEDULABLE, clean(f"No node can take the pod: {said}; lower spec.resources, correct spec.scheduling, or wait.")
     if warnings:
-        return "ContainerCreating", clean(f"The pod can't start yet: {clean(warnings[0], 800)}")
-    return "ContainerCreating", "The pod is starting."
+        return Reason.CONTAINER_CREATING, clean(f"The pod can't start yet: {clean(warnings[0], 800)}")
+    return Reason.CONTAINER_CREATING, "The pod is starting."
 
 
 def _condition(pod: Json, kind: str, status: str) -> Json | None:
@@ -120,11 +114,8 @@ def _out_of_memory(terminated: Json, said: TerminationMessage | None, spec: Fine
     return f"The trainer {killed}{where}: its limit is {spec.resources.memory}; raise resources.memory, or lower training.maxLength or training.batchSize."
 
 
-def _reason(code: int | None, terminated: Json) -> str:
-    if code in set(ExitCode):
-        return REASONS[ExitCode(code)]
-    given = camel_case(str(terminated.get("reason") or ""), "Error")
-    return given if given != "Completed" else "Error"
+def _reason(code: int | None) -> str:
+    return REASONS[ExitCode(code)] if code in set(ExitCode) else Reason.ERROR
 
 
 def _sentence(code: int | None, said: TerminationMessage | None, text: str, status: Json) -> str:

@@ -6,15 +6,16 @@ It carries over what the stored status knows of the same run, since pods come an
 from datetime import UTC, datetime
 from typing import Literal, TypeVar
 
-from finetune_api.exits import ExitCode
+from finetune_api.exits import REASONS, ExitCode
 from finetune_api.fields import ApiModel
 from finetune_api.spec import Artifact, FineTuneJobSpec
+from finetune_api.states import Reason
 from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Progress, Stage
 from finetune_api.termination import TerminationMessage
 
 from finetune_operator.attempts import added_gpu_seconds, merge_attempts
 from finetune_operator.conditions import Standing, Verdict, build_conditions
-from finetune_operator.diagnosis import Ending, camel_case, container_state, ending_of, is_ended, waiting_sentence
+from finetune_operator.diagnosis import Ending, container_state, ending_of, is_ended, waiting_sentence
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, Subject, World, condition_of, is_being_deleted
 
@@ -77,7 +78,7 @@ def observed_status(world: World, now: datetime) -> FineTuneJobStatus:
 
 def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None) -> Verdict:
     if condition_of(job, "Complete"):
-        return Verdict(Phase.SUCCEEDED, Standing.READY, "Succeeded", _success_sentence(spec))
+        return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], _success_sentence(spec))
     failed = condition_of(job, "Failed")
     if failed:
         reason, sentence = _failure(failed, spec, last)
@@ -98,11 +99,14 @@ def _success_sentence(spec: FineTuneJobSpec) -> str:
 
 def _failure(failed: Json, spec: FineTuneJobSpec, last: Ending | None) -> tuple[str, str]:
     given = str(failed.get("reason") or "")
-    if given == "DeadlineExceeded":
+    if given == Reason.DEADLINE_EXCEEDED:
         limit = spec.run_policy.active_deadline_seconds
-        return given, f"The run was stopped after its deadline of {limit} s; raise runPolicy.activeDeadlineSeconds and set runPolicy.rerun."
-    if last is None or last.reason == "Succeeded":
-        return camel_case(given, "Failed"), clean(f"The Job failed: {failed.get('message') or given or 'no reason given'}")
+        return (
+            Reason.DEADLINE_EXCEEDED,
+            f"The run was stopped after its deadline of {limit} s; raise runPolicy.activeDeadlineSeconds and set runPolicy.rerun.",
+        )
+    if last is None or last.exit_code == ExitCode.SUCCEEDED:
+        return Reason.JOB_FAILED, clean(f"The Job failed: {failed.get('message') or given or 'no reason given'}")
     if given == "BackoffLimitExceeded" and spec.run_policy.backoff_limit:
         return last.reason, clean(f"{last.sentence} (Given up after {spec.run_policy.backoff_limit} retries.)")
     return last.reason, last.sentence
@@ -113,10 +117,10 @@ def _suspended(active: list[Json]) -> Verdict:
         return Verdict(
             Phase.RUNNING,
             Standing.RECONCILING,
-            "Suspending",
+            Reason.SUSPENDING,
             "The trainer saves its last step and stops, because runPolicy.suspend is true.",
         )
-    return Verdict(Phase.SUSPENDED, Standing.IDLE, "Suspended", "Suspended; set runPolicy.suspend to false to go on.")
+    return Verdict(Phase.SUSPENDED, Standing.IDLE, Reason.SUSPENDED, "Suspended; set runPolicy.suspend to false to go on.")
 
 
 def _active(pod: Json, warnings: tuple[str, ...]) -> Verdict:
@@ -124,20 +128,20 @@ def _active(pod: Json, warnings: tuple[str, ...]) -> Verdict:
         return Verdict(
             Phase.RUNNING,
             Standing.RECONCILING,
-            "Stopping",
+            Reason.STOPPING,
             "The pod is being stopped; the run continues from its last checkpoint in a new one.",
         )
     if container_state(pod, "running") is not None or container_state(pod, "terminated") is not None:
-        return Verdict(Phase.RUNNING, Standing.RECONCILING, "Running", "The trainer is at work.")
+        return Verdict(Phase.RUNNING, Standing.RECONCILING, Reason.RUNNING, "The trainer is at work.")
     return Verdict(Phase.PENDING, Standing.RECONCILING, *waiting_sentence(pod, warnings))
 
 
 def _podless(warnings: tuple[str, ...], last: Ending | None) -> Verdict:
     if warnings:
-        return Verdict(Phase.PENDING, Standing.RECONCILING, "PodNotCreated", clean(f"The Job can't make its pod: {warnings[0]}"))
-    if last and last.reason != "Succeeded":
-        return Verdict(Phase.PENDING, Standing.RECONCILING, "Retrying", clean(f"Waiting to try again, after: {last.sentence}"))
-    return Verdict(Phase.PENDING, Standing.RECONCILING, "JobCreated", "Waiting for the Job to make its pod.")
+        return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.POD_NOT_CREATED, clean(f"The Job can't make its pod: {warnings[0]}"))
+    if last and last.exit_code != ExitCode.SUCCEEDED:
+        return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.RETRYING, clean(f"Waiting to try again, after: {last.sentence}"))
+    return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod.")
 
 
 def _with_live(base: FineTuneJobStatus, world: World, verdict: Verdict, now: datetime) -> FineTuneJobStatus:
@@ -192,32 +196,32 @@ def _facts(spec: FineTuneJobSpec, base: FineTuneJobStatus, verdict: Verdict, las
     succeeded = verdict.phase is Phase.SUCCEEDED
     reached = last.said.stage if last and last.said else base.stage
     if succeeded or reached in _AFTER_TRAINING:
-        facts[ConditionType.TRAINED] = ("True", "Trained", "The adapter is trained.")
+        facts[ConditionType.TRAINED] = ("True", Reason.TRAINED, "The adapter is trained.")
     if base.quality and base.quality.shipped_matches_trained is not None:
         facts[ConditionType.VERIFIED] = _proof_fact(base.quality.shipped_matches_trained)
     if last and last.exit_code == ExitCode.PROOF:
-        facts[ConditionType.VERIFIED] = ("False", "ProofFailed", last.sentence)
+        facts[ConditionType.VERIFIED] = ("False", REASONS[ExitCode.PROOF], last.sentence)
     gate = _gate_fact(spec, base, last, passed=succeeded and spec.quality.on_failure == "Fail")
     if gate:
         facts[ConditionType.QUALITY_PASSED] = gate
     if succeeded:
-        facts[ConditionType.PUBLISHED] = ("True", "Published", _success_sentence(spec))
+        facts[ConditionType.PUBLISHED] = ("True", Reason.PUBLISHED, _success_sentence(spec))
     elif last and last.exit_code == ExitCode.NOT_PUBLISHED:
-        facts[ConditionType.PUBLISHED] = ("False", "NotPublished", last.sentence)
+        facts[ConditionType.PUBLISHED] = ("False", REASONS[ExitCode.NOT_PUBLISHED], last.sentence)
     return facts
 
 
 def _proof_fact(holds: bool) -> tuple[Literal["True", "False", "Unknown"], str, str]:
     if holds:
-        return "True", "ShippedMatchesTrained", "The exported model computes what the trained one does."
-    return "False", "ProofFailed", "The exported model is not the trained one."
+        return "True", Reason.SHIPPED_MATCHES_TRAINED, "The exported model computes what the trained one does."
+    return "False", REASONS[ExitCode.PROOF], "The exported model is not the trained one."
 
 
 def _gate_fact(
     spec: FineTuneJobSpec, base: FineTuneJobStatus, last: Ending | None, *, passed: bool
 ) -> tuple[Literal["True", "False", "Unknown"], str, str] | None:
     if last and last.exit_code == ExitCode.QUALITY:
-        return "False", "QualityGateFailed", last.sentence
+        return "False", REASONS[ExitCode.QUALITY], last.sentence
     limit, quality = spec.quality.max_loss_increase_percent, base.quality
     if limit is None or quality is None or not quality.tuned_loss or not quality.quantized_loss:
         return None
@@ -228,7 +232,7 @@ def _gate_fact(
         return None
     sentence = f"Held-out loss: quantized {quality.quantized_loss}, tuned {quality.tuned_loss}, {increase:+.2f} %; the limit is {limit} %."
     # The trainer decides on unrounded losses: where it published under onFailure Fail, the gate was passed.
-    return ("True", "WithinLimit", sentence) if passed or increase <= float(limit) else ("False", "AboveLimit", sentence)
+    return ("True", Reason.WITHIN_LIMIT, sentence) if passed or increase <= float(limit) else ("False", Reason.ABOVE_LIMIT, sentence)
 
 
 def _known_facts(base: FineTuneJobStatus) -> Facts:

@@ -12,7 +12,7 @@ from kubernetes import client, config
 from support.bad_specs import BAD_SPECS, LAPTOP_ONLY, STRICTER_OFFLINE, BadSpec
 from support.kubernetes import Cluster
 from support.mutations import mutated
-from support.specs import full_spec, job, minimal_spec
+from support.specs import GOOD_SPECS, full_spec, job, minimal_spec
 
 pytestmark = pytest.mark.cluster
 
@@ -66,7 +66,7 @@ def test_the_laptops_example_is_refused_with_a_sentence(kube: Cluster) -> None:
     assert "spec.outputs.destinations: file:// works only on a laptop; use s3:// or hf://" in refused.stderr
 
 
-@pytest.mark.parametrize("spec", [minimal_spec(), full_spec()], ids=["minimal", "full"])
+@pytest.mark.parametrize("spec", [minimal_spec(), full_spec(), *GOOD_SPECS.values()], ids=["minimal", "full", *GOOD_SPECS])
 def test_a_good_spec_is_taken(dry_run: DryRun, spec: Any) -> None:
     assert dry_run(spec) == ""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from support.specs import REMOVED, Spec, changed, minimal_spec
+from support.specs import REMOVED, Spec, with_changes
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,7 @@ class BadSpec:
     @property
     def spec(self) -> Spec:
         """The spec."""
-        spec = minimal_spec()
-        for path, value in self.changes.items():
-            spec = changed(spec, path, value)
-        return spec
+        return with_changes(self.changes)
 
 
 def _rule(changes: dict[str, Any], path: str, sentence: str) -> BadSpec:
@@ -39,6 +36,7 @@ URI = "outputs.destinations.0.uri"
 _HELD_OUT = "dataset.evaluation.percent"
 _GATE = "quality.maxLossIncreasePercent"
 _S3 = "s3://models/base"
+_TOLERATIONS = "scheduling.tolerations"
 
 STRUCTURE: dict[str, BadSpec] = {
     "a number below its bound": BadSpec({"lora.rank": 0}, "spec.lora.rank", "found 0, but 1 or more is expected"),
@@ -115,6 +113,50 @@ RULES: dict[str, BadSpec] = {
         {"dataset.source": "pvc://claim/rows", "dataset.endpoint": "https://s3.example.com"},
         "spec.dataset.endpoint",
         "an endpoint belongs to s3:// only",
+    ),
+    "an endpoint without a bucket among the data": _rule(
+        {
+            "dataset.source": "pvc://claim/rows",
+            "dataset.evaluation.source": "pvc://claim/held-out",
+            "dataset.endpoint": "https://s3.example.com",
+        },
+        "spec.dataset.endpoint",
+        "remove it or correct dataset.source or dataset.evaluation.source",
+    ),
+    "a model's bucket with a password": _rule(
+        {"model.source": "s3://me:hush@models/base"}, "spec.model.source", "remove them and use model.credentials.secretName"
+    ),
+    "a model's bucket with a user, without a prefix": _rule(
+        {"model.source": "s3://me@models"}, "spec.model.source", "an S3 address holds no user and no secret"
+    ),
+    "a dataset's bucket with a password": _rule(
+        {"dataset.source": "s3://me:hush@corpora/rows.jsonl"}, "spec.dataset.source", "use dataset.credentials.secretName"
+    ),
+    "a held-out bucket with a password": _rule(
+        {"dataset.evaluation.source": "s3://me:hush@corpora/held-out.jsonl"},
+        "spec.dataset.evaluation.source",
+        "use dataset.credentials.secretName",
+    ),
+    "a destination's bucket with a password": _rule(
+        {URI: "s3://me:hush@models/tiny"}, "spec.outputs.destinations", "use the destination's credentials.secretName"
+    ),
+    "a checkpoint bucket with a password": _rule(
+        {"storage.checkpoints.uri": "s3://me:hush@models/tiny"},
+        "spec.storage.checkpoints.uri",
+        "use storage.checkpoints.credentials.secretName",
+    ),
+    "a toleration of all keys": _rule(
+        {_TOLERATIONS: [{"effect": "NoSchedule"}]}, f"spec.{_TOLERATIONS}", "without a key needs operator Exists; add one of the two"
+    ),
+    "a toleration of an empty key": _rule(
+        {_TOLERATIONS: [{"key": "gpu"}, {"key": "", "operator": "Equal", "value": "h100"}]},
+        f"spec.{_TOLERATIONS}",
+        "without a key needs operator Exists",
+    ),
+    "a toleration of every value with a value": _rule(
+        {_TOLERATIONS: [{"key": "gpu", "operator": "Exists", "value": "h100"}]},
+        f"spec.{_TOLERATIONS}",
+        "operator Exists takes no value; remove it, or use Equal",
     ),
     "a group size for one scale a channel": _rule(
         {"quantization": {"scheme": "int8", "groupSize": 32}}, "spec.quantization.groupSize", "a group size fits int8-int4 and int4"

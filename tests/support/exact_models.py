@@ -10,6 +10,7 @@ from finetune_trainer.qat.prepare import exact_layers, prepare
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from support.tiny_model import tiny_llama
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 SCHEMES = (Scheme.INT8, Scheme.INT8_INT4)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -27,6 +28,20 @@ def lora_model(
     base = tiny_llama(seed=seed, **changes)
     for parameter in base.parameters():  # as from_pretrained: buffers such as the rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
+    return _with_adapter(base, targets, rank, seed)
+
+
+def lora_opt(*, seed: int = 0, **changes: Any) -> PeftModel:
+    """Likewise a tiny OPT, which keeps its dropout as numbers; `changes` go to OPTConfig."""
+    settings: dict[str, Any] = {"vocab_size": 260, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "max_position_embeddings": 128, "dropout": 0.0, "pad_token_id": 2, "eos_token_id": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = OPTForCausalLM(OPTConfig(**(settings | changes)))
+    return _with_adapter(base, "all-linear", 4, seed)
+
+
+def _with_adapter(base: PreTrainedModel, targets: str, rank: int, seed: int) -> PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         model = add_adapter(base, LoraSpec(rank=rank, target_modules=targets))

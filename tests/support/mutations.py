@@ -87,6 +87,8 @@ ODD_VALUES: tuple[Any, ...] = (
         "s3://bucket/a\u2003b",
         "s3://bucket/a\nb",
         "s3://bucket/é",
+        "s3://me:hush@bucket/key",
+        "s3://bucket/key@v2",
     ),
     *("hf://a", "hf://a/b", "hf://a/b@c", "hf://a/b@c/d", "hf://a/b/c/d", "hf:///"),
     *("pvc://c", "pvc://c/p", "configmap://a", "configmap://a/b", "configmap://a/b/c", "file:///x", "file://x"),

@@ -12,6 +12,7 @@ from typing import Any, cast
 import aiohttp
 from finetune_api import names
 from finetune_api.spec import API_VERSION, KIND
+from finetune_api.states import STATES
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
@@ -105,7 +106,7 @@ def broken_status_rules(status: Json, generation: int) -> list[str]:
         "not Ready while Reconciling or Stalled": not progressing or conditions["Ready"]["status"] == "False",
         "observedGeneration is at most the generation": status.get("observedGeneration", 0) <= generation,
         "a condition's observedGeneration too": all(item.get("observedGeneration", 0) <= generation for item in conditions.values()),
-        "reasons are CamelCase": all(item["reason"].isascii() and item["reason"].isalnum() and item["reason"][0].isupper() for item in conditions.values()),
+        "reasons are documented": all(item["reason"] in STATES for item in conditions.values()),
         "messages are 1 to 1024 characters": all(1 <= len(item.get("message", "")) <= 1024 for item in conditions.values()),
         "the message is 1 to 1024 characters": 1 <= len(status.get("message", "")) <= 1024,
     }  # fmt: skip

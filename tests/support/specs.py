@@ -1,4 +1,4 @@
-"""Specs that tests start from, and how to change one: minimal_spec(), full_spec(), changed().
+"""Specs that tests start from, and how to change one: minimal_spec(), full_spec(), changed(); and GOOD_SPECS at the edges of the rules.
 
 Paths are written as the API writes them: dots, with list indices as numbers, such as outputs.destinations.0.uri.
 """
@@ -66,6 +66,42 @@ def changed(spec: Spec, path: str, value: Any) -> Spec:
     else:
         target[last] = deepcopy(value)
     return result
+
+
+def with_changes(changes: dict[str, Any]) -> Spec:
+    """The smallest spec with other values at some paths."""
+    spec = minimal_spec()
+    for path, value in changes.items():
+        spec = changed(spec, path, value)
+    return spec
+
+
+# For the offline verdicts and for the API server.
+GOOD_SPECS: dict[str, Spec] = {
+    "a toleration of every taint": with_changes({"scheduling.tolerations": [{"operator": "Exists"}]}),
+    "a toleration of a key without a value": with_changes({"scheduling.tolerations": [{"key": "gpu"}]}),
+    "a toleration of every value, with an empty one": with_changes(
+        {"scheduling.tolerations": [{"key": "gpu", "operator": "Exists", "value": ""}]}
+    ),
+    "a toleration of a key and a value": with_changes({"scheduling.tolerations": [{"key": "gpu", "operator": "Equal", "value": "h100"}]}),
+    "an endpoint for held-out data alone": with_changes(
+        {
+            "dataset.source": "hf://acme/rows/train.jsonl",
+            "dataset.evaluation.source": "s3://corpora/held-out.jsonl",
+            "dataset.endpoint": "https://s3.example.com",
+        }
+    ),
+    "an @ in a key": with_changes(
+        {
+            "model.source": "s3://models/base@v2",
+            "dataset.source": "s3://corpora/rows@v2.jsonl",
+            "dataset.evaluation.source": "s3://corpora/2026/held-out@v2.jsonl",
+            "outputs.destinations.0.uri": "s3://models/tiny@v2",
+            "storage.checkpoints.uri": "s3://models/tiny@v2",
+        }
+    ),
+    "buckets alone": with_changes({"outputs.destinations.0.uri": "s3://models", "storage.checkpoints.uri": "s3://models"}),
+}
 
 
 def job(spec: Any, name: str = "test") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from finetune_api.fields import ApiModel, FieldClass, leaves
 from finetune_api.spec import Artifact, FineTuneJobSpec
 from finetune_api.validation import parse_spec, spec_problems, verdicts
 from pydantic.fields import FieldInfo
-from support.specs import REMOVED, changed, full_spec, minimal_spec
+from support.specs import GOOD_SPECS, REMOVED, Spec, changed, full_spec, minimal_spec
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
 ON_A_LAPTOP = "laptop.yaml"
@@ -118,6 +118,11 @@ def test_the_smallest_spec_has_nothing_to_spare(path: str) -> None:
 
 def test_the_full_spec_is_valid() -> None:
     assert spec_problems(full_spec(), local=False) == []
+
+
+@pytest.mark.parametrize("spec", GOOD_SPECS.values(), ids=GOOD_SPECS.keys())
+def test_a_spec_at_the_edge_of_a_rule_is_valid(spec: Spec) -> None:
+    assert [str(problem) for problem in spec_problems(spec, local=False)] == []
 
 
 def test_what_is_parsed_is_written_as_it_was() -> None:

@@ -29,6 +29,16 @@ def of_job(**changes: Any) -> str:
     return yaml.safe_dump(job(minimal_spec()) | changes)
 
 
+def quoted(spec: Any, name: str = "test") -> str:
+    """A job as YAML whose strings are in quotes; PyYAML writes 5e-5 without, which kubectl takes for a number."""
+    return json.dumps(job(spec, name))
+
+
+def with_line(line: str) -> str:
+    """A good job with one more line of YAML in its spec."""
+    return f"{GOOD}  {line}\n"
+
+
 REFUSED = BAD_SPECS | STRICTER_OFFLINE
 each_bad = pytest.mark.parametrize("bad", REFUSED.values(), ids=REFUSED.keys())
 
@@ -46,7 +56,7 @@ def test_a_bad_spec_has_one_problem_at_its_field(bad: BadSpec) -> None:
 
 @each_bad
 def test_a_bad_specs_sentence_says_what_is_expected(bad: BadSpec) -> None:
-    (sentence,) = sentences(yaml.safe_dump(job(bad.spec)))
+    (sentence,) = sentences(quoted(bad.spec))
     assert sentence.startswith(f"{bad.path}: ")
     assert bad.sentence in sentence
     assert sentence.endswith(".")
@@ -144,7 +154,7 @@ def test_a_bad_document_has_one_problem(text: str, sentence: str) -> None:
 
 def test_a_good_document_has_no_problem() -> None:
     assert sentences(GOOD) == []
-    assert sentences(yaml.safe_dump(job(full_spec()))) == []
+    assert sentences(quoted(full_spec())) == []
 
 
 def test_the_operators_status_is_no_problem() -> None:
@@ -156,7 +166,41 @@ def test_json_is_yaml() -> None:
 
 
 def test_a_date_is_a_string_as_it_is_for_kubectl() -> None:
-    assert parse_job(f"{GOOD}  runPolicy: {{rerun: 2026-01-01}}\n").spec.run_policy.rerun == "2026-01-01"
+    assert parse_job(with_line("runPolicy: {rerun: 2026-01-01}")).spec.run_policy.rerun == "2026-01-01"
+
+
+def test_a_learning_rate_without_quotes_is_a_number_as_it_is_for_kubectl() -> None:
+    (found,) = sentences(with_line("training: {learningRate: 2e-4}"))
+    assert found == "spec.training.learningRate: found 0.0002, but a string is expected; put it in quotes."
+
+
+@pytest.mark.parametrize("rate", ['"2e-4"', "'2e-4'", "!!str 2e-4"])
+def test_a_learning_rate_in_quotes_is_a_string(rate: str) -> None:
+    assert parse_job(with_line(f"training: {{learningRate: {rate}}}")).spec.training.learning_rate == "2e-4"
+
+
+@pytest.mark.parametrize("number", ["2e4", "2E-4", "+2e-4", "-2e4", "1.5e3", ".5e3", "2.e3", "0.5", ".5", "08"])
+def test_a_number_without_quotes_is_no_string(number: str) -> None:
+    (found,) = sentences(with_line(f"runPolicy: {{rerun: {number}}}"))
+    assert "a string is expected; put it in quotes" in found
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False).map(repr))
+@example("1e-05")
+@example("1e+16")
+def test_every_number_as_python_writes_it_is_no_string(number: str) -> None:
+    (found,) = sentences(with_line(f"runPolicy: {{rerun: {number}}}"))
+    assert "a string is expected; put it in quotes" in found
+
+
+@pytest.mark.parametrize("word", ["e5", "1e", "2e-", "1e5x", "x1e5", "1.2.3", ".", "-", "+.e3", "1-2", "2026-01-01", "1e5-1"])
+def test_what_only_resembles_a_number_is_a_string(word: str) -> None:
+    assert parse_job(with_line(f"runPolicy: {{rerun: {word}}}")).spec.run_policy.rerun == word
+
+
+@pytest.mark.parametrize(("number", "value"), [("8", 8), ("+8", 8), ("0x10", 16), ("010", 8), ("0b11", 3), ("1_6", 16)])
+def test_a_whole_number_stays_one(number: str, value: int) -> None:
+    assert parse_job(with_line(f"lora: {{rank: {number}}}")).spec.lora.rank == value
 
 
 def test_an_alias_is_what_it_names() -> None:
@@ -191,7 +235,7 @@ def test_problems_come_in_the_order_of_the_text() -> None:
 
 
 def test_a_good_document_is_parsed_with_its_metadata() -> None:
-    parsed = parse_job(yaml.safe_dump(job(full_spec(), name="bot")))
+    parsed = parse_job(quoted(full_spec(), name="bot"))
     assert parsed.metadata == {"name": "bot"}
     assert parsed.spec.wire() == full_spec()
 
@@ -236,6 +280,9 @@ def test_no_spec_makes_them_raise(spec: Any) -> None:
 @example("!!bool x")
 @example("!!timestamp x")
 @example("!!float x")
+@example("1e400")
+@example("1e400: 2e-4")
+@example("!!float 1:2e3")
 @example("2026-13-45")
 @example("a: 2026-02-30")
 @example("[" * 1500)

@@ -268,7 +268,11 @@ def test_a_run_that_checkpointed_too_often_has_a_completion_time() -> None:
     ("pod", "reason", "parts"),
     [
         ({"state": {"waiting": {"reason": "ImagePullBackOff", "message": "not found"}}}, "ImagePullFailed", ["trainer:1", "not found"]),
-        ({"state": {"waiting": {"reason": "CreateContainerConfigError", "message": "no"}}}, "CreateContainerConfigError", ["no"]),
+        (
+            {"state": {"waiting": {"reason": "CreateContainerConfigError", "message": "no"}}},
+            "PodWaiting",
+            ["CreateContainerConfigError", "no"],
+        ),
         ({"state": {"waiting": {"reason": "not a word"}}}, "PodWaiting", ["not a word"]),
         (
             {"conditions": ({"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available."},)},
