@@ -180,7 +180,9 @@ def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
         f"The trainer stopped {CHECKPOINTED_LIMIT} times by itself after saving a checkpoint; see the pods' logs, then set runPolicy.rerun."
     )
     verdict = Verdict(Phase.FAILED, Standing.STALLED, Reason.CHECKPOINTED_TOO_OFTEN, sentence)
-    seen = observed_status(world, situation.now).model_copy(update={"completion_time": timestamp(situation.now)})
+    seen = observed_status(world, situation.now, situation.settings.stuck_after).model_copy(
+        update={"completion_time": timestamp(situation.now)}
+    )
     status = status_of(world.subject, seen, verdict, situation.now)
     return Plan(_fenced(_write(situation, status), _delete([job])))
 
@@ -188,7 +190,7 @@ def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
 def report_what_is_seen(situation: Situation) -> Plan | None:
     """The Job exists: live fields follow the spec, the status follows the pods."""
     world = situation.world
-    status = observed_status(world, situation.now)
+    status = observed_status(world, situation.now, situation.settings.stuck_after)
     if status.phase in (Phase.SUCCEEDED, Phase.FAILED):
         return Plan((*_write(situation, status), *_ttl(situation)))
     return Plan((*_live(situation), *_write(situation, status)), _again(situation))

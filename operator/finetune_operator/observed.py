@@ -3,7 +3,7 @@
 It carries over what the stored status knows of the same run, since pods come and go.
 """
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar
 
 from finetune_api.exits import REASONS, ExitCode
@@ -52,8 +52,12 @@ def status_of(subject: Subject, base: FineTuneJobStatus, verdict: Verdict, now: 
     )
 
 
-def observed_status(world: World, now: datetime) -> FineTuneJobStatus:
-    """The status of a run whose Job exists."""
+def observed_status(world: World, now: datetime, stuck_after: timedelta) -> FineTuneJobStatus:
+    """The status of a run whose Job exists.
+
+    Args:
+        stuck_after: a training that makes no step for so long is said to make no progress.
+    """
     subject, spec, job, pods = world.subject, world.subject.spec, world.current, world.current_pods
     assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
     assert job is not None  # noqa: S101
@@ -71,6 +75,8 @@ def observed_status(world: World, now: datetime) -> FineTuneJobStatus:
         }
     )
     base = _with_live(base, world, verdict, now)
+    if verdict.reason == Reason.RUNNING:
+        verdict = _moving(world, base, verdict, now - stuck_after)
     if last and last.said:
         base = _with_words(base, last.said, final=verdict.phase in (Phase.SUCCEEDED, Phase.FAILED))
     return status_of(subject, base, verdict, now, _facts(spec, base, verdict, last))
@@ -154,6 +160,18 @@ def _with_live(base: FineTuneJobStatus, world: World, verdict: Verdict, now: dat
     if fresh and base.stage == report.stage and not _is_due(base.progress, fresh, now):
         return base
     return base.model_copy(update={"stage": report.stage, "progress": _cleaned(fresh) if fresh else base.progress})
+
+
+def _moving(world: World, base: FineTuneJobStatus, verdict: Verdict, since: datetime) -> Verdict:
+    """The verdict, unless the last step and the start of the pod that trains are both older than `since`. Nothing is stopped for it."""
+    running = [state for pod in world.current_pods if (state := container_state(pod, "running"))]
+    if base.stage is not Stage.TRAINING or base.progress is None or not base.progress.updated_at or not running:
+        return verdict
+    last = max(base.progress.updated_at, str(running[-1].get("startedAt") or ""))
+    if datetime.fromisoformat(last) > since:
+        return verdict
+    sentence = f"No optimizer step was done since {last}; look at the pod's log and node. Deleting the pod makes another one that resumes."
+    return Verdict(verdict.phase, verdict.standing, Reason.NO_PROGRESS, sentence)
 
 
 def _is_due(stored: Progress | None, fresh: Progress, now: datetime) -> bool:

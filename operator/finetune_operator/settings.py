@@ -1,5 +1,6 @@
 """What the administrator decides, read once from the environment (FINETUNE_OPERATOR_*) by main.py. No I/O beyond that."""
 
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
@@ -26,10 +27,17 @@ class Settings(BaseSettings):
     """Every so often each unfinished job is looked at again, whether or not an event came."""
     concurrency: Annotated[int, Field(ge=1, le=256)] = 8
     """Jobs that are worked on at the same time."""
+    no_progress_minutes: Annotated[float, Field(gt=0)] = 30
+    """A training that makes no optimizer step for so long gets the reason NoProgress. Nothing is stopped."""
     health_port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """Port of /healthz."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least important lines that are logged."""
+
+    @property
+    def stuck_after(self) -> timedelta:
+        """How long a training may go without a step."""
+        return timedelta(minutes=self.no_progress_minutes)
 
     def allows_image(self, image: str) -> bool:
         """Whether a job may name this image; none, or the operator's own, is always allowed."""

@@ -507,6 +507,21 @@ def test_a_new_stage_is_written_at_once() -> None:
     assert status_with(report(10, stage=Stage.EVALUATING), 1, first)["stage"] == "Evaluating"
 
 
+def test_a_training_without_a_step_for_half_an_hour_says_so_and_goes_on() -> None:
+    first = status_with(report(10))
+    assert ready_reason(status_with(report(10), 29 * 60, first)) == "Running"
+    stuck = status_with(report(10), 30 * 60, first)
+    assert ready_reason(stuck) == "NoProgress"
+    assert (stuck["phase"], broken_status_rules(stuck, 1)) == ("Running", [])
+    assert "2026-01-01T12:00:00Z" in stuck["message"]
+    assert ready_reason(status_with(report(11), 31 * 60, stuck)) == "Running"
+
+
+def test_a_stage_without_steps_is_no_lack_of_progress() -> None:
+    evaluating = status_with(report(10, stage=Stage.EVALUATING), 0, status_with(report(10)))
+    assert ready_reason(status_with(report(10, stage=Stage.EVALUATING), 3600, evaluating)) == "Running"
+
+
 def test_only_a_running_pod_is_asked_for_progress() -> None:
     raw = build_finetunejob()
     job = job_for(raw)
