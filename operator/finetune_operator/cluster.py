@@ -1,7 +1,7 @@
 """The only file that talks to the Kubernetes API: reads and writes JSON values, with a time limit on every request.
 
 RBAC it needs, and nothing more: finetunejobs get, list, watch; finetunejobs/status patch; batch jobs get, list, watch, create, patch,
-delete; pods get, list, watch; events list. No Secrets, no wildcard, no write to a spec of ours.
+delete; pods get, list, watch; events list, create. No Secrets, no wildcard, no write to a spec of ours.
 """
 
 import json
@@ -101,6 +101,10 @@ class Cluster:
         """The warning events about the object of this UID."""
         fields = f"involvedObject.uid={uid},type=Warning"
         return await self._list(f"/api/v1/namespaces/{quote(namespace)}/events", {"fieldSelector": fields, "limit": _PAGE})
+
+    async def create_event(self, event: Json) -> None:
+        """Makes an event; 409 when there is one of its name."""
+        await self._request("POST", f"/api/v1/namespaces/{quote(event['metadata']['namespace'])}/events", body=event)
 
     def _finetunejob(self, key: Key) -> str:
         return f"/apis/{GROUP}/{VERSION}/namespaces/{quote(key.namespace)}/{PLURAL}/{quote(key.name)}"

@@ -13,6 +13,7 @@ from finetune_api.exits import ExitCode
 from finetune_api.states import Reason
 from finetune_api.status import FineTuneJobStatus, Phase
 
+from finetune_operator.announcements import CREATED, Announcement, announcements, build_event
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields
 from finetune_operator.diagnosis import container_state, is_ended
@@ -55,7 +56,14 @@ class WriteStatus:
     patch: Json
 
 
-Action = CreateJob | DeleteJob | PatchJob | WriteStatus
+@dataclass(frozen=True)
+class Announce:
+    """Make an event; one that can't be made is not missed."""
+
+    event: Json
+
+
+Action = CreateJob | DeleteJob | PatchJob | WriteStatus | Announce
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,8 @@ def create_what_is_missing(situation: Situation) -> Plan | None:
     world = situation.world
     if world.current is not None:
         return None
-    create = (CreateJob(build_job(world.subject, situation.settings)),)
+    created = Announcement(CREATED, f"The Job {world.subject.run.job_name} was made.")
+    create = (CreateJob(build_job(world.subject, situation.settings)), Announce(build_event(world.subject, created, situation.now)))
     base = carried_status(world.subject)
     if base.phase is not None and any(item.reason == Reason.JOB_REFUSED for item in base.conditions):
         return Plan(_fenced((), create))
@@ -270,9 +279,14 @@ def merge_patch(before: Json, after: Json) -> Json:
 
 
 def _write(situation: Situation, status: FineTuneJobStatus) -> tuple[Action, ...]:
-    raw: dict[str, Any] = situation.world.subject.raw.get("status") or {}
+    """The status where it differs, and behind it the events that speak of it."""
+    subject = situation.world.subject
+    raw: dict[str, Any] = subject.raw.get("status") or {}
     patch = merge_patch(raw, status.wire())
-    return (WriteStatus(patch),) if patch else ()
+    if not patch:
+        return ()
+    news = announcements(carried_status(subject), status) if subject.spec else ()
+    return (WriteStatus(patch), *(Announce(build_event(subject, item, situation.now)) for item in news))
 
 
 def _fenced(write: tuple[Action, ...], actions: tuple[Action, ...]) -> tuple[Action, ...]:

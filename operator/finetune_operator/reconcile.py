@@ -15,6 +15,7 @@ from finetune_api import names
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.decide import (
     Action,
+    Announce,
     CreateJob,
     DeleteJob,
     PatchJob,
@@ -113,6 +114,16 @@ class Reconciler:
                 await _unless_gone(self.cluster.patch_job(namespace, name, patch))
             case DeleteJob(name, uid):
                 await _unless_gone(self.cluster.delete_job(namespace, name, uid))
+            case Announce(event):
+                await self._announce(subject, event)
+
+    async def _announce(self, subject: Subject, event: Json) -> None:
+        """An event is for people who look on: that it can't be made delays nothing."""
+        try:
+            await self.cluster.create_event(event)
+        except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            if not isinstance(error, ApiError) or error.reason != "AlreadyExists":
+                logger.warning("%s: no event %s: %s", subject.key, event["reason"], error)
 
     async def _create_or_report(self, subject: Subject, manifest: Json) -> None:
         try:
@@ -197,6 +208,8 @@ def _summary(action: Action) -> str:
             return f"patch Job {name}: {patch}"
         case DeleteJob(name, _):
             return f"delete Job {name}"
+        case Announce(event):
+            return f"event {event['reason']}"
 
 
 def _log_failure(key: Key, error: BaseException, backoff_seconds: float) -> None:

@@ -116,6 +116,23 @@ def test_a_run_that_succeeds(make: Make) -> None:
     assert child["metadata"]["ownerReferences"][0]["kind"] == "FineTuneJob"
 
 
+def events_of(made: JobInCluster) -> set[str]:
+    listed = made.kube.get(
+        "events", "-n", made.namespace, "--field-selector", f"involvedObject.kind=FineTuneJob,involvedObject.name={made.name}"
+    )
+    return {item["reason"] for item in listed.get("items", [])}
+
+
+def test_events_tell_the_story_of_a_run(make: Make) -> None:
+    good, bad = make("exit-0-told"), make("exit-11-told")
+    good.wait_for_phase("Succeeded", 60)
+    bad.wait_for_phase("Failed", 60)
+    good.kube.wait("its events", lambda: events_of(good) == {"Created", "Started", "Succeeded", "Published"})
+    bad.kube.wait("its events", lambda: events_of(bad) == {"Created", "Started", "Failed"})
+    described = good.kube.kubectl("describe", "ftj", good.name, "-n", good.namespace).stdout
+    assert "adapter at s3://models/tiny/lora_model" in described
+
+
 def test_bad_data_fails_at_once_with_the_trainers_sentence(make: Make) -> None:
     status = make("exit-11").wait_for_phase("Failed", 60)
     assert condition(status, "Stalled")["reason"] == "InvalidData"

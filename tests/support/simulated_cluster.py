@@ -172,6 +172,7 @@ class SimulatedCluster:
     finetunejob: Json | None = None
     jobs: dict[str, Json] = field(default_factory=dict)
     pods: dict[str, Json] = field(default_factory=dict)
+    events: dict[str, Json] = field(default_factory=dict)
     now: datetime = NOW
     is_writing: bool = False
     refusal: ApiError | None = None
@@ -348,6 +349,13 @@ class SimulatedCluster:
         """As Cluster."""
         await _Pause(writes=False)
         return []
+
+    async def create_event(self, event: Json) -> None:
+        """As Cluster."""
+        await _Pause(writes=True)
+        if event["metadata"]["name"] in self.events:
+            raise ApiError(409, "AlreadyExists", "")
+        self.events[event["metadata"]["name"]] = deepcopy(event)
 
     def _next(self, prefix: str) -> str:
         self._counter += 1

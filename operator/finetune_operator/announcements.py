@@ -1,0 +1,70 @@
+"""Events on a FineTuneJob, at most four a run: Created, Started, Succeeded or Failed, Published. Pure; used by decide.py.
+
+They are made from what a status write changes and sent after it is stored, so that nobody sees an event for a state that was never stored. A name
+holds run and reason: another pass, or another operator, makes the same event, which the API server then has already.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from finetune_api import names
+from finetune_api.spec import API_VERSION, KIND
+from finetune_api.status import FineTuneJobStatus, Phase
+
+from finetune_operator.observed import timestamp
+from finetune_operator.redaction import clean
+from finetune_operator.subject import Json, Subject
+
+CREATED, STARTED, PUBLISHED = "Created", "Started", "Published"
+_NAME_LIMIT = 253
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """One event: its CamelCase reason and its sentence."""
+
+    reason: str
+    message: str
+
+    @property
+    def kind(self) -> str:
+        """How Kubernetes sorts it."""
+        return "Warning" if self.reason == Phase.FAILED else "Normal"
+
+
+def announcements(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[Announcement]:
+    """What is new in the status of one run.
+
+    Args:
+        before: what the stored status knows of the run; blank for a new one.
+        after: what is about to be stored.
+    """
+    if after.start_time and not before.start_time:
+        yield Announcement(STARTED, f"The first pod of the run started at {after.start_time}.")
+    if after.phase in (Phase.SUCCEEDED, Phase.FAILED) and before.phase is not after.phase:
+        yield Announcement(after.phase.value, after.message)
+        if after.artifacts and after.phase is Phase.SUCCEEDED:
+            yield Announcement(PUBLISHED, clean("; ".join(f"{item.kind} at {item.uri}" for item in after.artifacts)))
+
+
+def build_event(subject: Subject, announcement: Announcement, now: datetime) -> Json:
+    """The event as the API server takes it."""
+    digest = hashlib.sha256(f"{subject.uid}/{subject.run.run_digest}/{announcement.reason}".encode()).hexdigest()[:16]
+    stem = subject.key.name[: _NAME_LIMIT - 1 - len(digest)].rstrip("-.")
+    about = {"apiVersion": API_VERSION, "kind": KIND, "namespace": subject.key.namespace, "name": subject.key.name, "uid": subject.uid}
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": f"{stem}.{digest}", "namespace": subject.key.namespace},
+        "involvedObject": about,
+        "reason": announcement.reason,
+        "message": announcement.message,
+        "type": announcement.kind,
+        "source": {"component": names.MANAGED_BY},
+        "reportingComponent": names.MANAGED_BY,
+        "firstTimestamp": timestamp(now),
+        "lastTimestamp": timestamp(now),
+        "count": 1,
+    }
