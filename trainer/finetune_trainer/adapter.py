@@ -18,7 +18,7 @@ def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
     """The base model with a LoRA adapter: A random, B zero, no dropout.
 
     Raises:
-        SpecError: a target module that the model does not have.
+        SpecError: a target module that the model does not have, or its output head.
     """
     targets: Any = lora.target_modules
     if targets != "all-linear":
@@ -57,10 +57,16 @@ def published_base(job: JobDescription) -> str:
 
 
 def _require_targets(base: PreTrainedModel, targets: list[str]) -> None:
-    known = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    head = base.get_output_embeddings()
+    known = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in known):
-            linears = sorted({name.rpartition(".")[2] for name in known})
+        found = [module for name, module in known.items() if name == target or name.endswith(f".{target}")]
+        if any(module is head for module in found):  # trl computes the loss from the head's own weight
+            raise SpecError(
+                f"spec.lora.targetModules names {target!r}, which is this model's output head, where an adapter would not be trained; leave it out."
+            )
+        if not found:
+            linears = sorted({name.rpartition(".")[2] for name, module in known.items() if module is not head})
             raise SpecError(
                 f"spec.lora.targetModules names {target!r}, which this model does not have; its linear layers are {', '.join(linears)}."
             )

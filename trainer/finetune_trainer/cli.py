@@ -21,6 +21,7 @@ from finetune_trainer import VERSION
 from finetune_trainer.errors import FineTuneError, SpecError
 from finetune_trainer.failures import classify
 from finetune_trainer.reporting.quiet import quiet_libraries
+from finetune_trainer.termination_signal import Terminated, stopping_at_once
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,7 +89,10 @@ def main() -> None:
     """The console script. Exit codes: finetune_api.exits; wrong usage counts as a wrong spec."""
     quiet_libraries()
     try:
-        sys.exit(app(standalone_mode=False) or 0)  # a typer.Exit comes back as the value of the call
+        with stopping_at_once():  # the first process of a pod is sent no signal that it does not handle
+            sys.exit(app(standalone_mode=False) or 0)  # a typer.Exit comes back as the value of the call
+    except Terminated:
+        sys.exit(ExitCode.CHECKPOINTED)
     except TyperException as error:
         if str(error):
             typer.echo(f"{REASONS[ExitCode.SPEC]}: {str(error).rstrip('.')}. See finetune --help.", err=True)

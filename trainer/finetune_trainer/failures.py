@@ -1,6 +1,6 @@
 """Turns any exception into a typed failure with a sentence: full disks, lost memory, and what nobody foresaw.
 
-Used by pipeline.py and cli.py; load.py asks it which errors speak of memory and not of the model.
+Used by pipeline.py and cli.py; load.py and verify.py ask it which errors speak of memory and not of the model.
 """
 
 import errno
@@ -10,6 +10,7 @@ from finetune_trainer.errors import CapacityError, FineTuneError, Infrastructure
 DEBUG_LOG = "debug.log"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
 
 
 def classify(error: BaseException) -> FineTuneError:
@@ -35,7 +36,12 @@ def classify(error: BaseException) -> FineTuneError:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on the host or on the GPU (by name, since torch may not be loaded)."""
     named = type(error).__name__ == "OutOfMemoryError"
-    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return named or isinstance(error, MemoryError) or speaks_of_memory(str(error))
+
+
+def speaks_of_memory(text: str) -> bool:
+    """Whether these words, such as the output of a process, say that memory ran out."""
+    return any(words in text for words in _OUT_OF_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

@@ -31,7 +31,7 @@ class FinishedStages:
     inputs: str
 
     def once(self, stage: Stage, kind: type[Result], work: Callable[[], Result], made: Path | None = None) -> Result:
-        """The result of a stage: read, or else worked for and kept.
+        """The result of a stage: read, or else worked for and kept; what later stages made of the one before counts no more then.
 
         Args:
             stage: which one.
@@ -39,14 +39,19 @@ class FinishedStages:
             work: does the stage.
             made: what the stage wrote; when that is gone, it is done again.
         """
-        marker = self.folder / f"{stage.value.lower()}.json"
+        marker = self._marker(stage)
         known = self._read(marker, kind) if made is None or made.exists() else None
         if known is not None:
             return known
-        marker.unlink(missing_ok=True)
+        order = list(Stage)
+        for done_again in order[order.index(stage) :]:
+            self._marker(done_again).unlink(missing_ok=True)
         result = work()
         atomic.write_text(marker, json.dumps({"inputs": self.inputs, "result": asdict(result)}, indent=1))  # type: ignore[call-overload]
         return result
+
+    def _marker(self, stage: Stage) -> Path:
+        return self.folder / f"{stage.value.lower()}.json"
 
     def _read(self, marker: Path, kind: type[Result]) -> Result | None:
         try:

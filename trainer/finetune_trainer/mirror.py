@@ -1,7 +1,7 @@
 """Checkpoints that outlast the pod: copied to S3 when they are sealed, fetched when a new pod starts with an empty workspace, gone after success.
 
-Used by stages/train.py (`fetch_latest`), phases.py (`push`) and pipeline.py (`remove`). The seal is uploaded last, so that a half-copied
-checkpoint is never taken for one. Never mirrors to a Hub repository.
+Used by preflight (`check_listing`), stages/train.py (`fetch_latest`), phases.py (`push`) and pipeline.py (`remove`). The seal is uploaded
+last, so that a half-copied checkpoint is never taken for one. Never mirrors to a Hub repository.
 """
 
 import shutil
@@ -50,6 +50,15 @@ class Mirror:
             return None
         with s3_errors(where):
             return cls(where, s3_client(ctx, where.role, where.endpoint))
+
+    def check_listing(self) -> None:
+        """The checkpoints may be listed, which resuming needs and write access does not show.
+
+        Raises:
+            AccessError, InfrastructureError: one sentence each.
+        """
+        with s3_errors(self.where):
+            self._steps()
 
     def push(self, folder: Path) -> None:
         """Copies a sealed checkpoint and removes all but the newest two.

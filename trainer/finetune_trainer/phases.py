@@ -18,10 +18,11 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.errors import DataError, FineTuneError
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.plan import Plan
-from finetune_trainer.qat.prepare import follow_optimizer, mode_of, set_fake_quantization
+from finetune_trainer.qat.prepare import follow_optimizer, free_codes, mode_of, set_fake_quantization
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.stages.data import Example
 from finetune_trainer.stages.evaluate import SwitchLosses, held_out_losses, mean_loss
+from finetune_trainer.termination_signal import stopping_at_once
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Work:
     """What a training works on.
 
     Attributes:
-        data: digest of the rows; a checkpoint of other rows is not resumed from.
+        inputs: digest of the base model's revision and the rows; a checkpoint of others is not resumed from.
         mirror: where checkpoints outlast the pod; None where the working directory does.
         start: the checkpoint to go on from.
     """
@@ -38,7 +39,7 @@ class Work:
     model: PeftModel
     held_out: Sequence[Example]
     plan: Plan
-    data: str
+    inputs: str
     mirror: Mirror | None
     start: Checkpoint | None
 
@@ -47,7 +48,7 @@ class Phases(TrainerCallback):
     """The trainer's callback.
 
     Attributes:
-        stopping: SIGTERM came; the step in hand is the last one of this attempt.
+        stopping: SIGTERM came; this attempt ends with the micro-batch in hand.
         switch: held-out losses at the switch, once they are measured.
     """
 
@@ -85,10 +86,18 @@ class Phases(TrainerCallback):
                 self.require_finite(parameter.grad, "gradient", state.global_step + 1)
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The last step is always saved."""
-        if state.global_step == self._work.plan.steps:
+        """The last step is always saved, and the one before the switch, whose measurements SIGTERM may cut short."""
+        if state.global_step in (self._work.plan.steps, self._work.plan.switch_step):
             control.should_save = True
         self._stop_if_asked(control)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """SIGTERM between two micro-batches: a step may take longer than a pod's grace period, so the one in hand is dropped."""
+        if not self.stopping:
+            return
+        control.should_training_stop = True
+        folder = checkpoints.folder_of(Path(args.output_dir), state.global_step)
+        control.should_save = state.global_step > 0 and not checkpoints.is_complete(folder)
 
     def on_log(self, _args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """One optimizer step is done."""
@@ -99,7 +108,7 @@ class Phases(TrainerCallback):
     def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Seals what transformers wrote, and mirrors it. A mirror that fails costs nothing as long as this pod lives."""
         folder = checkpoints.folder_of(Path(args.output_dir), state.global_step)
-        facts = {"data": self._work.data, "switch": asdict(self.switch) if self.switch else None}
+        facts = {"inputs": self._work.inputs, "switch": asdict(self.switch) if self.switch else None}
         checkpoints.seal(folder, self._work.ctx.job.train_digest, facts)
         if self._work.mirror is None:
             return
@@ -109,10 +118,11 @@ class Phases(TrainerCallback):
             self._work.ctx.reporter.note(f"The checkpoint of step {state.global_step} was not mirrored: {error}")
 
     def finish(self) -> None:
-        """After the last step: quantization after training (qatPercent 0) is measured here, and fake quantization stays on."""
+        """After the last step: quantization after training (qatPercent 0) is measured here, fake quantization stays on, no codes are kept."""
         if self._quantizes and self._work.plan.switch_step == self._work.plan.steps and self.switch is None:
             self._measure_switch()
         set_fake_quantization(self._work.model, enabled=True)
+        free_codes(self._work.model)
 
     def require_finite(self, value: torch.Tensor, what: str, step: int) -> None:
         """Refuses a loss or gradient that is not finite, before it reaches a weight.
@@ -137,8 +147,9 @@ class Phases(TrainerCallback):
         work = self._work
         if not work.held_out:
             return
-        tuned = held_out_losses(work.model, work.held_out, fake_quant=False)
-        ptq = held_out_losses(work.model, work.held_out, fake_quant=True)
+        with stopping_at_once():
+            tuned = held_out_losses(work.model, work.held_out, fake_quant=False)
+            ptq = held_out_losses(work.model, work.held_out, fake_quant=True)
         self.switch = SwitchLosses(tuned, ptq)
         work.ctx.reporter.note(
             f"At the switch to quantization-aware steps: held-out loss {mean_loss(tuned):.4g} as tuned, {mean_loss(ptq):.4g} if quantized now."

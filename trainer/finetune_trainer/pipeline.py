@@ -1,7 +1,7 @@
 """The line: preflight -> load -> data -> train -> evaluate -> convert -> verify -> publish, read from top to bottom.
 
 cli.py calls `run`. A run that is started again in the same working directory goes on where it stopped: training at its last checkpoint,
-a later stage where its result is missing, publishing at once when report.json of the same training stands.
+a later stage where its result is missing, publishing at once when report.json of the same training stands, here or at an s3 destination.
 """
 
 import json
@@ -14,10 +14,12 @@ from finetune_api.status import Stage
 
 from finetune_trainer import atomic, finished, quality_gate, sources
 from finetune_trainer.context import RunContext
+from finetune_trainer.errors import FineTuneError
 from finetune_trainer.reporting.quiet import quiet_bars
 from finetune_trainer.reporting.reporter import RunReporter
 from finetune_trainer.reporting.session import reporting
 from finetune_trainer.stages import preflight
+from finetune_trainer.termination_signal import stopping_later
 
 
 def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
         ctx = RunContext(job, workdir, cache, reporter)
         reporter.enter(Stage.PREFLIGHT)
         preflight.run(ctx)
-        report = finished_report(ctx) or _make(ctx, reporter)
+        report = finished_report(ctx) or _published_report(ctx) or _make(ctx, reporter)
         _tell(reporter, report)
         quality_gate.require_quality(ctx, report["losses"])
         _publish(ctx, reporter, report)
@@ -49,6 +51,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     from finetune_trainer.stages import convert, data, evaluate, load, train, verify
 
     quiet_bars()
+    load.require_gpu(ctx)
     ctx.report.unlink(missing_ok=True)
     tokenizer = load.tokenizer_of(ctx)
     rows = data.run(ctx, tokenizer)  # before the weights: mistakes in the data show in seconds
@@ -70,6 +73,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     if Artifact.QUANTIZED in ctx.spec.wanted_artifacts:
         reporter.enter(Stage.CONVERTING)
         converted = stages.once(Stage.CONVERTING, convert.Converted, lambda: convert.run(ctx, trained), made=ctx.quantized)
+        convert.leave_gpu(trained.model)
         reporter.enter(Stage.VERIFYING)
         proof = stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=ctx.quantized)
     report = build_report(ctx.job, loaded.resolved, rows, trained, losses, converted, proof, reporter.seconds())
@@ -93,6 +97,12 @@ def finished_report(ctx: RunContext) -> dict[str, Any] | None:
     return report
 
 
+def _published_report(ctx: RunContext) -> dict[str, Any] | None:
+    from finetune_trainer.destinations.restore import restore
+
+    return finished_report(ctx) if restore(ctx) else None
+
+
 def _same_data(ctx: RunContext, report: dict[str, Any]) -> bool:
     held_out = sources.fetch_evaluation(ctx)
     known = report.get("sources", {})
@@ -102,14 +112,24 @@ def _same_data(ctx: RunContext, report: dict[str, Any]) -> bool:
 
 
 def _publish(ctx: RunContext, reporter: RunReporter, report: dict[str, Any]) -> None:
-    from finetune_trainer.mirror import Mirror
     from finetune_trainer.stages import publish
 
     reporter.enter(Stage.PUBLISHING)
     reporter.know(artifacts=publish.run(ctx, report))
-    mirror = Mirror.of(ctx)
-    if mirror is not None:
-        mirror.remove()
+    remove_mirror(ctx)
+
+
+def remove_mirror(ctx: RunContext) -> None:
+    """Everything is published: neither a failure here nor a SIGTERM may send another pod to train it again."""
+    from finetune_trainer.mirror import Mirror
+
+    try:
+        with stopping_later(lambda: None):
+            mirror = Mirror.of(ctx)
+            if mirror is not None:
+                mirror.remove()
+    except FineTuneError as error:
+        ctx.reporter.note(f"The mirrored checkpoints were not removed: {error}")
 
 
 def _tell(reporter: RunReporter, report: dict[str, Any]) -> None:

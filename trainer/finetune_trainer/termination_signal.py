@@ -1,6 +1,6 @@
 """SIGTERM: how Kubernetes says that a pod must go. Outside of training it stops the run at once; training finishes its step first.
 
-Used by pipeline.py (`stopping_at_once`) and stages/train.py (`stopping_later`). Only the main thread of a process can take signals; elsewhere
+Used by cli.py and reporting/session.py (`stopping_at_once`), stages/train.py, phases.py and pipeline.py. Only the main thread of a process can take signals; elsewhere
 both do nothing.
 """
 

@@ -1,5 +1,6 @@
 """Rows become tokens: labels only on what is trained, rows that are cut off are dropped and counted, the split and the digest are exact."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from support.run_contexts import context, notes, run_spec
 from support.tiny_model import sums, tiny_tokenizer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 TOKENIZER = tiny_tokenizer()
 EOS_ID, PAD_ID = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
@@ -200,6 +202,20 @@ def test_the_same_rows_give_the_same_digest_and_other_rows_another(tmp_path: Pat
         (tmp_path / str(index)).mkdir()
         digests.append(run(tmp_path / str(index), rows).digest)
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_template_that_prints_the_date_gives_the_same_tokens_on_every_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: " + str(tokenizer.chat_template)
+    made = []
+    for day in (1, 2):
+        (tmp_path / str(day)).mkdir()
+        clock = type("Clock", (), {"now": lambda day=day: datetime(2031, 5, day)})
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        made.append(run(tmp_path / str(day), sums(10), tokenizer))
+        assert chat_template_utils.datetime is clock
+    assert made[0].digest == made[1].digest
+    assert made[0].preview.startswith("26 Jul 2024: ")
 
 
 def test_rows_whose_completion_is_cut_off_are_dropped_and_counted(tmp_path: Path) -> None:

@@ -63,6 +63,10 @@ def unknown_module(_: Path) -> dict[str, Any]:
     return {"lora": {"targetModules": "no_such_proj"}}
 
 
+def output_head(_: Path) -> dict[str, Any]:
+    return {"lora": {"targetModules": "q_proj,lm_head"}}
+
+
 def foreign_destination(folder: Path) -> dict[str, Any]:
     (folder / "published").mkdir()
     (folder / "published" / "thesis.txt").write_text("years of work")
@@ -82,6 +86,7 @@ def foreign_destination(folder: Path) -> dict[str, Any]:
         (pickled_weights, ExitCode.DATA, ["safetensors"]),
         (gpu_scheme, ExitCode.CAPACITY, ["fp8-int4", "int8-int4"]),
         (unknown_module, ExitCode.SPEC, ["no_such_proj", "targetModules"]),
+        (output_head, ExitCode.SPEC, ["spec.lora.targetModules", "lm_head", "leave it out"]),
         (foreign_destination, ExitCode.SPEC, ["spec.outputs.destinations[0].uri", "not an earlier publication"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_a_pods_job_comes_from_its_environment(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("FINETUNE_JOB", json.dumps({"name": "x"}))
     assert finetune("run") == ExitCode.SPEC
     assert "FINETUNE_JOB" in capsys.readouterr().err
+
+
+def test_sigterm_before_a_run_has_begun_ends_as_a_stopped_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Standard(io.StringIO):
+        def read(self, _: int | None = -1) -> str:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("SIGTERM was not heard")
+
+    monkeypatch.setattr("sys.stdin", Standard())
+    assert finetune("run", "-") == ExitCode.CHECKPOINTED
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,20 +1,22 @@
 """A run that is stopped anywhere and started again ends with the weights of one that was not, bit for bit, and does nothing twice."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_trainer import checkpoints, destinations, phases
+from finetune_trainer import checkpoints, destinations, phases, plan
 from finetune_trainer.errors import Checkpointed, InfrastructureError, NotPublishedError
 from finetune_trainer.reporting.progress import ProgressMeter
-from finetune_trainer.stages import evaluate
+from finetune_trainer.stages import evaluate, verify
 from support.tiny_jobs import STEPS, run, tiny_job
-from support.tiny_model import sums
+from support.tiny_model import sums, write_jsonl
 
 ADAPTER = "lora_model/adapter_model.safetensors"
+EVERY_100: dict[str, Any] = {"training": {"checkpointEvery": 100}}
 
 
 class Killed(BaseException):
@@ -72,6 +74,56 @@ def test_a_killed_run_goes_on_from_the_last_sealed_checkpoint(step: int, undistu
             run(job, tmp_path / "work")
     report = run(job, tmp_path / "work")
     assert report["training"]["resumedFrom"] == (step - 1) // 2 * 2  # the step is reported before its checkpoint is written
+    assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
+
+
+def test_sigterm_between_two_micro_batches_drops_the_step_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MICRO_BATCH_TOKENS", 64)
+    run(tiny_job(tmp_path / "undisturbed", EVERY_100), tmp_path / "undisturbed" / "work")
+    job = tiny_job(tmp_path / "stopped", EVERY_100)
+    original = phases.Phases.on_substep_end
+
+    def on_substep_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, args, state, control)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases.Phases, "on_substep_end", on_substep_end)
+        with pytest.raises(Checkpointed, match=f"after step 1 of {STEPS}"):
+            run(job, tmp_path / "stopped" / "work")
+    assert run(job, tmp_path / "stopped" / "work")["training"]["resumedFrom"] == 1
+    assert (tmp_path / "stopped" / "work" / ADAPTER).read_bytes() == (tmp_path / "undisturbed" / "work" / ADAPTER).read_bytes()
+
+
+def test_sigterm_before_the_first_step_says_that_nothing_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MICRO_BATCH_TOKENS", 64)
+    original = phases.Phases.on_substep_end
+
+    def on_substep_end(self: Any, *args: Any, **_: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        original(self, *args)
+
+    monkeypatch.setattr(phases.Phases, "on_substep_end", on_substep_end)
+    with pytest.raises(Checkpointed, match="before a first step was done"):
+        run(tiny_job(tmp_path), tmp_path / "work")
+    assert not list((tmp_path / "work" / "outputs").glob("checkpoint-*"))
+
+
+def test_sigterm_while_the_switch_is_measured_costs_no_step(undisturbed: bytes, tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, EVERY_100)
+
+    def held_out_losses(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("SIGTERM did not stop the measurement")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases, "held_out_losses", held_out_losses)
+        with pytest.raises(Checkpointed):
+            run(job, tmp_path / "work")
+    report = run(job, tmp_path / "work")
+    assert report["training"]["resumedFrom"] == 2
+    assert report["losses"]["tuned"] is not None
     assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
 
 
@@ -166,6 +218,25 @@ def test_a_stage_behind_training_that_was_finished_is_not_done_again(tmp_path: P
     (tmp_path / "work" / "report.json").unlink()
     run(job, tmp_path / "work")
     assert calls == [1]
+
+
+def test_a_model_that_was_lost_is_made_and_proved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny_job(tmp_path, {"outputs": {"artifacts": ["adapter", "quantized"]}})
+    proofs: list[int] = []
+    original = verify.run
+    monkeypatch.setattr(verify, "run", lambda ctx: proofs.append(1) or original(ctx))
+    run(job, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "model-torchao")
+    run(job, tmp_path / "work")
+    assert proofs == [1, 1]
+
+
+def test_a_finished_run_with_held_out_data_of_its_own_is_not_done_again(tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held.jsonl", sums(5))
+    job = tiny_job(tmp_path, {"dataset": {"evaluation": {"source": f"file://{held_out}"}}})
+    first = run(job, tmp_path / "work")
+    assert first["sources"]["heldOut"].startswith(f"file://{held_out}")
+    assert run(job, tmp_path / "work") == first
 
 
 def test_sigterm_outside_of_training_ends_at_once_with_the_code_of_a_checkpointed_run(

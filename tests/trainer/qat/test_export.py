@@ -11,7 +11,7 @@ from finetune_trainer.qat.linear import fake_quantized_weight, merged_weight
 from finetune_trainer.qat.prepare import exact_layers, prepare
 from finetune_trainer.stages.convert import reference_batch, training_logits
 from peft import PeftModel
-from support.exact_models import DTYPES, SCHEMES, exact_layer, exact_model, lora_model, quantization
+from support.exact_models import DTYPES, SCHEMES, exact_layer, exact_model, lora_model, lora_opt, quantization
 from torch import Tensor
 from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -85,8 +85,9 @@ def test_adapters_on_layers_that_are_not_quantized_are_merged_exactly(dtype: tor
     assert weight_digests(loaded) == trained_digests(model)
 
 
-def test_an_adapter_on_an_untied_head_is_merged_exactly(tmp_path: Path) -> None:
-    model = exact_model(targets="q_proj,lm_head", tie_word_embeddings=False)
+def test_a_base_model_with_dropout_is_exported_exactly(tmp_path: Path) -> None:
+    model = lora_opt(dropout=0.5, attention_dropout=0.5)
+    prepare(model, quantization())
     loaded = reloaded(exported(model, Scheme.INT8_INT4), tmp_path)
     assert float((plain_logits(loaded) - training_logits(model, IDS, MASK)).abs().max()) == 0.0
     assert weight_digests(loaded) == trained_digests(model)

@@ -17,7 +17,7 @@ from finetune_trainer.qat.prepare import (
     set_fake_quantization,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.exact_models import SCHEMES, exact_layer, exact_model, logits_of, lora_model, quantization, token_ids
+from support.exact_models import SCHEMES, exact_layer, exact_model, logits_of, lora_model, lora_opt, quantization, token_ids
 from support.tiny_model import tiny_llama
 
 PER_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -94,17 +94,15 @@ def test_a_skipped_layer_with_an_adapter_computes_merged_as_export_has_it() -> N
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_an_adapter_on_a_shared_output_head_is_refused() -> None:
-    with pytest.warns(UserWarning, match="tied layer"):
-        model = lora_model(targets="q_proj,lm_head")
-    with pytest.raises(SpecError, match="output head, which shares its weight with the embeddings"):
-        prepare(model, quantization())
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_the_output_head_is_refused(tied: bool) -> None:
+    with pytest.raises(SpecError, match=r"spec\.lora\.targetModules names 'lm_head'.*output head.*leave it out"):
+        lora_model(targets="q_proj,lm_head", tie_word_embeddings=tied)
 
 
-def test_an_adapter_on_an_output_head_of_its_own_is_merged_and_not_quantized() -> None:
-    model = lora_model(targets="q_proj,lm_head", tie_word_embeddings=False)
-    assert prepare(model, quantization()).skipped == {"lm_head": "output head"}
-    assert [name for name, _ in merged_layers(model)] == ["lm_head"]
+def test_the_output_head_is_not_among_the_layers_that_are_offered() -> None:
+    with pytest.raises(SpecError, match=r"linear layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\."):
+        lora_model(targets="no_such_proj")
 
 
 def test_a_group_that_no_layer_fits_is_refused() -> None:
@@ -152,6 +150,25 @@ def test_training_and_evaluation_mode_compute_the_same() -> None:
     assert torch.equal(logits_of(model.train(), token_ids()), logits_of(model.eval(), token_ids()))
 
 
+def test_dropout_of_the_base_model_is_switched_off() -> None:
+    model = lora_model(attention_dropout=0.5)
+    base = model.get_base_model()
+    base.model.embed_dropout = torch.nn.Dropout(0.5)
+    prepare(model, quantization())
+    model.train()
+    assert torch.equal(logits_of(model, token_ids()), logits_of(model, token_ids()))
+    assert (base.config.attention_dropout, base.model.layers[0].self_attn.attention_dropout, base.model.embed_dropout.p) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "layerdrop"])
+def test_dropout_that_a_model_keeps_as_a_number_is_switched_off(name: str) -> None:
+    model = lora_opt(**{name: 0.5})
+    prepare(model, quantization())
+    model.train()
+    calls = [logits_of(model, token_ids()) for _ in range(5)]
+    assert all(torch.equal(call, calls[0]) for call in calls)
+
+
 def test_switches_of_a_model_that_was_not_prepared_do_nothing() -> None:
     model = lora_model()
     before = logits_of(model, token_ids())
@@ -168,6 +185,17 @@ def test_a_preparation_with_an_effect_passes_and_leaves_the_switch_alone() -> No
     mode = mode_of(model)
     assert mode is not None
     assert not mode.enabled
+
+
+def test_a_model_that_draws_random_numbers_in_training_is_refused_before_the_first_step() -> None:
+    model = exact_model()
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_hook(lambda module, _, output: output + torch.randn_like(output) if module.training else output)
+    for mode in (model.train, model.eval):
+        mode()
+        with pytest.raises(SpecError, match=r"spec\.model\.source.*training mode.*scheme none"):
+            require_effect(model, token_ids(rows=1))
+        assert model.training == (mode == model.train)
 
 
 def test_a_preparation_without_an_effect_is_refused() -> None:

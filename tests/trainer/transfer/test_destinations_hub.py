@@ -125,6 +125,15 @@ def test_a_large_file_that_the_hub_refuses_is_a_typed_error(
     assert hub_laptop.files("acme/bot") == {}
 
 
+def test_a_manifest_that_the_hub_does_not_hand_out_is_not_taken_for_none(hub_laptop: HubServer, tmp_path: Path) -> None:
+    publish(shipping(tmp_path / "old", model=TWO_SHARDS))
+    hub_laptop.refuse = lambda _, path: 500 if path.endswith("/resolve/main/manifest.json") else None
+
+    with refused(InfrastructureError, FIELD, "the Hub answered 500", hidden=(hub_laptop.token,)):
+        publish(shipping(tmp_path / "new"))
+    assert len(titles(hub_laptop)) == 2
+
+
 def test_stale_files_are_deleted_in_the_same_commit(hub_laptop: HubServer, tmp_path: Path) -> None:
     publish(shipping(tmp_path / "old", model=TWO_SHARDS))
 

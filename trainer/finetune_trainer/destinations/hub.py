@@ -84,12 +84,12 @@ def _repository(where: Location) -> tuple[str, str | None]:
 
 
 def _manifest_there(api: Any, repo_id: str, branch: str | None) -> bytes | None:
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     with tempfile.TemporaryDirectory() as folder:
         try:
             return Path(api.hf_hub_download(repo_id, MANIFEST, revision=branch, local_dir=folder)).read_bytes()
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:  # not its base class, which also stands for a Hub that did not answer
             return None
 
 

@@ -77,6 +77,17 @@ def named_files(manifest: bytes) -> frozenset[str]:
     return frozenset(path for path in paths if isinstance(path, str) and _is_safe(path))
 
 
+def published_files(manifest: bytes, train_digest: str) -> dict[str, str]:
+    """sha256 by path, of a manifest of this training; empty for another one, and for anything that is not a manifest of ours."""
+    try:
+        document = json.loads(manifest)
+        digests = {item["path"]: str(item["sha256"]) for item in document["files"]}
+        same = document["trainDigest"] == train_digest
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return {path: digests[path] for path in sorted(named_files(manifest))} if same else {}
+
+
 def _is_safe(path: str) -> bool:
     pure = PurePosixPath(path)
     return bool(path) and not pure.is_absolute() and ".." not in pure.parts

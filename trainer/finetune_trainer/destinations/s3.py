@@ -20,7 +20,7 @@ REPLACED = f"{MANIFEST}.replaced"  # the older manifest while its files are bein
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A bucket and a prefix, and the client that opens them."""
 
     client: Any
@@ -28,9 +28,11 @@ class _Place:
     prefix: str
 
     def key(self, path: str) -> str:
+        """The key of a path below the prefix."""
         return f"{self.prefix}/{path}" if self.prefix else path
 
     def read(self, path: str) -> bytes | None:
+        """A small object's content, or None where there is none, or none that may be read."""
         try:
             return self.client.get_object(Bucket=self.bucket, Key=self.key(path))["Body"].read()
         except self.client.exceptions.ClientError as error:
@@ -39,6 +41,7 @@ class _Place:
             raise
 
     def delete(self, path: str) -> None:
+        """Removes an object; nothing when there is none."""
         self.client.delete_object(Bucket=self.bucket, Key=self.key(path))
 
 
@@ -49,7 +52,7 @@ def check_write(ctx: RunContext, where: Location) -> None:
         AccessError, InfrastructureError, SpecError
     """
     with s3_errors(where):
-        place = _place(ctx, where, patient=False)
+        place = open_place(ctx, where, patient=False)
         started = place.client.create_multipart_upload(Bucket=place.bucket, Key=place.key(MANIFEST))
         place.client.abort_multipart_upload(Bucket=place.bucket, Key=place.key(MANIFEST), UploadId=started["UploadId"])
 
@@ -64,7 +67,7 @@ def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
         AccessError, InfrastructureError, SpecError
     """
     with s3_errors(where):
-        place = _place(ctx, where)
+        place = open_place(ctx, where)
         if place.read(MANIFEST) != publication.manifest:
             _withdraw(place)
             for item in publication.files:
@@ -74,7 +77,7 @@ def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
     return where.uri.rstrip("/")
 
 
-def _withdraw(place: _Place) -> None:
+def _withdraw(place: Place) -> None:
     """Takes an older manifest away before its files change, and keeps it aside for `_remove_stale`."""
     older = place.read(MANIFEST)
     if older is not None:
@@ -83,7 +86,7 @@ def _withdraw(place: _Place) -> None:
         place.delete(MANIFEST)
 
 
-def _remove_stale(place: _Place, current: frozenset[str]) -> None:
+def _remove_stale(place: Place, current: frozenset[str]) -> None:
     """A shard that only the older model had would be loaded with the new one."""
     older = place.read(REPLACED)
     if older is None:
@@ -93,5 +96,6 @@ def _remove_stale(place: _Place, current: frozenset[str]) -> None:
     place.delete(REPLACED)
 
 
-def _place(ctx: RunContext, where: Location, *, patient: bool = True) -> _Place:
-    return _Place(s3_client(ctx, where.role, where.endpoint, patient=patient), where.authority, where.path)
+def open_place(ctx: RunContext, where: Location, *, patient: bool = True) -> Place:
+    """The destination, opened with its role's credentials."""
+    return Place(s3_client(ctx, where.role, where.endpoint, patient=patient), where.authority, where.path)

@@ -1,7 +1,7 @@
 """Turns a peft model's linear layers into exact ones, in place, and switches them: the interface of train, evaluate and convert.
 
 Every linear that export will quantize is taken: those with an adapter and the frozen ones. The output head, embeddings and layers whose
-input size does not divide into groups are not quantized and are listed; with an adapter they are computed merged, as export has them.
+input size does not divide into groups are not quantized and are listed; such layers with an adapter are computed merged, as export has them.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedConfig
 
 from finetune_trainer.errors import ProofError, SpecError
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLinear, ExactLoraLinear, ExactMode, ExactState
@@ -36,7 +38,7 @@ class Prepared:
 
 
 def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool = True) -> Prepared:
-    """Makes every linear exact that export will quantize.
+    """Makes every linear exact that export will quantize, and switches off the base model's own dropout, which no exported model has.
 
     Args:
         model: a peft model with one LoRA adapter, not merged.
@@ -44,11 +46,12 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
         enabled: whether fake quantization is on from now on.
 
     Raises:
-        SpecError: dropout, DoRA or another LoRA variant, an adapter on a head that shares its weight, or no layer that fits the group size.
+        SpecError: LoRA dropout, DoRA or another LoRA variant, or no layer that fits the group size.
     """
     quantizer = weight_quantizer(quantization)
     mode = ExactMode(enabled=enabled)
-    head = _head(model)
+    head = model.get_base_model().get_output_embeddings()
+    _switch_off_dropout(model.get_base_model())
     names: list[str] = []
     skipped: dict[str, str] = {}
     weights = {True: 0, False: 0}
@@ -110,7 +113,7 @@ def fake_quantization(model: nn.Module, enabled: bool, *, keep_codes: bool = Fal
     finally:
         mode.enabled, mode.keep_codes = before
         if not mode.keep_codes:
-            _free_codes(model)
+            free_codes(model)
 
 
 def drop_caches(model: nn.Module, *, frozen: bool = True) -> None:
@@ -125,21 +128,25 @@ def follow_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> torc
     return optimizer.register_step_post_hook(lambda *_: drop_caches(model, frozen=False))
 
 
-@torch.no_grad()
 def require_effect(model: PeftModel, input_ids: torch.Tensor) -> None:
-    """Refuses a preparation that does nothing: with fake quantization on, the logits must differ from those without.
+    """Refuses a preparation that does nothing, and a model that still draws random numbers in training mode.
+
+    With fake quantization on, the logits must differ from those without, and be the same from call to call.
 
     Args:
         model: a prepared model.
         input_ids: [1, tokens].
 
     Raises:
-        ProofError: when they don't differ.
+        ProofError: fake quantization changes nothing.
+        SpecError: the same call in training mode gives other logits.
     """
-    with fake_quantization(model, enabled=False):
-        plain = model(input_ids=input_ids).logits
-    with fake_quantization(model, enabled=True):
-        quantized = model(input_ids=input_ids).logits
+    plain, quantized, again = (_training_logits(model, input_ids, fake_quant=enabled) for enabled in (False, True, True))
+    if not torch.allclose(quantized, again, rtol=0, atol=0, equal_nan=True):  # NaN is the loss's business, not a random number
+        raise SpecError(
+            "spec.model.source: this model gives other logits at every call in training mode, even with its dropout switched off, so no exported "
+            "model could be proved equal to it; choose another model, or quantization scheme none."
+        )
     if torch.equal(plain, quantized):
         raise ProofError(
             "Fake quantization changes nothing, so nothing would be learnt from it: this is a defect of the trainer, please report it."
@@ -157,15 +164,28 @@ def _prepared_layers(model: nn.Module) -> Iterator[tuple[str, ExactLinear]]:
             yield plain_name(path), module
 
 
-def _head(model: PeftModel) -> nn.Module | None:
-    """The output head, without an adapter that it may have."""
-    base = model.get_base_model()
-    head = base.get_output_embeddings()
-    if isinstance(head, LoraLayer) and base.config.tie_word_embeddings:
-        raise SpecError(
-            "spec.lora.targetModules takes in the output head, which shares its weight with the embeddings and so can't be merged alone; leave it out."
-        )
-    return head.get_base_layer() if isinstance(head, LoraLayer) else head
+def _switch_off_dropout(base: nn.Module) -> None:
+    """Modules, and the numbers that modules and configurations hold for the functional kind; LoRA's own dropout is refused, not switched off."""
+    modules = [module for path, module in base.named_modules() if ".lora_" not in path]
+    configs = [module.config for module in modules if isinstance(getattr(module, "config", None), PreTrainedConfig)]
+    for holder in (*modules, *configs):
+        if isinstance(holder, _DropoutNd):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):
+            if "drop" in name and isinstance(value, float):  # attention_dropout, resid_pdrop, layerdrop, drop_path_rate
+                setattr(holder, name, 0.0)
+
+
+@torch.no_grad()
+def _training_logits(model: PeftModel, input_ids: torch.Tensor, *, fake_quant: bool) -> torch.Tensor:
+    before = model.training
+    model.train()
+    try:
+        with fake_quantization(model, enabled=fake_quant):
+            logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        model.train(before)
+    return logits
 
 
 def _linears(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
@@ -203,7 +223,8 @@ def _require_plain_lora(module: LoraLinear, name: str) -> None:
         )
 
 
-def _free_codes(model: nn.Module) -> None:
+def free_codes(model: nn.Module) -> None:
+    """Frees the weight codes that adapted layers keep between micro-batches."""
     for _, layer in exact_layers(model):
         if isinstance(layer, ExactLoraLinear):
             layer.exact.cached, layer.exact.cached_key = None, ()

@@ -39,7 +39,7 @@ def build_report(
         "trainDigest": job.train_digest,
         "runDigest": job.run_digest,
         "artifacts": [artifact.value for artifact in job.spec.wanted_artifacts],
-        "sources": {"model": model, "dataset": data.resolved},
+        "sources": {"model": model, "dataset": data.resolved, "heldOut": data.held_out_resolved},
         "data": {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), "dropped": data.dropped},
         "training": {"steps": trained.steps, "resumedFrom": trained.resumed_from, "lastLoss": trained.final_loss},
         "losses": asdict(losses),

@@ -3,6 +3,7 @@
 The training's model is left as it was. Whatever is written appears at once and whole, or not at all.
 """
 
+import gc
 import json
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from finetune_trainer import atomic
 from finetune_trainer.context import RunContext
 from finetune_trainer.qat.export import plain_model, trained_digests
-from finetune_trainer.qat.prepare import fake_quantization
+from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization
 from finetune_trainer.stages.train import Trained
 
 _ROWS, _TOKENS = 2, 32
@@ -63,10 +64,23 @@ def write_reference(ctx: RunContext, trained: Trained) -> None:
         "device": device.type,
         "attention": trained.model.config._attn_implementation,
         "dtype": str(trained.model.dtype).removeprefix("torch."),
+        "trust_remote_code": ctx.spec.model.trust_remote_code,
     }
     with atomic.folder(ctx.proof) as folder:
         save_file({"input_ids": input_ids, "attention_mask": attention_mask, "logits": logits}, folder / names.PROOF_REFERENCE)
         (folder / names.PROOF_EXPECTED).write_text(json.dumps(expected, indent=1))
+
+
+def leave_gpu(model: PeftModel) -> None:
+    """Moves the trained model to the CPU, so that the fresh process of verify has the GPU's memory to itself. Not yet run on a GPU."""
+    if model.device.type != "cuda":
+        return
+    model.to("cpu")
+    drop_caches(model)
+    for _, layer in exact_layers(model):  # frozen layers keep their codes, which no move of the model takes along
+        layer.exact.cached, layer.exact.cached_key = None, ()
+    gc.collect()  # the trainer and its optimizer hang in reference cycles
+    torch.cuda.empty_cache()
 
 
 def reference_batch(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,18 +1,22 @@
 """Data: rows become token ids and labels; loss on completions only, end-of-sequence trained, padding never.
 
-The rows themselves are read and checked in dataset.py. Works on the CPU with the tokenizer alone.
+The rows themselves are read and checked in dataset.py. Works on the CPU with the tokenizer alone. Chat templates that print today's date
+print 26 Jul 2024, whatever the day: the same rows are the same token ids, and a run that goes on after midnight keeps its checkpoints.
 """
 
 import hashlib
 import math
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from typing import Any
 
 from jinja2.exceptions import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from finetune_trainer import dataset, rendering, sources
 from finetune_trainer.context import RunContext
@@ -143,11 +147,31 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> Render | None:
 
     def render(messages: Messages, generation_prompt: bool) -> str:
         try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+            with _fixed_date():
+                return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
         except (JinjaError, TypeError) as error:
             raise TemplateError(str(error)) from error
 
     return render
+
+
+class _FixedDate(datetime):
+    """A clock that stands at the date which Llama's templates fall back to."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "_FixedDate":
+        return cls(2024, 7, 26, tzinfo=tz)
+
+
+@contextmanager
+def _fixed_date() -> Iterator[None]:
+    # strftime_now reads transformers' own import of datetime; a function that is handed to the template reaches it as mere text.
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = _FixedDate
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> str:

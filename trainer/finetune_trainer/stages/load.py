@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from finetune_trainer import sources
 from finetune_trainer.adapter import add_adapter
 from finetune_trainer.context import RunContext
-from finetune_trainer.errors import DataError, SpecError
+from finetune_trainer.errors import CapacityError, DataError, SpecError
 from finetune_trainer.failures import first_line, is_out_of_memory
 
 
@@ -30,6 +30,22 @@ class Loaded:
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     resolved: str
+
+
+def require_gpu(ctx: RunContext) -> None:
+    """Refuses a pod that asked for a GPU and sees none, before anything is loaded: on its CPU it would train for weeks. A laptop takes what it has.
+
+    Raises:
+        CapacityError: the driver is too old for PyTorch's CUDA, or the device plugin gave no GPU.
+    """
+    wanted = ctx.spec.resources.gpus
+    if not ctx.job.in_cluster or wanted == 0 or torch.cuda.is_available():
+        return
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+    raise CapacityError(
+        f"spec.resources.gpus is {wanted}, but PyTorch, which is built for {built}, finds no GPU in this pod; "
+        "give the node a newer NVIDIA driver and check its device plugin, or set resources.gpus to 0."
+    )
 
 
 def tokenizer_of(ctx: RunContext) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from finetune_trainer import dataset, destinations, sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.destinations import s3
 from finetune_trainer.errors import CapacityError
-from finetune_trainer.mirror import mirror_location
+from finetune_trainer.mirror import Mirror
 from finetune_trainer.qat.schemes import require_convertible
 
 _LEAST_FREE_BYTES = 64 * 2**20
@@ -55,9 +55,10 @@ def check_mirror(ctx: RunContext) -> None:
     Raises:
         AccessError, InfrastructureError, SpecError: one sentence each.
     """
-    where = mirror_location(ctx)
-    if where is not None:
-        s3.check_write(ctx, where)
+    mirror = Mirror.of(ctx)
+    if mirror is not None:
+        s3.check_write(ctx, mirror.where)
+        mirror.check_listing()
     elif ctx.job.in_cluster and not ctx.spec.storage.workspace.persistent_volume_claim:
         ctx.reporter.note(
             "Checkpoints end with this pod: without an s3 destination, set storage.checkpoints.uri or storage.workspace.persistentVolumeClaim."

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from finetune_trainer import checkpoints
+from finetune_trainer import checkpoints, finished
 from finetune_trainer.checkpoints import Checkpoint
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import Checkpointed, DataError
@@ -62,32 +62,36 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     """
     require_known_tokens(loaded, data)
     mirror = Mirror.of(ctx)
-    start = find_checkpoint(ctx, mirror, data.digest)
+    inputs = finished.digest_of(loaded.resolved, data.digest)
+    start = find_checkpoint(ctx, mirror, inputs)
     steps = plan(ctx.spec, len(data.train), max(len(example.input_ids) for example in data.train))
     prepared = _prepare(ctx, loaded, data)
-    phases = Phases(Work(ctx, loaded.model, data.held_out, steps, data.digest, mirror, start))
+    phases = Phases(Work(ctx, loaded.model, data.held_out, steps, inputs, mirror, start))
     trainer = _trainer(ctx, loaded, data, steps, phases)
     with stopping_later(phases.stop):
         trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
     done = trainer.state.global_step
     if phases.stopping:
-        raise Checkpointed(f"Stopped by SIGTERM after step {done} of {steps.steps}, which is saved; run again to go on.")
+        saved = (
+            f"after step {done} of {steps.steps}, which is saved; run again to go on" if done else "before a first step was done; run again"
+        )
+        raise Checkpointed(f"Stopped by SIGTERM {saved}.")
     phases.finish()
     return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, steps.steps, start.step if start else 0, phases.meter.last_loss)
 
 
-def find_checkpoint(ctx: RunContext, mirror: Mirror | None, data: str) -> Checkpoint | None:
+def find_checkpoint(ctx: RunContext, mirror: Mirror | None, inputs: str) -> Checkpoint | None:
     """The newest complete checkpoint of this training, from the working directory or else from the mirror; the others are removed.
 
     Args:
-        data: digest of the rows; where a source's content has changed under the same name, training begins anew.
+        inputs: digest of the base model's revision and the rows; where a source has changed under the same name, training begins anew.
     """
     found = checkpoints.newest(ctx.outputs, ctx.job.train_digest, ctx.reporter.note)
     if found is None and mirror is not None:
         mirror.fetch_latest(ctx.outputs)
         found = checkpoints.newest(ctx.outputs, ctx.job.train_digest, ctx.reporter.note)
-    if found and found.facts.get("data") != data:
-        ctx.reporter.note(f"The data has changed since the checkpoint of step {found.step}, so training begins anew.")
+    if found and found.facts.get("inputs") != inputs:
+        ctx.reporter.note(f"The model or the data has changed since the checkpoint of step {found.step}, so training begins anew.")
         found = None
     removed = checkpoints.remove_all_but(found, ctx.outputs)
     if found:

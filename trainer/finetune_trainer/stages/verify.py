@@ -6,15 +6,18 @@ on the recorded batch is 0.0 (reference kernels; low-bit GPU kernels: not yet ru
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from finetune_api import names
 
 from finetune_trainer.context import RunContext
-from finetune_trainer.errors import ProofError
+from finetune_trainer.errors import CapacityError, ProofError
+from finetune_trainer.failures import speaks_of_memory
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ def run(ctx: RunContext) -> Proof:
     """Loads the exported folder with plain transformers in a fresh process and holds it against the record.
 
     Raises:
+        CapacityError: the process was ended by a signal, or out of memory.
         ProofError: it does not load, or differs; the sentence names the first weight or the difference.
     """
     measured = _measure(ctx.quantized, ctx.proof)
@@ -75,11 +79,21 @@ def _measure(folder: Path, proof: Path) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_clean_environment())
     if done.returncode:
         (proof / "verify.log").write_text(done.stderr)
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ProofError(
-            f"The exported model does not load in a fresh process: {last[:300]} (the whole output is in {proof / 'verify.log'})."
-        )
+        _refuse(done, proof / "verify.log")
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _refuse(done: subprocess.CompletedProcess[str], log: Path) -> NoReturn:
+    """A process that the system ended, or that found no memory, says nothing about the exported model."""
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1][:300].rstrip(".")
+    if done.returncode < 0 or speaks_of_memory(done.stderr):
+        code = done.returncode
+        ended = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ran out of memory ({last})"
+        raise CapacityError(
+            f"The fresh process that proves the exported model {ended}; the whole output is in {log}. "
+            "Give the job more memory (resources.memory) or a GPU with more, and run it again."
+        )
+    raise ProofError(f"The exported model does not load in a fresh process: {last} (the whole output is in {log}).")
 
 
 def _clean_environment() -> dict[str, str]:

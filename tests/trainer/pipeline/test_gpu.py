@@ -1,0 +1,71 @@
+"""What a GPU changes, as far as a machine without one can tell: a pod that was promised one and sees none, and a model that leaves it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_trainer import pipeline
+from finetune_trainer.errors import CapacityError
+from finetune_trainer.qat.prepare import exact_layers
+from finetune_trainer.stages import convert, load, verify
+from support.exact_models import exact_model, logits_of, token_ids
+from support.run_contexts import context, refused, run_spec
+from support.tiny_jobs import run, tiny_job
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(("cuda", "found"), [("13.0", "built for CUDA 13.0"), (None, "built for the CPU alone")])
+def test_a_pod_that_asked_for_a_gpu_and_sees_none_is_refused_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, found: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(load, "tokenizer_of", lambda _: pytest.fail("something was fetched"))
+    ctx = context(tmp_path, run_spec(resources={"gpus": 1}), in_cluster=True)
+    with refused(CapacityError, "spec.resources.gpus is 1", found, "newer NVIDIA driver", "resources.gpus to 0"):
+        pipeline._make(ctx, ctx.reporter)
+
+
+def test_a_pod_that_asked_for_no_gpu_trains_on_its_cpu(tmp_path: Path) -> None:
+    load.require_gpu(context(tmp_path, run_spec(resources={"gpus": 0}), in_cluster=True))
+
+
+def test_a_laptop_takes_what_it_has(tmp_path: Path) -> None:
+    load.require_gpu(context(tmp_path, run_spec(resources={"gpus": 1})))
+
+
+def test_a_pod_that_sees_its_gpu_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    load.require_gpu(context(tmp_path, run_spec(resources={"gpus": 1}), in_cluster=True))
+
+
+def test_a_model_on_a_gpu_leaves_it_with_all_that_it_keeps_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = exact_model(targets="q_proj")
+    before = logits_of(model, token_ids())
+    done: list[Any] = []
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0), raising=False)
+    monkeypatch.setattr(type(model), "to", lambda _, device: done.append(device))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    assert any(layer.exact.cached for _, layer in exact_layers(model))
+    convert.leave_gpu(model)
+    assert done == ["cpu", "emptied"]
+    assert not any(layer.exact.cached for _, layer in exact_layers(model))
+    assert torch.equal(logits_of(model, token_ids()), before)
+
+
+def test_a_model_on_the_cpu_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("there is no GPU to empty"))
+    convert.leave_gpu(exact_model())
+
+
+def test_the_gpu_is_left_after_the_export_and_before_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    for module, name in ((convert, "run"), (convert, "leave_gpu"), (verify, "run")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=original, n=f"{module.__name__}.{name}": order.append(n) or f(*args))
+    run(tiny_job(tmp_path, {"outputs": {"artifacts": ["adapter", "quantized"]}}), tmp_path / "work")
+    assert [name.removeprefix("finetune_trainer.stages.") for name in order] == ["convert.run", "convert.leave_gpu", "verify.run"]

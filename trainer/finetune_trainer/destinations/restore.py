@@ -1,0 +1,71 @@
+"""Takes up what an earlier run of the same training has published to S3, so that another destination or another pod costs no optimizer step.
+
+Called by pipeline.py where the working directory holds no finished training. On the Hub a model lies in other folders and is not taken up.
+"""
+
+import shutil
+from pathlib import Path
+
+from finetune_api import names
+
+from finetune_trainer import atomic
+from finetune_trainer.context import RunContext
+from finetune_trainer.destinations.layout import folders
+from finetune_trainer.destinations.manifest import PublishedFile, published_files
+from finetune_trainer.destinations.s3 import Place, open_place
+from finetune_trainer.sources.location import Location, destinations
+from finetune_trainer.sources.s3_errors import s3_errors
+
+_FOLDERS = (names.ADAPTER, names.QUANTIZED, names.PROOF)
+
+
+def restore(ctx: RunContext) -> bool:
+    """Fills the working directory from the first s3 destination that holds this training, each file as its manifest says.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        AccessError, CapacityError, InfrastructureError: one sentence each.
+    """
+    return any(_restore_from(ctx, where) for where in destinations(ctx.job) if where.scheme == "s3")
+
+
+def _restore_from(ctx: RunContext, where: Location) -> bool:
+    with s3_errors(where):
+        place = open_place(ctx, where)
+        files = published_files(place.read(names.MANIFEST) or b"", ctx.job.train_digest)
+        if not _is_whole(ctx, files):
+            return False
+        fetched = ctx.workdir / "restored"
+        _download(place, files, fetched)
+    differing = [path for path, digest in files.items() if PublishedFile.of(path, fetched / path).sha256 != digest]
+    if differing:
+        ctx.reporter.note(f"{where.uri} is not taken up: {differing[0]} is not what its manifest says.")
+    else:
+        ctx.reporter.note(f"This training is published at {where.uri} already, and taken up from there.")
+        _put_in_place(ctx, fetched)
+    shutil.rmtree(fetched)
+    return not differing
+
+
+def _is_whole(ctx: RunContext, files: dict[str, str]) -> bool:
+    """Whether everything that this job ships is there."""
+    wanted = folders(ctx.spec.wanted_artifacts, hub=False).values()
+    return names.REPORT in files and all(any(path.startswith(f"{folder}/") for path in files) for folder in wanted)
+
+
+def _download(place: Place, files: dict[str, str], target: Path) -> None:
+    with atomic.folder(target) as folder:
+        for path in files:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            place.client.download_file(place.bucket, place.key(path), str(folder / path))
+
+
+def _put_in_place(ctx: RunContext, fetched: Path) -> None:
+    """The report last: it is what says that all of it is done."""
+    for name in (*_FOLDERS, names.REPORT):
+        target = ctx.workdir / name
+        if (fetched / name).exists():
+            shutil.rmtree(target, ignore_errors=True)
+            (fetched / name).rename(target)
