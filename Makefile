@@ -83,7 +83,7 @@ cluster: cluster-setup ## a whole Kubernetes that runs until Ctrl-C; prints its 
 	@tests/cluster/up.sh $(CACHE)/cluster
 
 bench-qat: setup ## exact QAT against plain LoRA: time and memory
-	@$(PY) benchmarks/qat.py
+	@$(PY) benchmarks/qat.py $(ARGS)
 
 clean-images: ## removes the built images, their layers too (about 15 GB)
 	@rm -rf $(CACHE)/images $(CACHE)/containerd

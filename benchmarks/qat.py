@@ -54,6 +54,10 @@ def compare(rounds: int) -> None:
 
 def measure(arm: str, dtype: str) -> dict[str, float]:
     """Median seconds of a step and peak resident set of this process, for one arm."""
+    from finetune_trainer.reporting.quiet import quiet_bars, quiet_libraries
+
+    quiet_libraries()
+    quiet_bars()
     import torch
 
     torch.manual_seed(0)
@@ -107,7 +111,7 @@ def _fake_quantize_apart(model: Any) -> None:
 
 
 def _in_a_process(arm: str, dtype: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--arm", arm, "--dtype", dtype]
+    command = [sys.executable, "-W", "ignore::FutureWarning", __file__, "--arm", arm, "--dtype", dtype]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

@@ -1,7 +1,7 @@
 """The only file that talks to the Kubernetes API: reads and writes JSON values, with a time limit on every request.
 
 RBAC it needs, and nothing more: finetunejobs get, list, watch; finetunejobs/status patch; batch jobs get, list, watch, create, patch,
-delete; pods get, list, watch; events list, create. No Secrets, no wildcard, no write to a spec of ours.
+delete; pods get, list, watch; events list, create; leases get, create, update. No Secrets, no wildcard, no write to a spec of ours.
 """
 
 import json
@@ -46,6 +46,11 @@ class Cluster:
         else:
             await config.load_kube_config(client_configuration=configuration)
         return cls(client.ApiClient(configuration))
+
+    @property
+    def api(self) -> client.ApiClient:
+        """The connection, for the election."""
+        return self._api
 
     async def close(self) -> None:
         """Ends all connections."""

@@ -18,15 +18,15 @@ class Heartbeat:
     def __init__(self, clock: Callable[[], float], resync_seconds: float) -> None:
         self._clock = clock
         self._limit_seconds = ROUNDS * resync_seconds + SLACK_SECONDS
-        self._last = clock()
+        self._last: float | None = None
 
     def beat(self) -> None:
         """A round begins."""
         self._last = self._clock()
 
     def is_alive(self) -> bool:
-        """Whether the last round began not too long ago."""
-        return self._clock() - self._last <= self._limit_seconds
+        """Whether the last round began not too long ago; one that waits for the Lease has no rounds yet."""
+        return self._last is None or self._clock() - self._last <= self._limit_seconds
 
 
 @asynccontextmanager

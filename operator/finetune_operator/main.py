@@ -13,6 +13,7 @@ from pydantic_settings import SettingsError
 
 from finetune_operator import events
 from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.election import LeadershipLostError, lead
 from finetune_operator.health import Heartbeat, serving
 from finetune_operator.reconcile import Reconciler, resync, work
 from finetune_operator.settings import Settings
@@ -23,23 +24,33 @@ CRD_SECONDS = 5.0
 
 
 async def run(settings: Settings) -> None:
-    """Operates until a signal ends the watch."""
-    clock = asyncio.get_running_loop().time
-    queue, heartbeat = WorkQueue(clock), Heartbeat(clock, settings.resync_seconds)
+    """Operates until a signal ends the watch; where a Lease is named, as soon as it is had.
+
+    Raises:
+        LeadershipLostError: another operator may act from now on.
+    """
+    heartbeat = Heartbeat(asyncio.get_running_loop().time, settings.resync_seconds)
     async with AsyncExitStack() as stack:
         cluster = await Cluster.connect()
         stack.push_async_callback(cluster.close)
-        session = await stack.enter_async_context(aiohttp.ClientSession(trust_env=False))
         await stack.enter_async_context(serving(heartbeat, settings.health_port))
-        await _crd_is_there(cluster, settings)
+        if settings.lease_namespace:
+            await lead(cluster.api, settings.lease_namespace, settings.lease_name, lambda: operate(cluster, settings, heartbeat))
+        else:
+            await operate(cluster, settings, heartbeat)
+
+
+async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat) -> None:
+    """Watches and reconciles until a signal ends the watch."""
+    queue = WorkQueue(asyncio.get_running_loop().time)
+    await _crd_is_there(cluster, settings)
+    async with aiohttp.ClientSession(trust_env=False) as session, asyncio.TaskGroup() as group:
         reconciler = Reconciler(cluster, session, settings, lambda: datetime.now(UTC))
-        background = [work(queue, reconciler) for _ in range(settings.concurrency)]
-        background.append(resync(queue, cluster, settings, heartbeat.beat))
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in background]
-            await events.watch(queue, settings)
-            for task in tasks:
-                task.cancel()
+        tasks = [group.create_task(work(queue, reconciler)) for _ in range(settings.concurrency)]
+        tasks.append(group.create_task(resync(queue, cluster, settings, heartbeat.beat)))
+        await events.watch(queue, settings)
+        for task in tasks:
+            task.cancel()
 
 
 async def _crd_is_there(cluster: Cluster, settings: Settings) -> None:
@@ -69,7 +80,11 @@ def main() -> None:
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLevelName(settings.log_level)))
     logger.info("Watching %s", ", ".join(settings.namespaces) or "all namespaces")
-    asyncio.run(run(settings))
+    try:
+        asyncio.run(run(settings))
+    except LeadershipLostError as error:
+        logger.error("%s This process ends, and another one leads.", error)
+        sys.exit(1)
 
 
 def _refuse(problems: str) -> NoReturn:

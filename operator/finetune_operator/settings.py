@@ -29,6 +29,10 @@ class Settings(BaseSettings):
     """Jobs that are worked on at the same time."""
     no_progress_minutes: Annotated[float, Field(gt=0)] = 30
     """A training that makes no optimizer step for so long gets the reason NoProgress. Nothing is stopped."""
+    lease_namespace: str = ""
+    """Namespace of the Lease that says which of several operators acts. Empty: this is the only one."""
+    lease_name: str = "finetune-operator"
+    """Name of that Lease."""
     health_port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """Port of /healthz."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

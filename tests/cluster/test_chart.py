@@ -41,6 +41,11 @@ def test_the_crd_can_be_left_to_someone_else(kube: Cluster) -> None:
     assert not of_kind(render(kube, "--set", "crds.install=false"), "CustomResourceDefinition")
 
 
+def test_the_lease_is_all_that_the_operator_may_write_in_its_own_namespace(kube: Cluster) -> None:
+    (role,) = of_kind(render(kube), "Role")
+    assert [(rule["resources"], rule["verbs"]) for rule in role["rules"]] == [(["leases"], ["get", "create", "update"])]
+
+
 @pytest.mark.parametrize("options", [(), ("--set", "namespaces={ml,research}")])
 def test_no_rule_names_secrets_or_a_wildcard(kube: Cluster, options: tuple[str, ...]) -> None:
     manifests = render(kube, *options)
@@ -54,8 +59,8 @@ def test_no_rule_names_secrets_or_a_wildcard(kube: Cluster, options: tuple[str, 
 def test_a_list_of_namespaces_needs_no_cluster_role(kube: Cluster) -> None:
     manifests = render(kube, "--set", "namespaces={ml,research}")
     assert not of_kind(manifests, "ClusterRole") + of_kind(manifests, "ClusterRoleBinding")
-    assert [role["metadata"]["namespace"] for role in of_kind(manifests, "Role")] == ["ml", "research"]
-    assert [binding["metadata"]["namespace"] for binding in of_kind(manifests, "RoleBinding")] == ["ml", "research"]
+    for kind in ("Role", "RoleBinding"):
+        assert [item["metadata"]["namespace"] for item in of_kind(manifests, kind)] == ["finetune-system", "ml", "research"]
 
 
 def test_the_operators_pod_is_admitted_under_the_restricted_standard(kube: Cluster, namespace: str) -> None:

@@ -3,10 +3,6 @@
 The operator runs from this checkout, outside the cluster; the pods are a stand-in for the trainer (k8s/actor) that ends as the job's name says.
 """
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,7 @@ from cluster.image import write_image
 from support.finetunejobs import JobInCluster
 from support.finetunejobs import merged as with_changes
 from support.kubernetes import BIN, Cluster
-from support.s3_server import free_port
+from support.operator_process import OperatorProcess
 from support.specs import job, minimal_spec
 
 pytestmark = pytest.mark.cluster
@@ -26,58 +22,25 @@ IMAGE = "localhost/actor:1"
 SMALL = {"resources": {"gpus": 0, "cpu": "10m", "memory": "64Mi"}, "storage": {"workspace": {"size": "1Gi"}}}
 
 
-class Operator:
-    """The operator's process, which tests kill and start again."""
-
-    def __init__(self, kube: Cluster, log: Path) -> None:
-        self._kube, self._log = kube, log
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        environment = {
-            **os.environ,
-            "KUBECONFIG": str(self._kube.kubeconfig),
-            "FINETUNE_OPERATOR_TRAINER_IMAGE": IMAGE,
-            "FINETUNE_OPERATOR_RESYNC_SECONDS": "5",
-            "FINETUNE_OPERATOR_HEALTH_PORT": str(free_port("127.0.0.1")),
-        }
-        with self._log.open("ab") as log:
-            command = [sys.executable, "-m", "finetune_operator.main"]
-            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        """SIGKILL, as a node that dies would."""
-        if self._process:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-
-    def stop(self) -> int:
-        """SIGTERM, as a rollout would; returns the exit code."""
-        assert self._process is not None
-        self._process.terminate()
-        return self._process.wait(timeout=20)
-
-
 @pytest.fixture(scope="module")
-def operator(kube: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+def operator(kube: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     """The CRD and a running operator."""
     folder = tmp_path_factory.mktemp("operator")
     kube.kubectl("apply", "-f", str(ROOT / "crds" / "finetunejobs.finetune.dev.yaml"))
     write_image(IMAGE, folder / "actor.tar", ["/actor"], {str(BIN / "actor"): "/actor"})
     kube.import_archive(folder / "actor.tar")
-    process = Operator(kube, folder / "log")
+    process = OperatorProcess(kube, IMAGE, folder / "log")
     process.start()
     yield process
     process.kill()
-    log = (folder / "log").read_text()
-    assert "Traceback" not in log, log[-4000:]
+    process.require_no_traceback()
 
 
 Make = Callable[..., JobInCluster]
 
 
 @pytest.fixture
-def make(kube: Cluster, namespace: str, operator: Operator) -> Make:
+def make(kube: Cluster, namespace: str, operator: OperatorProcess) -> Make:
     """Applies a job of this name, with changes to its spec."""
 
     def apply(name: str, **changes: Any) -> JobInCluster:
@@ -200,7 +163,7 @@ def test_a_failed_run_is_tried_again_when_rerun_asks_for_it(make: Make) -> None:
     assert len({item["metadata"]["uid"] for item in made.owned("jobs")}) == 1
 
 
-def test_a_completion_is_not_lost_on_an_operator_that_is_down(make: Make, operator: Operator) -> None:
+def test_a_completion_is_not_lost_on_an_operator_that_is_down(make: Make, operator: OperatorProcess) -> None:
     made = make("exit-0-late", runPolicy={"ttlSecondsAfterFinished": 1}, scheduling={"nodeSelector": {"finetune.dev/later": "yes"}})
     made.kube.wait("a pod", lambda: made.owned("pods"))
     operator.kill()
@@ -250,7 +213,7 @@ def test_names_longer_than_a_label_work(make: Make) -> None:
     made.wait_for_phase("Succeeded", 60)
 
 
-def test_a_deleted_finetunejob_takes_everything_along_while_the_operator_is_down(make: Make, operator: Operator) -> None:
+def test_a_deleted_finetunejob_takes_everything_along_while_the_operator_is_down(make: Make, operator: OperatorProcess) -> None:
     made = make("wait-delete")
     running_pod(made)
     operator.kill()
@@ -259,7 +222,7 @@ def test_a_deleted_finetunejob_takes_everything_along_while_the_operator_is_down
     operator.start()
 
 
-def test_sigterm_ends_the_operator_well(make: Make, operator: Operator) -> None:
+def test_sigterm_ends_the_operator_well(make: Make, operator: OperatorProcess) -> None:
     make("exit-0-last").wait_for_phase("Succeeded", 60)
     assert operator.stop() == 0
     operator.start()

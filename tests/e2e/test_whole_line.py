@@ -152,6 +152,21 @@ def test_the_same_yaml_again_changes_nothing(world: World, production: JobInClus
     assert [job["metadata"]["uid"] for job in production.owned("jobs")] == jobs
 
 
+def test_another_destination_gets_the_model_without_another_training(world: World, production: JobInCluster) -> None:
+    trained = reported(world, "production")
+    first = production.manifest["spec"]["outputs"]["destinations"][0]
+    production.manifest["spec"]["outputs"]["destinations"].append(first | {"uri": f"s3://{world.bucket}/elsewhere"})
+    production.apply()
+
+    def published_again() -> bool:
+        status = production.status()
+        return status["observedGeneration"] == 2 and status["phase"] == "Succeeded"
+
+    world.kube.wait("the model at another destination", published_again, 180)
+    assert reported(world, "elsewhere") == trained  # a second training would have taken other times
+    assert {key for key in keys(world, "elsewhere") if key != "manifest.json"} <= keys(world, "production")
+
+
 def test_a_model_is_shared_on_the_hub(world: World) -> None:
     job = world.job("share")
     job.apply()

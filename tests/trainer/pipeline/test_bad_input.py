@@ -1,15 +1,15 @@
 """Bad input on a laptop: each ends before training, with the exit code of its class and one sentence that names the thing and the mend."""
 
-import shutil
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from finetune_api.exits import ExitCode
-from finetune_trainer import atomic
+from finetune_trainer.reporting.progress import ProgressMeter
 from support.tiny_jobs import finetune, tiny_job
 
 Prepare = Callable[[Path], dict[str, Any] | None]
@@ -112,26 +112,59 @@ def test_a_working_directory_that_can_not_be_made_is_named(tmp_path: Path, capfd
     assert "is not writable" in capfd.readouterr().err
 
 
-def test_a_full_disk_is_seen_before_anything_is_loaded(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 0))
-    code = finetune("run", str(tiny_job(tmp_path)), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache"))
-    assert code == ExitCode.CAPACITY
-    assert "0 MiB left" in capfd.readouterr().err
+Disk = Callable[[str], Path]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """Mounts a disk of its own, with these mount options, and returns where."""
+    if os.geteuid() != 0:
+        pytest.skip("a disk of its own takes root, to mount it")
+    target = tmp_path / "disk"
+
+    def mount(options: str) -> Path:
+        target.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", target], check=True)
+        return target
+
+    yield mount
+    subprocess.run(["umount", "--lazy", target], check=True)
+
+
+def test_a_read_only_disk_is_named(disk: Disk, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    work = disk("ro") / "work"
+    assert finetune("run", str(tiny_job(tmp_path)), "--workdir", str(work), "--cache", str(tmp_path / "cache")) == ExitCode.CAPACITY
+    assert f"{work} is not writable (Read-only file system)" in capfd.readouterr().err
+
+
+def test_a_full_disk_is_seen_before_anything_is_loaded(disk: Disk, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    work = disk("size=8m") / "work"
+    assert finetune("run", str(tiny_job(tmp_path)), "--workdir", str(work), "--cache", str(tmp_path / "cache")) == ExitCode.CAPACITY
+    assert f"{work} has 8 MiB left" in capfd.readouterr().err
 
 
 def test_a_disk_that_fills_up_while_training_keeps_what_is_complete(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    disk: Disk, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "work" / "lora_model"))
+    folder, original = disk("size=80m"), ProgressMeter.step_done
 
-    monkeypatch.setattr(atomic, "folder", full)
-    code = finetune("run", str(tiny_job(tmp_path)), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache"))
+    def step_done(self: ProgressMeter, step: int, *args: Any) -> None:
+        original(self, step, *args)
+        if step == 2:  # and from its checkpoint on nothing more can be written
+            fill(folder)
+
+    monkeypatch.setattr(ProgressMeter, "step_done", step_done)
+    code = finetune("run", str(tiny_job(tmp_path)), "--workdir", str(folder / "work"), "--cache", str(tmp_path / "cache"))
     assert code == ExitCode.CAPACITY
     assert "No space is left on the disk" in capfd.readouterr().err
-    assert list((tmp_path / "work" / "outputs").glob("checkpoint-*/sealed.json"))
+    assert [path.parent.name for path in (folder / "work" / "outputs").glob("checkpoint-*/sealed.json")] == ["checkpoint-1"]
+    assert not (folder / "work" / "lora_model").exists()
+
+
+def fill(folder: Path) -> None:
+    with (folder / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+        while True:
+            filler.write(bytes(2**20))
 
 
 @pytest.mark.parametrize("prepare", [no_dataset, broken_line, no_config, gpu_scheme])

@@ -29,13 +29,22 @@ async def test_a_fresh_operator_is_healthy() -> None:
 async def test_an_operator_whose_resync_stopped_is_not() -> None:
     clock = Clock()
     heartbeat = Heartbeat(clock, 60)
+    heartbeat.beat()
     clock.now += 301
     assert await answer_of(heartbeat) == (503, "the resync has stopped\n")
+
+
+def test_an_operator_that_waits_for_its_turn_is_healthy_however_long_that_takes() -> None:
+    clock = Clock()
+    heartbeat = Heartbeat(clock, 60)
+    clock.now += 10_000
+    assert heartbeat.is_alive()
 
 
 def test_three_late_rounds_and_two_minutes_are_forgiven() -> None:
     clock = Clock()
     heartbeat = Heartbeat(clock, 60)
+    heartbeat.beat()
     clock.now += 300
     assert heartbeat.is_alive()
     clock.now += 1

@@ -1,0 +1,104 @@
+"""One operator acts at a time, and a Lease says which: the others wait, and take over within 20 s when its holder dies, at once when it ends well.
+
+The election is the Kubernetes client's own. That two overlap for a moment (a stopped process that wakes up) does no harm: see decide.py's fences.
+"""
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+from kubernetes.aio import client
+from kubernetes.aio.client.exceptions import ApiException
+from kubernetes.aio.leaderelection.electionconfig import Config
+from kubernetes.aio.leaderelection.leaderelection import LeaderElection
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+
+LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15, 10, 2
+STOP_SECONDS = 5
+_UNANSWERED = (aiohttp.ClientError, TimeoutError, OSError)
+
+logger = logging.getLogger(__name__)
+
+
+class LeadershipLostError(Exception):
+    """The Lease could not be renewed in time, or another one has it: this process must stop acting."""
+
+
+async def lead(api: client.ApiClient, namespace: str, name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Waits for the Lease, works, and gives the Lease back.
+
+    Args:
+        namespace: where the Lease lies.
+        name: the Lease's.
+        work: runs as long as the operator may; it is cancelled when the Lease is lost.
+
+    Raises:
+        LeadershipLostError: the Lease was lost; the process should end and be restarted.
+    """
+    lock = PatientLock(name, namespace, f"{socket.gethostname()}-{secrets.token_hex(4)}", api)
+    leading = asyncio.Event()
+
+    async def begin() -> None:
+        leading.set()
+
+    election = asyncio.create_task(LeaderElection(Config(lock, LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, begin, None)).run())
+    logger.info("Waiting for the Lease %s/%s as %s", namespace, name, lock.identity)
+    led = asyncio.create_task(leading.wait())
+    await asyncio.wait({election, led}, return_when=asyncio.FIRST_COMPLETED)
+    if election.done():
+        led.cancel()
+        election.result()  # what ended it; an election that nobody won does not end
+    logger.info("Leading")
+    working = asyncio.ensure_future(work())
+    await asyncio.wait({election, working}, return_when=asyncio.FIRST_COMPLETED)
+    if not working.done():
+        working.cancel()
+        await asyncio.wait({working}, timeout=STOP_SECONDS)
+        raise LeadershipLostError(f"The Lease {namespace}/{name} could not be renewed within {RENEW_SECONDS} s.")
+    election.cancel()
+    await lock.release()
+    await working
+
+
+class PatientLock(LeaseLock):  # type: ignore[misc] # the client carries no types
+    """A Lease whose server may be away for a while: what is not answered is not obtained, and tried again."""
+
+    async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
+        """(whether it is there, the record or the error)."""
+        try:
+            found: tuple[bool, Any] = await super().get(name, namespace)
+        except _UNANSWERED as error:
+            return False, ApiException(status=0, reason=f"{type(error).__name__}: {error}")
+        return found
+
+    async def create(self, name: str, namespace: str, election_record: Any) -> bool:
+        """Whether it was made. The client's own asks for a `pretty` that its own check refuses (kubernetes 37.0)."""
+        lease = client.V1Lease(metadata=client.V1ObjectMeta(name=name), spec=self.update_lease(election_record))
+        return await self._obtained(self.api_instance.create_namespaced_lease(namespace, lease))
+
+    async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
+        """Whether it was renewed or taken over."""
+        self.lease_reference.spec = self.update_lease(updated_record, self.lease_reference.spec)
+        return await self._obtained(self.api_instance.replace_namespaced_lease(name, namespace, self.lease_reference))
+
+    async def release(self) -> None:
+        """Gives it back, so that nobody has to wait for its end; best effort."""
+        try:
+            lease = await self.api_instance.read_namespaced_lease(self.name, self.namespace)
+            if lease.spec.holder_identity == self.identity:
+                lease.spec.holder_identity = None
+                await self.api_instance.replace_namespaced_lease(self.name, self.namespace, lease)
+        except (ApiException, *_UNANSWERED) as error:
+            logger.warning("The Lease was not given back: %s", error)
+
+    async def _obtained(self, request: Awaitable[Any]) -> bool:
+        try:
+            await request
+        except (ApiException, *_UNANSWERED) as error:
+            logger.warning("The Lease can't be written: %s: %s", type(error).__name__, str(error).splitlines()[0])
+            return False
+        return True

@@ -1,0 +1,67 @@
+"""The operator of this checkout as a process outside of the cluster, which tests kill and start again."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from support.kubernetes import Cluster
+from support.s3_server import free_port
+
+
+class OperatorProcess:
+    """One operator.
+
+    Args:
+        image: what the training pods run.
+        log: where it writes; what a killed one wrote stays.
+        settings: more of its environment, without the prefix.
+    """
+
+    def __init__(self, kube: Cluster, image: str, log: Path, **settings: str) -> None:
+        self._log = log
+        self._settings = {"TRAINER_IMAGE": image, "RESYNC_SECONDS": "5", **settings}
+        self._kubeconfig = str(kube.kubeconfig)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        """Everything that it wrote."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def start(self) -> None:
+        """In the background, with a health port of its own."""
+        settings = {**self._settings, "HEALTH_PORT": str(free_port("127.0.0.1"))}
+        prefixed = {f"FINETUNE_OPERATOR_{name}": value for name, value in settings.items()}
+        with self._log.open("ab") as log:
+            command = [sys.executable, "-m", "finetune_operator.main"]
+            environment = {**os.environ, "KUBECONFIG": self._kubeconfig, **prefixed}
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """SIGKILL, as a node that dies would."""
+        if self._process:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+    def freeze(self) -> None:
+        """SIGSTOP: the process loses its time and does not know it."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def wake(self) -> int:
+        """SIGCONT; returns the exit code of an operator that finds its Lease lost."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+        return self._process.wait(timeout=30)
+
+    def stop(self) -> int:
+        """SIGTERM, as a rollout would; returns the exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(timeout=20)
+
+    def require_no_traceback(self) -> None:
+        """AssertionError with the end of the log when a defect shows in it."""
+        assert "Traceback" not in self.log, self.log[-4000:]
