@@ -65,8 +65,9 @@ class WeightQuantizer:
         """The codes and scales of a weight [out, in]."""
         low, high = self.bounds
         grouped = weight.view(weight.shape[0], -1, self.block(weight.shape[1]))
-        lowest, highest = torch.aminmax(grouped, dim=-1)
-        largest = torch.maximum(lowest.clamp_(max=0).neg_(), highest.clamp_(min=0))
+        # Not aminmax, nor amax of bfloat16: on a CPU both take five times as long, longer than all the rest.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        largest = grouped.abs().to(wide).amax(dim=-1).to(weight.dtype)
         scale = largest.div_((high - low) / 2).clamp_(min=torch.finfo(weight.dtype).smallest_normal)
         rounded = (grouped * scale.reciprocal().unsqueeze(-1)).round_().clamp_(low, high)
         return WeightCodes(rounded.to(torch.int8).view(weight.shape), scale)
@@ -85,8 +86,7 @@ def quantize_activation(activation: Tensor) -> ActivationCodes:
 
     Source: torchao `choose_qparams_affine` with MappingType.ASYMMETRIC: zero is always on the grid.
     """
-    lowest, highest = torch.aminmax(activation, dim=-1, keepdim=True)
-    lowest, highest = lowest.clamp_(max=0), highest.clamp_(min=0)
+    lowest, highest = activation.amin(dim=-1, keepdim=True).clamp_(max=0), activation.amax(dim=-1, keepdim=True).clamp_(min=0)
     scale = ((highest - lowest) / 255.0).clamp_(min=torch.finfo(activation.dtype).smallest_normal)
     zero_point = (-128 - torch.round(lowest / scale)).clamp_(-128, 127).to(torch.int8)
     codes = (activation * (1.0 / scale)).round_().add_(zero_point).clamp_(-128, 127)
