@@ -27,25 +27,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each arm; the median counts")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="which to measure; lora is what the others are held against")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--dtype", choices=DTYPES)
     chosen = parser.parse_args()
     if chosen.arm:
         print(json.dumps(measure(chosen.arm, chosen.dtype)))
     else:
-        compare(chosen.rounds, ["lora", *(arm for arm in chosen.arms if arm != "lora")])
+        compare(chosen.rounds, ["lora", *(arm for arm in chosen.arms if arm != "lora")], chosen.dtypes)
 
 
-def compare(rounds: int, arms: list[str]) -> None:
+def compare(rounds: int, arms: list[str], dtypes: list[str]) -> None:
     """Runs the arms in turn, shows every measurement as it comes and ends with the figures."""
-    measured: dict[tuple[str, str], list[dict[str, float]]] = {(dtype, arm): [] for dtype in DTYPES for arm in arms}
+    measured: dict[tuple[str, str], list[dict[str, float]]] = {(dtype, arm): [] for dtype in dtypes for arm in arms}
     print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}", file=sys.stderr)
     for turn in range(rounds):
         for dtype, arm in measured:
             result = _in_a_process(arm, dtype)
             measured[dtype, arm].append(result)
             print(f"{turn + 1}/{rounds} {dtype} {arm}: {result['seconds']:.3f} s a step, {result['bytes'] / 1e9:.2f} GB", file=sys.stderr)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for arm in arms:
             _print_absolute(dtype, arm, measured[dtype, arm])
         for arm in arms[1:]:
