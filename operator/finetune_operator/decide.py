@@ -126,7 +126,7 @@ def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
     if not problem or world.current is not None:
         return None
     reason = Reason.INVALID_SPEC if world.subject.problem else Reason.NOT_ALLOWED
-    return Plan(_fenced(_stalled(situation, reason, problem).actions, _delete(list(world.jobs))))
+    return Plan(_fenced(_pending(situation, Standing.STALLED, reason, problem), _delete(list(world.jobs))))
 
 
 def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
@@ -136,9 +136,8 @@ def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
     if not in_the_way:
         return None
     name = in_the_way[0]["metadata"]["name"]
-    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, Reason.REPLACING, f"Waiting until Job {name} and its pods are gone.")
-    status = status_of(world.subject, carried_status(world.subject), verdict, situation.now)
-    return Plan(_fenced(_write(situation, status), _delete(in_the_way)))
+    sentence = f"Waiting until Job {name} and its pods are gone."
+    return Plan(_fenced(_pending(situation, Standing.RECONCILING, Reason.REPLACING, sentence), _delete(in_the_way)))
 
 
 def stall_on_a_namesake(situation: Situation) -> Plan | None:
@@ -148,7 +147,7 @@ def stall_on_a_namesake(situation: Situation) -> Plan | None:
         return None
     name = world.namesake["metadata"]["name"]
     sentence = f"A Job named {name} exists and does not belong to this FineTuneJob; delete it, or set runPolicy.rerun to get another name."
-    return _stalled(situation, Reason.NAME_TAKEN, sentence)
+    return Plan(_pending(situation, Standing.STALLED, Reason.NAME_TAKEN, sentence))
 
 
 def wait_until_leftover_pods_are_gone(situation: Situation) -> Plan | None:
@@ -157,9 +156,8 @@ def wait_until_leftover_pods_are_gone(situation: Situation) -> Plan | None:
     if not world.leftovers or world.current is not None:
         return None
     name = world.leftovers[0]["metadata"]["name"]
-    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, Reason.REPLACING, f"Waiting until pod {name} of a deleted Job has ended.")
-    status = status_of(world.subject, carried_status(world.subject), verdict, situation.now)
-    return Plan(_write(situation, status), NEW_POD_SECONDS)
+    sentence = f"Waiting until pod {name} of a deleted Job has ended."
+    return Plan(_pending(situation, Standing.RECONCILING, Reason.REPLACING, sentence), NEW_POD_SECONDS)
 
 
 def create_what_is_missing(situation: Situation) -> Plan | None:
@@ -172,8 +170,7 @@ def create_what_is_missing(situation: Situation) -> Plan | None:
     base = carried_status(world.subject)
     if base.phase is not None and any(item.reason == Reason.JOB_REFUSED for item in base.conditions):
         return Plan(_fenced((), create))
-    verdict = Verdict(Phase.PENDING, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod.")
-    return Plan(_fenced(_write(situation, status_of(world.subject, base, verdict, situation.now)), create))
+    return Plan(_fenced(_pending(situation, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod."), create))
 
 
 def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
@@ -227,11 +224,9 @@ def report_a_refused_job(situation: Situation, refusal: str, *, for_good: bool) 
         refusal: what the API server said.
         for_good: whether only an edit can mend it.
     """
-    subject = situation.world.subject
     standing = Standing.STALLED if for_good else Standing.RECONCILING
     sentence = f"The API server refuses the Job: {clean(refusal, 800).rstrip('.')}; correct the spec, the quota or the policy."
-    verdict = Verdict(Phase.PENDING, standing, Reason.JOB_REFUSED, sentence)
-    return Plan(_write(situation, status_of(subject, carried_status(subject), verdict, situation.now)))
+    return Plan(_pending(situation, standing, Reason.JOB_REFUSED, sentence))
 
 
 def is_unfinished(raw: Json) -> bool:
@@ -331,10 +326,11 @@ def _refusal(situation: Situation) -> str:
     return ""
 
 
-def _stalled(situation: Situation, reason: str, sentence: str) -> Plan:
+def _pending(situation: Situation, standing: Standing, reason: Reason, sentence: str) -> tuple[Action, ...]:
+    """Says why a run has no pod at work."""
     subject = situation.world.subject
-    verdict = Verdict(Phase.PENDING, Standing.STALLED, reason, clean(sentence))
-    return Plan(_write(situation, status_of(subject, carried_status(subject), verdict, situation.now)))
+    verdict = Verdict(Phase.PENDING, standing, reason, clean(sentence))
+    return _write(situation, status_of(subject, carried_status(subject), verdict, situation.now))
 
 
 def _again(situation: Situation) -> float | None:

@@ -58,6 +58,7 @@ async def lead(api: client.ApiClient, namespace: str, name: str, work: Callable[
     if not working.done():
         working.cancel()
         await asyncio.wait({working}, timeout=STOP_SECONDS)
+        election.result()  # a defect of the election is not a lost Lease
         raise LeadershipLostError(f"The Lease {namespace}/{name} could not be renewed within {RENEW_SECONDS} s.")
     election.cancel()
     await lock.release()

@@ -4,32 +4,24 @@ The operator runs from this checkout, outside the cluster; the pods are a stand-
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster.image import write_image
 from support.finetunejobs import JobInCluster
 from support.finetunejobs import merged as with_changes
-from support.kubernetes import BIN, Cluster
-from support.operator_process import OperatorProcess
+from support.kubernetes import Cluster
+from support.operator_process import SMALL, OperatorProcess, get_ready
 from support.specs import job, minimal_spec
 
 pytestmark = pytest.mark.cluster
-
-ROOT = Path(__file__).parents[2]
-IMAGE = "localhost/actor:1"
-SMALL = {"resources": {"gpus": 0, "cpu": "10m", "memory": "64Mi"}, "storage": {"workspace": {"size": "1Gi"}}}
 
 
 @pytest.fixture(scope="module")
 def operator(kube: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     """The CRD and a running operator."""
     folder = tmp_path_factory.mktemp("operator")
-    kube.kubectl("apply", "-f", str(ROOT / "crds" / "finetunejobs.finetune.dev.yaml"))
-    write_image(IMAGE, folder / "actor.tar", ["/actor"], {str(BIN / "actor"): "/actor"})
-    kube.import_archive(folder / "actor.tar")
-    process = OperatorProcess(kube, IMAGE, folder / "log")
+    get_ready(kube, folder)
+    process = OperatorProcess(kube, folder / "log")
     process.start()
     yield process
     process.kill()

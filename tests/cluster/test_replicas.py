@@ -5,17 +5,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster.image import write_image
 from support.finetunejobs import JobInCluster, merged
-from support.kubernetes import BIN, Cluster
-from support.operator_process import OperatorProcess
+from support.kubernetes import Cluster
+from support.operator_process import SMALL, OperatorProcess, get_ready
 from support.specs import job, minimal_spec
 
 pytestmark = pytest.mark.cluster
-
-ROOT = Path(__file__).parents[2]
-IMAGE = "localhost/actor:1"
-SMALL = {"resources": {"gpus": 0, "cpu": "10m", "memory": "64Mi"}, "storage": {"workspace": {"size": "1Gi"}}}
 
 Start = Callable[[str], OperatorProcess]
 
@@ -23,13 +18,11 @@ Start = Callable[[str], OperatorProcess]
 @pytest.fixture
 def start(kube: Cluster, namespace: str, tmp_path: Path) -> Iterator[Start]:
     """Starts an operator that shares its Lease with the others of this test."""
-    kube.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds" / "finetunejobs.finetune.dev.yaml"))
-    write_image(IMAGE, tmp_path / "actor.tar", ["/actor"], {str(BIN / "actor"): "/actor"})
-    kube.import_archive(tmp_path / "actor.tar")
+    get_ready(kube, tmp_path)
     started: list[OperatorProcess] = []
 
     def start_one(name: str) -> OperatorProcess:
-        operator = OperatorProcess(kube, IMAGE, tmp_path / name, LEASE_NAMESPACE=namespace)
+        operator = OperatorProcess(kube, tmp_path / name, LEASE_NAMESPACE=namespace)
         operator.start()
         started.append(operator)
         return operator

@@ -1,4 +1,4 @@
-"""The operator of this checkout as a process outside of the cluster, which tests kill and start again."""
+"""The operator of this checkout as a process outside of the cluster, which tests kill and start again, and the stand-in that its pods run."""
 
 import os
 import signal
@@ -6,22 +6,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.kubernetes import Cluster
+from cluster.image import write_image
+from support.kubernetes import BIN, Cluster
 from support.s3_server import free_port
+
+CRD = Path(__file__).parents[2] / "crds" / "finetunejobs.finetune.dev.yaml"
+ACTOR = "localhost/actor:1"  # tests/cluster/k8s/actor: ends as the job's name says
+SMALL = {"resources": {"gpus": 0, "cpu": "10m", "memory": "64Mi"}, "storage": {"workspace": {"size": "1Gi"}}}
+
+
+def get_ready(kube: Cluster, folder: Path) -> None:
+    """The CRD on the cluster, the stand-in's image on its node."""
+    kube.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRD))
+    write_image(ACTOR, folder / "actor.tar", ["/actor"], {str(BIN / "actor"): "/actor"})
+    kube.import_archive(folder / "actor.tar")
 
 
 class OperatorProcess:
     """One operator.
 
     Args:
-        image: what the training pods run.
         log: where it writes; what a killed one wrote stays.
         settings: more of its environment, without the prefix.
     """
 
-    def __init__(self, kube: Cluster, image: str, log: Path, **settings: str) -> None:
+    def __init__(self, kube: Cluster, log: Path, **settings: str) -> None:
         self._log = log
-        self._settings = {"TRAINER_IMAGE": image, "RESYNC_SECONDS": "5", **settings}
+        self._settings = {"TRAINER_IMAGE": ACTOR, "RESYNC_SECONDS": "5", **settings}
         self._kubeconfig = str(kube.kubeconfig)
         self._process: subprocess.Popen[bytes] | None = None
 

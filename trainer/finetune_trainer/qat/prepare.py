@@ -223,8 +223,8 @@ def _require_plain_lora(module: LoraLinear, name: str) -> None:
         )
 
 
-def free_codes(model: nn.Module) -> None:
-    """Frees the weight codes that adapted layers keep between micro-batches."""
+def free_codes(model: nn.Module, *, frozen: bool = False) -> None:
+    """Frees the weight codes that adapted layers keep between micro-batches (with `frozen` also those that frozen layers keep for good)."""
     for _, layer in exact_layers(model):
-        if isinstance(layer, ExactLoraLinear):
+        if frozen or isinstance(layer, ExactLoraLinear):
             layer.exact.cached, layer.exact.cached_key = None, ()

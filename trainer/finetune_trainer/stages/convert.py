@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from finetune_trainer import atomic
 from finetune_trainer.context import RunContext
 from finetune_trainer.qat.export import plain_model, trained_digests
-from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization
+from finetune_trainer.qat.prepare import drop_caches, fake_quantization, free_codes
 from finetune_trainer.stages.train import Trained
 
 _ROWS, _TOKENS = 2, 32
@@ -77,8 +77,7 @@ def leave_gpu(model: PeftModel) -> None:
         return
     model.to("cpu")
     drop_caches(model)
-    for _, layer in exact_layers(model):  # frozen layers keep their codes, which no move of the model takes along
-        layer.exact.cached, layer.exact.cached_key = None, ()
+    free_codes(model, frozen=True)  # no move of the model takes them along
     gc.collect()  # the trainer and its optimizer hang in reference cycles
     torch.cuda.empty_cache()
 
