@@ -16,11 +16,11 @@ from finetune_api.status import FineTuneJobStatus, Phase
 from finetune_operator.announcements import CREATED, Announcement, announcements, build_event
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields
-from finetune_operator.diagnosis import container_state, is_ended
-from finetune_operator.observed import carried_status, observed_status, status_of, timestamp
+from finetune_operator.diagnosis import container_state, is_ended, is_starting, waiting_sentence
+from finetune_operator.observed import SETTLING_SECONDS, carried_status, observed_status, status_of, timestamp
 from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
-from finetune_operator.subject import FINAL, Json, World, condition_of, is_being_deleted, is_finished
+from finetune_operator.subject import FINAL, Json, Trainer, World, condition_of, is_being_deleted, is_finished
 
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
 NEW_POD_SECONDS = 5.0  # a pod that takes longer to start has its events read
@@ -235,10 +235,22 @@ def is_unfinished(raw: Json) -> bool:
     return status.get("phase") not in FINAL or status.get("observedGeneration") != raw["metadata"].get("generation")
 
 
-def progress_address(world: World) -> str | None:
-    """IP of the pod whose trainer can be asked; None when none runs."""
+def ends(world: World, plan: Plan) -> bool:
+    """Whether nothing is left to do for the job once the plan is executed, until someone edits it."""
+    subject = world.subject
+    if not is_unfinished(subject.raw) or (subject.spec is not None and subject.is_latched):
+        return True
+    return any(isinstance(action, WriteStatus) and action.patch.get("phase") in FINAL for action in plan.actions)
+
+
+def trainer_of(world: World) -> Trainer | None:
+    """The trainer that can be asked how far it is; None when none runs."""
     active = [pod for pod in world.current_pods if not is_ended(pod) and container_state(pod, "running") is not None]
-    return str(active[-1]["status"].get("podIP") or "") or None if active else None
+    if not active or not active[-1]["status"].get("podIP"):
+        return None
+    started = (container_state(active[-1], "running") or {}).get("startedAt")
+    seconds = datetime.fromisoformat(str(started)).timestamp() if started else 0.0
+    return Trainer(str(active[-1]["metadata"]["uid"]), str(active[-1]["status"]["podIP"]), seconds)
 
 
 def unexplained(world: World, now: datetime) -> str | None:
@@ -249,8 +261,8 @@ def unexplained(world: World, now: datetime) -> str | None:
     if not active:
         is_new = (now - podless_since(world)).total_seconds() < NEW_POD_SECONDS
         return None if job["spec"].get("suspend") or is_new else str(job["metadata"]["uid"])
-    starting = container_state(active[-1], "running") is None and container_state(active[-1], "terminated") is None
-    return str(active[-1]["metadata"]["uid"]) if starting and _age_seconds(active[-1], now) >= NEW_POD_SECONDS else None
+    is_silent = is_starting(active[-1]) and waiting_sentence(active[-1], ())[0] == Reason.CONTAINER_CREATING
+    return str(active[-1]["metadata"]["uid"]) if is_silent and _age_seconds(active[-1], now) >= NEW_POD_SECONDS else None
 
 
 def podless_since(world: World) -> datetime:
@@ -334,16 +346,15 @@ def _pending(situation: Situation, standing: Standing, reason: Reason, sentence:
 
 
 def _again(situation: Situation) -> float | None:
-    """Progress is asked for every 2 s at first and every 10 s later; a pod that waits is looked at when its events may speak."""
+    """A pod that starts is looked at when it should have started, and then ever more seldom, since its events bring no event to us."""
     world, now = situation.world, situation.now
-    if world.subject.spec and world.subject.spec.run_policy.suspend:
-        return None
     active = [pod for pod in world.current_pods if not is_ended(pod)]
-    running = container_state(active[-1], "running") if active else None
-    if running is not None:
-        age = (now - datetime.fromisoformat(str(running["startedAt"]))).total_seconds() if running.get("startedAt") else 0.0
-        return min(10.0, max(2.0, age / 6))
-    return NEW_POD_SECONDS + 1 if not world.warnings else None
+    if (active and not is_starting(active[-1])) or (world.subject.spec and world.subject.spec.run_policy.suspend):
+        return None
+    age_seconds = _age_seconds(active[-1], now) if active else (now - podless_since(world)).total_seconds()
+    if active and age_seconds < SETTLING_SECONDS:
+        return SETTLING_SECONDS - age_seconds
+    return max(NEW_POD_SECONDS + 1 - age_seconds, min(60.0, age_seconds / 2), 1.0)
 
 
 def _age_seconds(resource: Json, now: datetime) -> float:

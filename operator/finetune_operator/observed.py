@@ -15,7 +15,7 @@ from finetune_api.termination import TerminationMessage
 
 from finetune_operator.attempts import added_gpu_seconds, merge_attempts
 from finetune_operator.conditions import Standing, Verdict, build_conditions
-from finetune_operator.diagnosis import Ending, container_state, ending_of, is_ended, waiting_sentence
+from finetune_operator.diagnosis import Ending, container_state, ending_of, is_ended, is_starting, waiting_sentence
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, Subject, World, condition_of, is_being_deleted
 
@@ -23,6 +23,7 @@ Said = TypeVar("Said", bound=ApiModel)
 Facts = dict[ConditionType, tuple[Literal["True", "False", "Unknown"], str, str]]
 _AFTER_TRAINING = (Stage.EVALUATING, Stage.CONVERTING, Stage.VERIFYING, Stage.PUBLISHING)
 PROGRESS_WRITE_SECONDS = 10
+SETTLING_SECONDS = 2.0  # a pod that starts sooner gets no status of its own in between: one write less a job
 
 
 def timestamp(now: datetime) -> str:
@@ -64,7 +65,7 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
     base = carried_status(subject)
     ended = sorted((pod for pod in pods if is_ended(pod)), key=_finished_at)
     last = ending_of(ended[-1], spec) if ended else None
-    verdict = _verdict(world, job, spec, last)
+    verdict = _verdict(world, job, spec, last, now)
     attempts = merge_attempts(base.attempts, pods, spec)
     base = base.model_copy(
         update={
@@ -82,7 +83,7 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
     return status_of(subject, base, verdict, now, _facts(spec, base, verdict, last))
 
 
-def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None) -> Verdict:
+def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None, now: datetime) -> Verdict:
     if condition_of(job, "Complete"):
         return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], _success_sentence(spec))
     failed = condition_of(job, "Failed")
@@ -92,7 +93,7 @@ def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None
     active = [pod for pod in world.current_pods if not is_ended(pod)]
     if spec.run_policy.suspend:
         return _suspended(active)
-    if active:
+    if active and not _settles(active[-1], now):
         return _active(active[-1], world.warnings)
     return _podless(world.warnings, last)
 
@@ -127,6 +128,12 @@ def _suspended(active: list[Json]) -> Verdict:
             "The trainer saves its last step and stops, because runPolicy.suspend is true.",
         )
     return Verdict(Phase.SUSPENDED, Standing.IDLE, Reason.SUSPENDED, "Suspended; set runPolicy.suspend to false to go on.")
+
+
+def _settles(pod: Json, now: datetime) -> bool:
+    """Whether it is new, and neither runs nor goes."""
+    age_seconds = (now - datetime.fromisoformat(str(pod["metadata"]["creationTimestamp"]))).total_seconds()
+    return age_seconds < SETTLING_SECONDS and is_starting(pod) and not is_being_deleted(pod)
 
 
 def _active(pod: Json, warnings: tuple[str, ...]) -> Verdict:

@@ -83,6 +83,21 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Trainer:
+    """A container at work.
+
+    Attributes:
+        pod_uid: UID of its pod, which the Job controls.
+        pod_ip: where it answers.
+        started: Unix time of its start, in seconds.
+    """
+
+    pod_uid: str
+    pod_ip: str
+    started: float
+
+
+@dataclass(frozen=True)
 class World:
     """Everything that a decision may look at.
 

@@ -23,8 +23,8 @@ from finetune_operator.decide import (
     is_unfinished,
     merge_patch,
     podless_since,
-    progress_address,
     report_a_refused_job,
+    trainer_of,
     unexplained,
 )
 from finetune_operator.desired import build_job
@@ -287,7 +287,7 @@ def test_a_run_that_checkpointed_too_often_has_a_completion_time() -> None:
 def test_a_pod_that_does_not_start_says_why(pod: Json, reason: str, parts: list[str]) -> None:
     raw = build_finetunejob()
     job = job_for(raw)
-    status = status_after(raw, decide(world_of(raw, job, pods=(build_pod(job, **pod),)), NOW, SETTINGS))
+    status = status_after(raw, decide(world_of(raw, job, pods=(build_pod(job, **pod),)), NOW + timedelta(seconds=3), SETTINGS))
     assert (status["phase"], ready_reason(status)) == ("Pending", reason)
     assert all(part in status["message"] for part in parts)
 
@@ -526,9 +526,11 @@ def test_a_stage_without_steps_is_no_lack_of_progress() -> None:
 def test_only_a_running_pod_is_asked_for_progress() -> None:
     raw = build_finetunejob()
     job = job_for(raw)
-    assert progress_address(world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),))) == "192.0.2.1"
-    assert progress_address(world_of(raw, job, pods=(build_pod(job),))) is None
-    assert progress_address(world_of(raw, job, pods=(build_pod(job, phase="Failed", state=build_ended_state(1)),))) is None
+    trainer = trainer_of(world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),)))
+    assert trainer is not None
+    assert (trainer.pod_uid, trainer.pod_ip) == ("pod-1-uid", "192.0.2.1")
+    assert trainer_of(world_of(raw, job, pods=(build_pod(job),))) is None
+    assert trainer_of(world_of(raw, job, pods=(build_pod(job, phase="Failed", state=build_ended_state(1)),))) is None
 
 
 def test_events_are_read_only_of_what_takes_longer_than_5_seconds() -> None:
@@ -569,15 +571,25 @@ def test_what_a_container_says_reaches_the_status_without_credentials() -> None:
     assert status["qat"]["scheme"] == "a b"
 
 
-def test_a_running_pod_is_looked_at_again_every_2_to_10_seconds() -> None:
+def test_what_gives_no_event_is_looked_at_again_and_ever_more_seldom() -> None:
     raw = build_finetunejob()
     job = job_for(raw)
 
-    def again(seconds: float) -> float | None:
-        world = world_of(raw, job, pods=(build_pod(job, phase="Running", state={"running": {"startedAt": "2026-01-01T12:00:00Z"}}),))
-        return decide(world, NOW + timedelta(seconds=seconds), SETTINGS).again_seconds
+    def again(seconds: float, *pods: Json) -> float | None:
+        return decide(world_of(raw, job, pods=pods), NOW + timedelta(seconds=seconds), SETTINGS).again_seconds
 
-    assert [again(0), again(30), again(3600)] == [2.0, 5.0, 10.0]
+    assert [again(seconds, build_pod(job)) for seconds in (0, 0.5, 3, 30, 3600)] == [2.0, 1.5, 3.0, 15.0, 60.0]
+    assert [again(seconds) for seconds in (0, 5, 3600)] == [6.0, 2.5, 60.0]
+    assert again(0, build_pod(job, phase="Running", state=RUNNING)) is None
+
+
+def test_a_pod_that_starts_soon_costs_no_write() -> None:
+    raw = build_finetunejob()
+    waiting = status_after(raw, decide(world_of(raw), NOW, SETTINGS))
+    raw, job = build_finetunejob(status=waiting), job_for(raw)
+    assert decide(world_of(raw, job, pods=(build_pod(job),)), NOW + timedelta(seconds=1), SETTINGS).actions == ()
+    later = status_after(raw, decide(world_of(raw, job, pods=(build_pod(job),)), NOW + timedelta(seconds=3), SETTINGS))
+    assert ready_reason(later) == "ContainerCreating"
 
 
 @pytest.mark.parametrize(

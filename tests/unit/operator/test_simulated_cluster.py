@@ -7,6 +7,7 @@ import pytest
 from finetune_api.digests import run_digest
 from finetune_api.exits import PERMANENT, ExitCode
 from finetune_api.validation import parse_spec
+from finetune_operator.cache import Kind
 from finetune_operator.cluster import ApiError
 from finetune_operator.subject import Json, is_being_deleted, is_finished
 from hypothesis import settings
@@ -28,11 +29,12 @@ CODES = st.sampled_from([0, *(code for code in ExitCode if code), 1, 137])
 
 
 class OperatorAndCluster(RuleBasedStateMachine):
-    """Users, Kubernetes, an operator that may die before every request, and a second one that sleeps between reading and writing."""
+    """Users, Kubernetes, an operator that hears of things late, twice or never and may die before every request, and a second one that sleeps."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cluster = SimulatedCluster()
+        self.process = self.cluster.start_process()
         self.operator: Operator | None = None
         self.sleeper: Operator | None = None
         self.statuses: list[tuple[str, Json]] = []
@@ -62,10 +64,10 @@ class OperatorAndCluster(RuleBasedStateMachine):
         """Straight to the end of a run, where the rarer things can begin."""
         for _ in range(0 if self.operator else 3):
             self.cluster.settle()
-            self.cluster.reconcile()
+            self.cluster.reconcile(self.process)
         self.a_pod_lives_and_dies(code)
         if not self.operator:
-            self.cluster.reconcile()
+            self.cluster.reconcile(self.process)
 
     def a_pod_lives_and_dies(self, code: int) -> None:
         self.cluster.settle()
@@ -91,14 +93,30 @@ class OperatorAndCluster(RuleBasedStateMachine):
     @rule(requests=st.sampled_from([9, 1, 2, 3, 4]), kill=st.sampled_from([False, False, False, True]))
     def the_operator_works(self, requests: int, kill: bool) -> None:
         """A few requests of a pass, with pauses between them in which anything may happen; it may be killed at any."""
-        self.operator = self.operator or self.cluster.start_operator()
+        self.operator = self.operator or self.cluster.start_operator(self.process)
         for _ in range(requests):
             if not self.operator.ended:
                 self.cluster.step(self.operator)
         if kill:
             self.operator.kill()
+            self.process = self.cluster.start_process()
         if self.operator.ended:
             self.operator = None
+
+    @rule(
+        kind=st.sampled_from(Kind),
+        events=st.sampled_from([99, 1, 2]),
+        again=st.sampled_from([0, 0, 1, 3]),
+        lost=st.sampled_from([0, 0, 0, 1]),
+    )
+    def a_watch_goes_on(self, kind: Kind, events: int, again: int, lost: int) -> None:
+        """Each watch at its own pace; some events come twice, and some never."""
+        self.process.heard[kind] += lost
+        self.cluster.tell(self.process, kind, events, again=again)
+
+    @rule()
+    def everything_is_listed_again(self) -> None:
+        self.cluster.resync(self.process)
 
     @precondition(lambda self: not self.is_writing)
     @rule()
@@ -149,9 +167,10 @@ class OperatorAndCluster(RuleBasedStateMachine):
         for operator in (self.operator, self.sleeper):
             if operator is not None:
                 operator.kill()
+        self.cluster.resync(self.process)
         for _ in range(12):
             self.a_pod_lives_and_dies(0)
-            wrote = self.cluster.reconcile()
+            wrote = self.cluster.reconcile(self.process)
             self.never_two_unfinished_training_jobs()
             if not wrote and not self.cluster.startable_jobs():
                 break
@@ -240,7 +259,6 @@ def test_a_sleeping_operator_deletes_no_job_that_another_one_has_made_meanwhile(
     cluster = SimulatedCluster()
     cluster.apply({})
     sleeper = cluster.start_operator()
-    cluster.step(sleeper)  # it has read the FineTuneJob
     cluster.apply({"training": {"seed": 7}})
     cluster.reconcile()
     (made,) = cluster.jobs
