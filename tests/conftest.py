@@ -6,18 +6,32 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.kubernetes import Cluster, running_cluster, what_is_missing
+from support.kwok import running_kwok
 from support.s3_server import S3Server, running_s3
 
 
-@pytest.fixture(scope="session")
-def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A whole one-node Kubernetes. On a machine that can't run one the test is left out; under CI=true that is a failure."""
-    missing = what_is_missing()
+def require_cluster(missing: str | None) -> None:
+    """Leaves a test out on a machine that can't run the cluster; under CI=true that is a failure."""
     if missing and os.environ.get("CI") == "true":
         pytest.fail(missing, pytrace=False)
     if missing:
         pytest.skip(missing)
+
+
+@pytest.fixture(scope="session")
+def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A whole one-node Kubernetes."""
+    require_cluster(what_is_missing())
     with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def fake_kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Kubernetes whose node is fake: kwok plays the pods. It runs beside the one with a real node."""
+    require_cluster(what_is_missing(node=False))
+    folder = tmp_path_factory.mktemp("fake-cluster")
+    with running_cluster(folder, 1, node=False) as cluster, running_kwok(cluster, folder):
         yield cluster
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the programs of the test cluster from Go modules into FINETUNE_BIN, each once: about 10 minutes cold on two cores, a second warm.
+# Builds the programs of the test cluster from Go modules into FINETUNE_BIN, each once: about 11 minutes cold on two cores, a second warm.
 # `build.sh versitygw` builds the S3 server alone: all that the trainer's tests need, and no root is needed for it.
 set -euo pipefail
 
@@ -48,3 +48,4 @@ build_kubernetes
 build_small_programs
 install_program helm helm.sh/helm/v4/cmd/helm v4.3.1
 install_program coredns github.com/coredns/coredns v1.15.0
+install_program kwok sigs.k8s.io/kwok/cmd/kwok v0.8.0

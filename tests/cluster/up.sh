@@ -5,16 +5,22 @@
 #
 #   tests/cluster/up.sh DIR        ready when DIR/ready exists; then KUBECONFIG=DIR/admin.conf
 #
-# From the host the API server is https://10.89.0.2:6443 (a veth into the cluster's namespace) and containerd is DIR/containerd.sock; pods reach the
-# host at 10.89.0.1. The addresses are fixed, so a second cluster on the machine waits for the first to end. CLUSTER_NODE=0 leaves the node out.
+# From the host the API server is https://10.89.N.2:6443 (a veth into the cluster's namespace) and containerd is DIR/containerd.sock; pods reach the
+# host at 10.89.N.1. N is CLUSTER_NUMBER (0 to 255; 0 unless given): a second cluster of the same number waits for the first to end.
+# CLUSTER_NODE=0 leaves the node out; tests/support/kwok.py adds fake ones. Only one cluster at a time can have a real node (containerd's images).
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator
 bin=${FINETUNE_BIN:-$cache/bin}
 k8s=$bin/k8s
-host_address=10.89.0.1
-node_address=10.89.0.2
+number=${CLUSTER_NUMBER:-0}
+with_node=${CLUSTER_NODE:-1}
+host_address=10.89.$number.1
+node_address=10.89.$number.2
+wire=ftj$number
+lock=/run/lock/finetune-cluster
+[ "$number" = 0 ] || lock+=-$number
 dns_address=10.96.0.10
 pod_network=10.88.0.0/16
 service_network=10.96.0.0/16
@@ -22,20 +28,21 @@ service_network=10.96.0.0/16
 # --- outside: the namespaces and the wire into them -----------------------------------------------------------------------------------------
 
 take_the_addresses() {
-  exec 9>/run/lock/finetune-cluster.lock
+  exec 9>"$lock.lock"
   flock -n 9 && return
-  echo "waiting for another cluster on this machine to end (process $(cat /run/lock/finetune-cluster.pid 2>/dev/null || echo unknown))" >&2
+  echo "waiting for another cluster $number on this machine to end (process $(cat "$lock.pid" 2>/dev/null || echo unknown))" >&2
   flock 9
 }
 
 stop_inside() {  # SIGKILL: unshare holds SIGTERM back, and --kill-child passes its own death on to the whole PID namespace
   kill -9 "$outer" 2>/dev/null || true
   wait "$outer" 2>/dev/null || true
+  rm -f "$dir/ready"
+  [ "$with_node" != 0 ] || return 0
   local hierarchy
   for hierarchy in /sys/fs/cgroup/kubepods /sys/fs/cgroup/*/kubepods; do
     [ ! -d "$hierarchy" ] || find "$hierarchy" -depth -type d -exec rmdir {} + 2>/dev/null || true
   done
-  rm -f "$dir/ready"
 }
 
 run_outside() {
@@ -43,17 +50,17 @@ run_outside() {
   mkdir -p "$dir"
   rm -f "$dir/ready"
   take_the_addresses
-  echo $$ > /run/lock/finetune-cluster.pid
-  ip link del ftj0 2>/dev/null || true
+  echo $$ > "$lock.pid"
+  ip link del "$wire" 2>/dev/null || true
   CLUSTER_INSIDE=1 setpriv --pdeathsig KILL unshare --net --mount --pid --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" "$dir" &
   outer=$!
   trap stop_inside EXIT
   trap 'exit 143' TERM INT
   local inner
   until inner=$(pgrep -P "$outer" | head -1) && [ -n "$inner" ]; do sleep .05; done
-  ip link add ftj0 type veth peer name ftj1 netns "$inner"
-  ip addr add "$host_address/24" dev ftj0
-  ip link set ftj0 up
+  ip link add "$wire" type veth peer name inside netns "$inner"
+  ip addr add "$host_address/24" dev "$wire"
+  ip link set "$wire" up
   wait "$outer"
 }
 
@@ -77,9 +84,9 @@ await() {  # await COMPONENT COMMAND...: until the command succeeds; the end of 
 
 prepare_namespaces() {
   ip link set lo up
-  until ip link show ftj1 >/dev/null 2>&1; do sleep .05; done
-  ip addr add "$node_address/24" dev ftj1
-  ip link set ftj1 up
+  until ip link show inside >/dev/null 2>&1; do sleep .05; done
+  ip addr add "$node_address/24" dev inside
+  ip link set inside up
   ip route add default via "$host_address"
   sysctl -qw net.ipv4.ip_forward=1
   mount -t tmpfs tmpfs /run  # sockets and locks of our own
@@ -210,7 +217,7 @@ run_inside() {
   prepare_namespaces
   write_credentials
   start_control_plane
-  [ "${CLUSTER_NODE:-1}" = 0 ] || start_node
+  [ "$with_node" = 0 ] || start_node
   await controllers "$k8s" kubectl get serviceaccount default
   touch ready
   echo "ready: KUBECONFIG=$dir/admin.conf"

@@ -20,28 +20,33 @@ from support.oci import write_missing_blobs
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finetune-operator"
 BIN = Path(os.environ.get("FINETUNE_BIN", CACHE / "bin"))
 UP = Path(__file__).parent.parent / "cluster" / "up.sh"
-HOST_ADDRESS = "10.89.0.1"  # where pods find the host's servers
 READY_SECONDS = 60
 
 
-def what_is_missing() -> str | None:
-    """Why this machine can't run the cluster, as a sentence; None when it can."""
-    if os.environ.get("FINETUNE_KUBECONFIG"):
+def what_is_missing(*, node: bool = True) -> str | None:
+    """Why this machine can't run the cluster, with a real node or with fake ones, as a sentence; None when it can."""
+    if node and os.environ.get("FINETUNE_KUBECONFIG"):
         return None
     if os.geteuid() != 0:
         return "the test cluster needs root, because it makes namespaces and runs containers"
-    needed = ["containerd", "runc", "iptables", "conntrack", "ip", "openssl", "unshare", "setpriv"]
+    needed = ["ip", "openssl", "unshare", "setpriv", *(["containerd", "runc", "iptables", "conntrack"] if node else [])]
+    programs = ("k8s", "pause", "actor", "coredns", "helm", "versitygw") if node else ("k8s", "kwok")
     missing = [name for name in needed if shutil.which(name) is None]
-    missing += [name for name in ("k8s", "pause", "actor", "coredns", "helm", "versitygw") if not (BIN / name).exists()]
+    missing += [name for name in programs if not (BIN / name).exists()]
     return f"the test cluster needs {', '.join(missing)}; `make cluster-setup` installs and builds them" if missing else None
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster, by the folder that up.sh keeps it in."""
+    """A running cluster, by the folder that up.sh keeps it in and the number that its addresses have."""
 
     folder: Path
-    host: str = HOST_ADDRESS
+    number: int = 0
+
+    @property
+    def host(self) -> str:
+        """Where its pods find the host's servers."""
+        return f"10.89.{self.number}.1"
 
     @property
     def kubeconfig(self) -> Path:
@@ -108,17 +113,25 @@ def _run(command: list[str], *, input: str | None = None, check: bool = True) ->
 
 
 @contextmanager
-def running_cluster(folder: Path) -> Iterator[Cluster]:
-    """The cluster of FINETUNE_KUBECONFIG, or one of our own that ends with the block, and with this process however it dies."""
-    if existing := os.environ.get("FINETUNE_KUBECONFIG"):
+def running_cluster(folder: Path, number: int = 0, *, node: bool = True) -> Iterator[Cluster]:
+    """The cluster of FINETUNE_KUBECONFIG, or one of our own that ends with the block, and with this process however it dies.
+
+    Args:
+        number: clusters of different numbers can run at the same time.
+        node: whether it has a real node. One without is always our own, can run beside one with it, and takes a third of the memory.
+    """
+    existing = os.environ.get("FINETUNE_KUBECONFIG")
+    if existing and node:
         yield Cluster(Path(existing).parent)
         return
     log = folder / "up.log"
     with log.open("w") as out:
-        process = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", str(UP), str(folder)], stdout=out, stderr=subprocess.STDOUT)
+        command = ["setpriv", "--pdeathsig", "TERM", str(UP), str(folder)]
+        environment = {**os.environ, "CLUSTER_NUMBER": str(number), "CLUSTER_NODE": str(int(node))}
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
         _await_ready(process, folder / "ready", log)
-        yield Cluster(folder)
+        yield Cluster(folder, number)
     finally:
         process.terminate()
         process.wait(timeout=30)

@@ -15,9 +15,15 @@ ACTOR = "localhost/actor:1"  # tests/cluster/k8s/actor: ends as the job's name s
 SMALL = {"resources": {"gpus": 0, "cpu": "10m", "memory": "64Mi"}, "storage": {"workspace": {"size": "1Gi"}}}
 
 
+def install_crd(kube: Cluster) -> None:
+    """The CRD of this checkout on the cluster, ready for objects."""
+    kube.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRD))
+    kube.kubectl("wait", "--for=condition=Established", "-f", str(CRD), "--timeout=30s")
+
+
 def get_ready(kube: Cluster, folder: Path) -> None:
     """The CRD on the cluster, the stand-in's image on its node."""
-    kube.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRD))
+    install_crd(kube)
     write_image(ACTOR, folder / "actor.tar", ["/actor"], {str(BIN / "actor"): "/actor"})
     kube.import_archive(folder / "actor.tar")
 
