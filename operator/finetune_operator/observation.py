@@ -12,7 +12,7 @@ from finetune_operator.cluster import Cluster
 from finetune_operator.decide import podless_since, unexplained
 from finetune_operator.diagnosis import is_ended
 from finetune_operator.progress import ProgressPoller
-from finetune_operator.subject import Json, Key, Subject, World, is_being_deleted, is_controlled_by, is_finished, read_subject
+from finetune_operator.subject import Json, Key, Subject, World, condition_of, is_being_deleted, is_controlled_by, is_finished, read_subject
 
 _NEVER_MADE = (Reason.JOB_REFUSED, Reason.NOT_ALLOWED, Reason.INVALID_SPEC)
 
@@ -92,9 +92,8 @@ def must_be_read(world: World) -> bool:
     if job is None:
         stored = subject.stored
         return not world.jobs and stored.run is not None and not any(item.reason in _NEVER_MADE for item in stored.conditions)
-    counts = job.get("status") or {}
-    ended = sum(is_ended(pod) for pod in world.current_pods)
-    return is_finished(job) and ended < int(counts.get("succeeded") or 0) + int(counts.get("failed") or 0)
+    has_its_last_words = condition_of(job, "Complete") and any(pod["status"].get("phase") == "Succeeded" for pod in world.current_pods)
+    return is_finished(job) and not has_its_last_words
 
 
 def _world(subject: Subject, labelled: tuple[Json, ...], pods: tuple[Json, ...]) -> World:

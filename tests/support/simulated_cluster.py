@@ -149,7 +149,7 @@ class Operator:
         self.began_writing |= self.writes_next
         try:
             self.writes_next = self.pass_.send(None)
-        except (StopIteration, ApiError):
+        except (StopIteration, ApiError, TimeoutError):
             self.ended = True
 
     def kill(self) -> None:
@@ -178,6 +178,7 @@ class SimulatedCluster:
 
     Attributes:
         refusal: what creating a Job is answered with, such as a quota's; None lets it be made.
+        loses_answer: the next request that writes does what it should, and nobody hears of it.
     """
 
     finetunejob: Json | None = None
@@ -187,6 +188,7 @@ class SimulatedCluster:
     now: datetime = NOW
     is_writing: bool = False
     refusal: ApiError | None = None
+    loses_answer: bool = False
     created: list[tuple[str, Json]] = field(default_factory=list)
     log: dict[Kind, list[tuple[str, Json]]] = field(default_factory=lambda: {kind: [] for kind in Kind})
     _logged: dict[Kind, dict[str, Json]] = field(default_factory=lambda: {kind: {} for kind in Kind})
@@ -372,7 +374,7 @@ class SimulatedCluster:
             self.is_writing = True
             self.finetunejob["status"] = status
             self.finetunejob["metadata"]["resourceVersion"] = self._next("")
-        return deepcopy(self.finetunejob)
+        return self._answer(self.finetunejob)
 
     async def list_pages(self, kind: Kind, namespace: str, selector: str = "") -> AsyncIterator[Listing]:
         """As Cluster."""
@@ -397,7 +399,7 @@ class SimulatedCluster:
         self.is_writing = True
         self.jobs[name] = build_stored_job(manifest, self._next("job-"), now=self.now)
         self.created.append((name, deepcopy((self.finetunejob or {}).get("status") or {})))
-        return self._answer(name)
+        return self._answer(self.jobs[name])
 
     async def patch_job(self, namespace: str, name: str, patch: Json) -> Json:
         """As Cluster."""
@@ -406,7 +408,7 @@ class SimulatedCluster:
             raise ApiError(404, "NotFound", "")
         self.is_writing = True
         self.jobs[name] = merged(self.jobs[name], patch)
-        return self._answer(name)
+        return self._answer(self.jobs[name])
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> Json:
         """As Cluster: in the foreground."""
@@ -417,7 +419,7 @@ class SimulatedCluster:
             raise ApiError(409, "Conflict", "")
         self.is_writing = True
         self.jobs[name]["metadata"]["deletionTimestamp"] = written(self.now)
-        return self._answer(name)
+        return self._answer(self.jobs[name])
 
     async def list_warnings(self, namespace: str, uid: str) -> list[Json]:
         """As Cluster."""
@@ -435,9 +437,12 @@ class SimulatedCluster:
         self._counter += 1
         return f"{prefix}{self._counter:04}"
 
-    def _answer(self, name: str) -> Json:
+    def _answer(self, stored: Json) -> Json:
         self.record()
-        return deepcopy(self.jobs[name])
+        if self.loses_answer:
+            self.loses_answer = False
+            raise TimeoutError
+        return deepcopy(stored)
 
     def _job_of(self, pod: Json) -> Json | None:
         return next((job for job in self.jobs.values() if is_controlled_by(pod, job["metadata"]["uid"])), None)

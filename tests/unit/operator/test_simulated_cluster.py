@@ -9,6 +9,7 @@ from finetune_api.exits import PERMANENT, ExitCode
 from finetune_api.validation import parse_spec
 from finetune_operator.cache import Kind
 from finetune_operator.cluster import ApiError
+from finetune_operator.diagnosis import container_state
 from finetune_operator.subject import Json, is_being_deleted, is_finished
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -59,15 +60,18 @@ class OperatorAndCluster(RuleBasedStateMachine):
         elif self.cluster.jobs:
             self.cluster.delete_job_by_hand(data.draw(st.sampled_from(sorted(self.cluster.jobs))))
 
-    @rule(code=CODES)
-    def all_goes_well_for_a_while(self, code: int) -> None:
-        """Straight to the end of a run, where the rarer things can begin."""
+    @rule(code=CODES, heard=st.sampled_from([(*Kind,), (Kind.JOB,), (Kind.POD,), (Kind.JOB, Kind.FINETUNEJOB), ()]))
+    def all_goes_well_for_a_while(self, code: int, heard: tuple[Kind, ...]) -> None:
+        """Straight to the end of a run, where the rarer things can begin; what the operator hears of the end is up to the watches."""
         for _ in range(0 if self.operator else 3):
             self.cluster.settle()
             self.cluster.reconcile(self.process)
         self.a_pod_lives_and_dies(code)
+        for kind in heard:
+            self.cluster.tell(self.process, kind, 99)
         if not self.operator:
-            self.cluster.reconcile(self.process)
+            self.operator = self.cluster.start_operator(self.process)
+            self.the_operator_works(99, kill=False, loses=False)
 
     def a_pod_lives_and_dies(self, code: int) -> None:
         self.cluster.settle()
@@ -90,9 +94,10 @@ class OperatorAndCluster(RuleBasedStateMachine):
         todo += [partial(cluster.collect_ended, name) for name, job in cluster.jobs.items() if is_finished(job)]
         data.draw(st.sampled_from(todo))()
 
-    @rule(requests=st.sampled_from([9, 1, 2, 3, 4]), kill=st.sampled_from([False, False, False, True]))
-    def the_operator_works(self, requests: int, kill: bool) -> None:
-        """A few requests of a pass, with pauses between them in which anything may happen; it may be killed at any."""
+    @rule(requests=st.sampled_from([9, 1, 2, 3, 4]), kill=st.sampled_from([False, False, False, True]), loses=st.booleans())
+    def the_operator_works(self, requests: int, kill: bool, loses: bool) -> None:
+        """A few requests of a pass, with pauses between them in which anything may happen; it may be killed at any, or hear no answer."""
+        self.cluster.loses_answer = loses
         self.operator = self.operator or self.cluster.start_operator(self.process)
         for _ in range(requests):
             if not self.operator.ended:
@@ -102,6 +107,7 @@ class OperatorAndCluster(RuleBasedStateMachine):
             self.process = self.cluster.start_process()
         if self.operator.ended:
             self.operator = None
+        self.cluster.loses_answer = False
 
     @rule(
         kind=st.sampled_from(Kind),
@@ -187,6 +193,7 @@ class OperatorAndCluster(RuleBasedStateMachine):
         assert status["phase"] in (*FINAL, "Suspended") or stalled
         job = self.cluster.jobs.get(status["run"]["jobName"])
         if job is not None and is_finished(job):
+            self._the_end_has_its_pods_words(status, job)
             (condition,) = job["status"]["conditions"]
             assert status["phase"] == ("Succeeded" if condition["type"] == "Complete" else "Failed")
             ends = [
@@ -199,6 +206,12 @@ class OperatorAndCluster(RuleBasedStateMachine):
         if status["phase"] == "Suspended":
             assert raw["spec"]["runPolicy"]["suspend"]
             assert not self.cluster.pods or all(pod["status"]["phase"] in FINAL for pod in self.cluster.pods.values())
+
+    def _the_end_has_its_pods_words(self, status: Json, job: Json) -> None:
+        """An end that is stored is latched: what the last pod said must be in it."""
+        known = {attempt["podUID"]: attempt.get("exitCode") for attempt in status["attempts"]}
+        for pod in self.cluster.pods_of(job)[-5:]:
+            assert known[pod["metadata"]["uid"]] == container_state(pod, "terminated")["exitCode"]
 
 
 def test_no_order_of_events_breaks_the_operators_promises() -> None:
