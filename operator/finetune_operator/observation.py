@@ -64,10 +64,13 @@ class Observer:
         world = _world(subject, jobs, await self._list(Kind.POD, key))
         if subject.is_latched or world.current is not None:
             return world
-        found = await self.cluster.read_job(key.namespace, subject.run.job_name)
-        if found and is_controlled_by(found, subject.uid):  # someone took its label off; it is our Job all the same
-            return replace(world, jobs=(*world.jobs, found))
-        return replace(world, namesake=found)
+        for name in (subject.run.job_name, names.preflight_job_name(subject.run.job_name)):
+            found = await self.cluster.read_job(key.namespace, name)
+            if found and is_controlled_by(found, subject.uid):  # perhaps someone took its label off; it is our Job all the same
+                world = replace(world, jobs=(*(job for job in world.jobs if job["metadata"]["name"] != name), found))
+            elif found:
+                world = replace(world, namesake=found)
+        return world
 
     async def _list(self, kind: Kind, key: Key) -> tuple[Json, ...]:
         found: list[Json] = []
@@ -86,13 +89,13 @@ def must_be_read(world: World) -> bool:
     A run that was begun has a Job, so that a missing one is deleted or hidden; and a Job that says it has ended may be heard of before its last pod,
     whose words the status must have before the end is latched.
     """
-    subject, job = world.subject, world.current
+    subject, job = world.subject, world.attended
     if subject.spec is None or subject.is_latched:
         return False
     if job is None:
         stored = subject.stored
         return not world.jobs and stored.run is not None and not any(item.reason in _NEVER_MADE for item in stored.conditions)
-    has_its_last_words = condition_of(job, "Complete") and any(pod["status"].get("phase") == "Succeeded" for pod in world.current_pods)
+    has_its_last_words = condition_of(job, "Complete") and any(pod["status"].get("phase") == "Succeeded" for pod in world.attended_pods)
     return is_finished(job) and not has_its_last_words
 
 
@@ -100,7 +103,7 @@ def _world(subject: Subject, labelled: tuple[Json, ...], pods: tuple[Json, ...])
     jobs = tuple(job for job in labelled if is_controlled_by(job, subject.uid))
     owned = {job["metadata"]["uid"] for job in jobs}
     own = tuple(pod for pod in pods if any(is_controlled_by(pod, uid) for uid in owned))
-    return World(subject, jobs, pods=own, leftovers=tuple(pod for pod in pods if not is_ended(pod)))
+    return World(subject, jobs, pods=own, leftovers=tuple(pod for pod in pods if not is_ended(pod) and pod not in own))
 
 
 def _newest_first(events: list[Json], since: datetime) -> tuple[str, ...]:

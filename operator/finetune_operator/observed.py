@@ -10,7 +10,7 @@ from finetune_api.exits import REASONS, ExitCode
 from finetune_api.fields import ApiModel
 from finetune_api.spec import Artifact, FineTuneJobSpec
 from finetune_api.states import Reason
-from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Progress, Stage
+from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Preflight, Progress, Stage
 from finetune_api.termination import TerminationMessage
 
 from finetune_operator.attempts import added_gpu_seconds, merge_attempts
@@ -59,12 +59,11 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
     Args:
         stuck_after: a training that makes no step for so long is said to make no progress.
     """
-    subject, spec, job, pods = world.subject, world.subject.spec, world.current, world.current_pods
+    subject, spec, job, pods = world.subject, world.subject.spec, world.current, world.attended_pods
     assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
     assert job is not None  # noqa: S101
     base = carried_status(subject)
-    ended = sorted((pod for pod in pods if is_ended(pod)), key=_finished_at)
-    last = ending_of(ended[-1], spec) if ended else None
+    last = _last_ending(world, spec)
     verdict = _verdict(world, job, spec, last, now)
     attempts = merge_attempts(base.attempts, pods, spec)
     base = base.model_copy(
@@ -83,6 +82,32 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
     return status_of(subject, base, verdict, now, _facts(spec, base, verdict, last))
 
 
+def preflight_status(world: World, job: Json, now: datetime) -> FineTuneJobStatus:
+    """The status of a run whose preflight Job exists and whose training Job does not: with the latch once it has passed."""
+    subject, spec = world.subject, world.subject.spec
+    assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
+    base = carried_status(subject).model_copy(update={"stage": Stage.PREFLIGHT})
+    last = _last_ending(world, spec)
+    verdict = _verdict(world, job, spec, last, now)
+    if verdict.phase is Phase.SUCCEEDED:
+        said = _cleaned(last.said) if last and last.said else None
+        passed = Preflight(passed_at=_completion_time(job) or timestamp(now), message=said.message if said else "")
+        base = base.model_copy(update={"preflight": passed})
+        verdict = Verdict(Phase.PENDING, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod.")
+    elif verdict.phase is Phase.FAILED:
+        base = base.model_copy(update={"completion_time": _completion_time(job)})
+    elif verdict.reason == Reason.RUNNING:
+        verdict = Verdict(
+            verdict.phase, verdict.standing, verdict.reason, "Preflight checks spec, data and access before a GPU is asked for."
+        )
+    return status_of(subject, base, verdict, now)
+
+
+def _last_ending(world: World, spec: FineTuneJobSpec) -> Ending | None:
+    ended = sorted((pod for pod in world.attended_pods if is_ended(pod)), key=_finished_at)
+    return ending_of(ended[-1], spec) if ended else None
+
+
 def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None, now: datetime) -> Verdict:
     if condition_of(job, "Complete"):
         return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], _success_sentence(spec))
@@ -90,7 +115,7 @@ def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None
     if failed:
         reason, sentence = _failure(failed, spec, last)
         return Verdict(Phase.FAILED, Standing.STALLED, reason, sentence)
-    active = [pod for pod in world.current_pods if not is_ended(pod)]
+    active = [pod for pod in world.attended_pods if not is_ended(pod)]
     if spec.run_policy.suspend:
         return _suspended(active)
     if active and not _settles(active[-1], now):
@@ -171,7 +196,7 @@ def _with_live(base: FineTuneJobStatus, world: World, verdict: Verdict, now: dat
 
 def _moving(world: World, base: FineTuneJobStatus, verdict: Verdict, since: datetime) -> Verdict:
     """The verdict, unless the last step and the start of the pod that trains are both older than `since`. Nothing is stopped for it."""
-    running = [state for pod in world.current_pods if (state := container_state(pod, "running"))]
+    running = [state for pod in world.attended_pods if (state := container_state(pod, "running"))]
     if base.stage is not Stage.TRAINING or base.progress is None or not base.progress.updated_at or not running:
         return verdict
     last = max(base.progress.updated_at, str(running[-1].get("startedAt") or ""))

@@ -26,6 +26,7 @@ SPEC: Json = {
     "model": {"source": "builtin://smollm2-135m"},
     "dataset": {"source": "builtin://python-docs"},
     "outputs": {"destinations": [{"uri": "s3://models/tiny"}]},
+    "runPolicy": {"preflight": "Skip"},
 }
 SETTINGS = Settings(trainer_image="registry.example.com/trainer:1")
 

@@ -23,6 +23,7 @@ EDITS = st.one_of(
     st.fixed_dictionaries({"runPolicy": st.fixed_dictionaries({"ttlSecondsAfterFinished": st.sampled_from([None, 0, 60])})}),
     st.fixed_dictionaries({"runPolicy": st.fixed_dictionaries({"backoffLimit": st.sampled_from([0, 1, 3])})}),
     st.fixed_dictionaries({"runPolicy": st.fixed_dictionaries({"activeDeadlineSeconds": st.sampled_from([None, 3600])})}),
+    st.fixed_dictionaries({"runPolicy": st.fixed_dictionaries({"preflight": st.sampled_from(["Auto", "Skip"])})}),
     st.fixed_dictionaries({"training": st.fixed_dictionaries({"seed": st.sampled_from([42, 43])})}),
     st.fixed_dictionaries({"pod": st.fixed_dictionaries({"image": st.sampled_from(["", "registry.example.com/forbidden:1"])})}),
 )
@@ -145,7 +146,13 @@ class OperatorAndCluster(RuleBasedStateMachine):
 
     @invariant()
     def never_two_jobs_for_one_run(self) -> None:
-        runs = [(job["metadata"]["ownerReferences"][0]["uid"], job["metadata"]["labels"]["finetune.dev/run"]) for job in self.cluster.jobs.values()]  # fmt: skip
+        runs = [
+            (
+                job["metadata"]["ownerReferences"][0]["uid"],
+                *(job["metadata"]["labels"][label] for label in ("finetune.dev/run", "app.kubernetes.io/component")),
+            )
+            for job in self.cluster.jobs.values()
+        ]
         assert len(runs) == len(set(runs))
 
     @invariant()
@@ -215,7 +222,7 @@ class OperatorAndCluster(RuleBasedStateMachine):
 
 
 def test_no_order_of_events_breaks_the_operators_promises() -> None:
-    steps = settings(max_examples=250, stateful_step_count=50, deadline=None, derandomize=True, database=None)
+    steps = settings(max_examples=150, stateful_step_count=50, deadline=None, derandomize=True, database=None)
     run_state_machine_as_test(OperatorAndCluster, settings=steps)
 
 
