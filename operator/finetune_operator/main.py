@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sys
+from collections import Counter
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import NoReturn
@@ -15,6 +16,7 @@ from finetune_operator import events
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.election import LeadershipLostError, lead
 from finetune_operator.health import Heartbeat, serving
+from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import Reconciler, resync, work
 from finetune_operator.settings import Settings
 from finetune_operator.work_queue import WorkQueue
@@ -29,25 +31,33 @@ async def run(settings: Settings) -> None:
     Raises:
         LeadershipLostError: another operator may act from now on.
     """
-    heartbeat = Heartbeat(asyncio.get_running_loop().time, settings.resync_seconds)
+    metrics = Metrics()
+    heartbeat = Heartbeat(asyncio.get_running_loop().time, settings.resync_seconds, has_lease=not settings.lease_namespace)
     async with AsyncExitStack() as stack:
-        cluster = await Cluster.connect()
+        cluster = await Cluster.connect(metrics.count_request)
         stack.push_async_callback(cluster.close)
-        await stack.enter_async_context(serving(heartbeat, settings.health_port))
+        await stack.enter_async_context(serving(heartbeat, metrics.registry, settings.health_port))
         if settings.lease_namespace:
-            await lead(cluster.api, settings.lease_namespace, settings.lease_name, lambda: operate(cluster, settings, heartbeat))
+            await lead(cluster.api, settings.lease_namespace, settings.lease_name, lambda: operate(cluster, settings, heartbeat, metrics))
         else:
-            await operate(cluster, settings, heartbeat)
+            await operate(cluster, settings, heartbeat, metrics)
 
 
-async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat) -> None:
+async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat, metrics: Metrics) -> None:
     """Watches and reconciles until a signal ends the watch."""
+
+    def listed(phases: Counter[str]) -> None:
+        heartbeat.sync()
+        metrics.show_jobs(phases)
+
+    heartbeat.lead()
     queue = WorkQueue(asyncio.get_running_loop().time)
+    metrics.show_queue(queue)
     await _crd_is_there(cluster, settings)
     async with aiohttp.ClientSession(trust_env=False) as session, asyncio.TaskGroup() as group:
         reconciler = Reconciler(cluster, session, settings, lambda: datetime.now(UTC))
-        tasks = [group.create_task(work(queue, reconciler)) for _ in range(settings.concurrency)]
-        tasks.append(group.create_task(resync(queue, cluster, settings, heartbeat.beat)))
+        tasks = [group.create_task(work(queue, reconciler, metrics)) for _ in range(settings.concurrency)]
+        tasks.append(group.create_task(resync(queue, cluster, settings, heartbeat.beat, listed)))
         await events.watch(queue, settings)
         for task in tasks:
             task.cancel()

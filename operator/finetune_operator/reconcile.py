@@ -5,6 +5,7 @@ Each step is crash-safe: what is lost between two of them is found again by the 
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,6 +31,7 @@ from finetune_operator.decide import (
     unexplained,
 )
 from finetune_operator.diagnosis import is_ended
+from finetune_operator.metrics import Metrics
 from finetune_operator.progress import read_progress
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Key, Subject, World, is_being_deleted, is_controlled_by, read_subject
@@ -149,13 +151,14 @@ class Reconciler:
                 raise
 
 
-async def work(queue: WorkQueue, reconciler: Reconciler) -> None:
+async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> None:
     """One worker: takes keys for ever. A failed pass comes back after a backoff and delays no other key."""
     while True:
         key = await queue.take()
         try:
-            async with asyncio.timeout(RECONCILE_SECONDS):
-                again_seconds = await reconciler.reconcile(key)
+            with metrics.reconciling():
+                async with asyncio.timeout(RECONCILE_SECONDS):
+                    again_seconds = await reconciler.reconcile(key)
         except ApiError as error:
             _log_failure(key, error, queue.fail(key))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -166,17 +169,28 @@ async def work(queue: WorkQueue, reconciler: Reconciler) -> None:
             queue.succeed(key, again_seconds)
 
 
-async def resync(queue: WorkQueue, cluster: Cluster, settings: Settings, attempted: Callable[[], None]) -> None:
-    """Puts every unfinished job back on the queue, again and again: what no event said is seen here."""
+async def resync(
+    queue: WorkQueue, cluster: Cluster, settings: Settings, attempted: Callable[[], None], listed: Callable[[Counter[str]], None]
+) -> None:
+    """Puts every unfinished job back on the queue, again and again: what no event said is seen here.
+
+    Args:
+        attempted: is called when a round begins.
+        listed: takes how many jobs there are of each phase when a round has seen them all.
+    """
     while True:
         attempted()
+        phases: Counter[str] = Counter()
         try:
             for namespace in settings.namespaces or ("",):
                 async for raw in cluster.list_finetunejobs(namespace):
+                    phases[str((raw.get("status") or {}).get("phase"))] += 1
                     if is_unfinished(raw):
                         queue.add(Key(raw["metadata"]["namespace"], raw["metadata"]["name"]))
         except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
             logger.warning("The FineTuneJobs can't be listed (%s); trying again in %.0f s", error, settings.resync_seconds)
+        else:
+            listed(phases)
         await asyncio.sleep(settings.resync_seconds)
 
 
