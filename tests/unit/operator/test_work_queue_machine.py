@@ -10,11 +10,11 @@ from finetune_operator.subject import Key
 from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, WorkQueue
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-KEYS = st.sampled_from([Key("ml", name) for name in "abcd"])
+KEYS = st.sampled_from([Key("ml", name) for name in "abc"])
 # Quarters are exact in binary, so that the model's sums are the queue's.
-SECONDS = st.sampled_from([0.25, 0.5, 1.0, 5.0, 30.0, 90.0])
+SECONDS = st.sampled_from([0.25, 1.0, 30.0, 90.0])
 JITTERS = st.sampled_from([0.0, 0.25, 0.5, 0.75])
 STEPS = settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True, database=None)
 
@@ -42,6 +42,15 @@ class _Calls(RuleBasedStateMachine):
 
     def expect(self, key: Key, due: float) -> None:
         self.due[key] = min(due, self.due.get(key, due))
+
+    @initialize(key=KEYS, failures=st.integers(0, 9))
+    def a_key_has_failed_before(self, key: Key, failures: int) -> None:
+        for _ in range(failures):
+            self.queue.add(key)
+            assert self.queue.poll() == (key, None)
+            self.due[key] = self.now + self.queue.fail(key)
+        self.failures[key] = failures
+        self.settle()
 
     @rule(key=KEYS)
     def an_event_names_a_key(self, key: Key) -> None:
