@@ -6,7 +6,7 @@ delete; pods get, list, watch; events list, create; leases get, create, update. 
 
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -46,20 +46,26 @@ class Listing:
 
 
 class Cluster:
-    """A connection to one API server."""
+    """A connection to one API server.
 
-    def __init__(self, api: client.ApiClient) -> None:
+    Args:
+        api: the client's connection.
+        count_request: is told the HTTP method and status of every request that has ended; "none" is the status of one that got no answer.
+    """
+
+    def __init__(self, api: client.ApiClient, count_request: Callable[[str, str], None]) -> None:
         self._api = api
+        self._count_request = count_request
 
     @classmethod
-    async def connect(cls) -> "Cluster":
+    async def connect(cls, count_request: Callable[[str, str], None]) -> "Cluster":
         """With the pod's service account in a cluster, else with the kubeconfig of KUBECONFIG or the user's home."""
         configuration = client.Configuration()
         if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
             config.load_incluster_config(configuration)
         else:
             await config.load_kube_config(client_configuration=configuration)
-        return cls(client.ApiClient(configuration))
+        return cls(client.ApiClient(configuration), count_request)
 
     @property
     def api(self) -> client.ApiClient:
@@ -145,8 +151,13 @@ class Cluster:
         prepared = await self._api.param_serialize(
             method, path, query_params=pairs, header_params=headers, body=body, auth_settings=["BearerToken"]
         )
-        response = await self._api.call_api(*prepared, _request_timeout=REQUEST_SECONDS)
-        data = await response.read()
+        code = "none"
+        try:
+            response = await self._api.call_api(*prepared, _request_timeout=REQUEST_SECONDS)
+            data = await response.read()
+            code = str(response.status)
+        finally:
+            self._count_request(method, code)
         if response.status >= 300:
             raise _error(response.status, data)
         return dict(json.loads(data))

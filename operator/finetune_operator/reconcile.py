@@ -12,6 +12,7 @@ import aiohttp
 from finetune_operator.cluster import ApiError
 from finetune_operator.decide import decide, ends, trainer_of
 from finetune_operator.execution import REFUSALS, Executor
+from finetune_operator.metrics import Metrics
 from finetune_operator.observation import Observer
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Key, World
@@ -64,13 +65,14 @@ class Reconciler:
         return plan.again_seconds
 
 
-async def work(queue: WorkQueue, reconciler: Reconciler) -> None:
+async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> None:
     """One worker: takes keys for ever. A failed pass comes back after a backoff and delays no other key."""
     while True:
         key = await queue.take()
         try:
-            async with asyncio.timeout(RECONCILE_SECONDS):
-                again_seconds = await reconciler.reconcile(key)
+            with metrics.reconciling():
+                async with asyncio.timeout(RECONCILE_SECONDS):
+                    again_seconds = await reconciler.reconcile(key)
         except ApiError as error:
             _log_failure(key, error, queue.fail(key))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from cluster.image import write_image
@@ -41,6 +43,7 @@ class OperatorProcess:
         self._settings = {"TRAINER_IMAGE": ACTOR, "RESYNC_SECONDS": "5", **settings}
         self._kubeconfig = str(kube.kubeconfig)
         self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
 
     @property
     def log(self) -> str:
@@ -49,12 +52,25 @@ class OperatorProcess:
 
     def start(self) -> None:
         """In the background, with a health port of its own."""
-        settings = {**self._settings, "HEALTH_PORT": str(free_port("127.0.0.1"))}
+        self._port = free_port("127.0.0.1")
+        settings = {**self._settings, "HEALTH_PORT": str(self._port)}
         prefixed = {f"FINETUNE_OPERATOR_{name}": value for name, value in settings.items()}
         with self._log.open("ab") as log:
             command = [sys.executable, "-m", "finetune_operator.main"]
             environment = {**os.environ, "KUBECONFIG": self._kubeconfig, **prefixed}
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def ask(self, path: str) -> tuple[int, str]:
+        """Status and text of what it answers on its health port; (0, why) when it does not."""
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"http://127.0.0.1:{self._port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except OSError as error:
+            return 0, str(error)
 
     def kill(self) -> None:
         """SIGKILL, as a node that dies would."""
