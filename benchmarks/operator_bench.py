@@ -138,18 +138,20 @@ async def finished(sizes: Sizes) -> list[Figure]:
     """What the operator's memory grows by with each job that has ended; a first quarter warms it up."""
     count = sizes.limit(FINISHED)
     async with world(sizes.number, run_seconds=0.5) as made:
-        before = await _memory_after(made, sizes, "warm", count // 4, 1)
-        after = await _memory_after(made, sizes, "more", count, 1 + count // 4)
+        before, warm_seconds = await _memory_after(made, sizes, "warm", count // 4, 1)
+        after, seconds = await _memory_after(made, sizes, "more", count, 1 + count // 4)
         growth = (after - before) / count
-        detail = f"{before / MEGABYTE:.0f} to {after / MEGABYTE:.0f} MB"
+        detail = f"{before / MEGABYTE:.0f} to {after / MEGABYTE:.0f} MB; succeeded after {warm_seconds:.0f} s and {seconds:.0f} s"
         return [sizes.figure("memory per finished object", growth / KIBIBYTE, "KiB", 10, FINISHED, detail)]
 
 
-async def _memory_after(made: World, sizes: Sizes, stem: str, count: int, there: int) -> int:
+async def _memory_after(made: World, sizes: Sizes, stem: str, count: int, there: int) -> tuple[int, float]:
+    started = time.perf_counter()
     await made.apply([f"exit-0-{stem}-{index}" for index in range(count)])
     await made.seen.until("every success", lambda: made.seen.count("Succeeded") >= there + count, sizes.patience(count))
+    seconds = time.perf_counter() - started
     await made.audit.quiet()
-    return made.memory_bytes()
+    return made.memory_bytes(), seconds
 
 
 async def foreign(sizes: Sizes) -> list[Figure]:
@@ -214,6 +216,8 @@ async def _bare(sizes: Sizes, count: int) -> tuple[float, float]:
                         await made.api.request("POST", JOBS, manifest)
                     case Announce(event):
                         await made.api.request("POST", f"/api/v1/namespaces/{NAMESPACE}/events", event)
+                    case _:
+                        raise AssertionError(f"nothing that a first pass would do: {action}")
 
         apply_seconds = await _timed(in_parallel(range(count), apply))
         plans = []
