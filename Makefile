@@ -16,7 +16,7 @@ export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster bench-qat clean-images clean
+.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster bench-qat bench-operator clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -84,6 +84,9 @@ cluster: cluster-setup ## a whole Kubernetes that runs until Ctrl-C; prints its 
 
 bench-qat: setup ## exact QAT against plain LoRA: time and memory
 	@$(PY) benchmarks/qat.py $(ARGS)
+
+bench-operator: setup cluster-setup ## the operator under load: latency, throughput, writes, memory; minutes with ARGS="--jobs 300"
+	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/operator_bench.py $(ARGS)
 
 clean-images: ## removes the built images, their layers too (about 15 GB)
 	@rm -rf $(CACHE)/images $(CACHE)/containerd

@@ -20,7 +20,7 @@ SMALL = {"resources": {"gpus": 0, "cpu": "10m", "memory": "64Mi"}, "storage": {"
 def install_crd(kube: Cluster) -> None:
     """The CRD of this checkout on the cluster, ready for objects."""
     kube.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRD))
-    kube.kubectl("wait", "--for=condition=Established", "-f", str(CRD), "--timeout=30s")
+    kube.wait("the API of FineTuneJobs", lambda: kube.kubectl("get", "finetunejobs", "--all-namespaces", check=False).returncode == 0)
 
 
 def get_ready(kube: Cluster, folder: Path) -> None:
@@ -49,6 +49,12 @@ class OperatorProcess:
     def log(self) -> str:
         """Everything that it wrote."""
         return self._log.read_text() if self._log.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        """Of the process that start() began last."""
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """In the background, with a health port of its own."""
