@@ -1,6 +1,6 @@
 """The `finetune` command: run, preflight, validate. Prints sentences, never a traceback; the exit code says which class of failure it was.
 
-`validate` and what preflight refuses must not load torch.
+`validate` and what stages/preflight.py refuses must not load torch.
 """
 
 import os
