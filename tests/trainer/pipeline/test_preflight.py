@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api import termination
+from finetune_api import names, termination
 from finetune_api.exits import ExitCode
 from finetune_api.status import Stage
 from finetune_api.termination import TerminationMessage
@@ -131,3 +131,13 @@ def test_what_takes_a_gpu_is_said_to_be_unchecked(tmp_path: Path, resources: dic
     assert ("Not checked" in said) == bool(told)
     for words in told:
         assert words in said
+
+
+def test_a_pods_preflight_takes_its_job_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_TERMINATION_LOG, str(tmp_path / "termination-log"))
+    monkeypatch.setenv(names.ENV_JOB, context(tmp_path, run_spec("file:///model"), in_cluster=True).job.to_json())
+    assert finetune("preflight", "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")) == ExitCode.SPEC
+    message = termination.parse((tmp_path / "termination-log").read_text())
+    assert message is not None
+    assert (message.stage, message.exit_code) == (Stage.PREFLIGHT, ExitCode.SPEC)
+    assert "file:// works only on a laptop" in message.message
