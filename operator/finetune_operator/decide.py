@@ -6,7 +6,7 @@ The list is the specification. A plan is data; reconcile.py executes its actions
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from finetune_api.exits import ExitCode
@@ -17,7 +17,16 @@ from finetune_operator.announcements import CREATED, Announcement, announcements
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields, build_preflight_job
 from finetune_operator.diagnosis import container_state, is_ended, is_starting, waiting_sentence
-from finetune_operator.observed import SETTLING_SECONDS, carried_status, observed_status, preflight_status, status_of, timestamp
+from finetune_operator.observed import (
+    SETTLING_SECONDS,
+    carried_status,
+    changed_at,
+    is_settling,
+    observed_status,
+    preflight_status,
+    status_of,
+    timestamp,
+)
 from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
 from finetune_operator.subject import FINAL, Json, Trainer, World, condition_of, is_being_deleted, is_finished
@@ -169,6 +178,8 @@ def check_before_a_gpu_is_asked_for(situation: Situation) -> Plan | None:
     job = world.preflight
     if job is None:
         return _creation(situation, build_preflight_job(world.subject, situation.settings))
+    if is_settling(world, situation.now):
+        return Plan(_live(situation), _again(situation))
     status = preflight_status(world, job, situation.now)
     if status.preflight:
         create = CreateJob(build_job(world.subject, situation.settings))
@@ -207,6 +218,8 @@ def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
 def report_what_is_seen(situation: Situation) -> Plan | None:
     """The Job exists: live fields follow the spec, the status follows the pods."""
     world = situation.world
+    if is_settling(world, situation.now):
+        return Plan(_live(situation), _again(situation))
     status = observed_status(world, situation.now, situation.settings.stuck_after)
     if status.phase in (Phase.SUCCEEDED, Phase.FAILED):
         return Plan((*_write(situation, status), *_ttl(situation)))
@@ -268,20 +281,12 @@ def trainer_of(world: World) -> Trainer | None:
 def unexplained(world: World, now: datetime) -> str | None:
     """UID of the object whose events may say why no pod runs: a Job without a pod, or a pod that takes long to start."""
     job, active = world.attended, [pod for pod in world.attended_pods if not is_ended(pod)]
-    if job is None or is_finished(job) or is_being_deleted(job):
+    if job is None or is_finished(job) or is_being_deleted(job) or (now - changed_at(world)).total_seconds() < NEW_POD_SECONDS:
         return None
     if not active:
-        is_new = (now - podless_since(world)).total_seconds() < NEW_POD_SECONDS
-        return None if job["spec"].get("suspend") or is_new else str(job["metadata"]["uid"])
+        return None if job["spec"].get("suspend") else str(job["metadata"]["uid"])
     is_silent = is_starting(active[-1]) and waiting_sentence(active[-1], ())[0] == Reason.CONTAINER_CREATING
-    return str(active[-1]["metadata"]["uid"]) if is_silent and _age_seconds(active[-1], now) >= NEW_POD_SECONDS else None
-
-
-def podless_since(world: World) -> datetime:
-    """When the current Job was last left without a pod: its creation, or the end of its last pod."""
-    job, ends = world.attended or {"metadata": {}}, [container_state(pod, "terminated") or {} for pod in world.attended_pods]
-    times = [job["metadata"].get("creationTimestamp"), *(ending.get("finishedAt") for ending in ends)]
-    return max((datetime.fromisoformat(str(moment)) for moment in times if moment), default=datetime.min.replace(tzinfo=UTC))
+    return str(active[-1]["metadata"]["uid"]) if is_silent else None
 
 
 def merge_patch(before: Json, after: Json) -> Json:
@@ -379,12 +384,7 @@ def _again(situation: Situation) -> float | None:
     active = [pod for pod in world.attended_pods if not is_ended(pod)]
     if (active and not is_starting(active[-1])) or (world.subject.spec and world.subject.spec.run_policy.suspend):
         return None
-    age_seconds = _age_seconds(active[-1], now) if active else (now - podless_since(world)).total_seconds()
-    if active and age_seconds < SETTLING_SECONDS:
+    age_seconds = (now - changed_at(world)).total_seconds()
+    if age_seconds < SETTLING_SECONDS:
         return SETTLING_SECONDS - age_seconds
     return max(NEW_POD_SECONDS + 1 - age_seconds, min(60.0, age_seconds / 2), 1.0)
-
-
-def _age_seconds(resource: Json, now: datetime) -> float:
-    created = resource["metadata"].get("creationTimestamp")
-    return (now - datetime.fromisoformat(str(created))).total_seconds() if created else 0.0

@@ -9,8 +9,9 @@ from finetune_api.states import Reason
 
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import Cluster
-from finetune_operator.decide import podless_since, unexplained
+from finetune_operator.decide import unexplained
 from finetune_operator.diagnosis import is_ended
+from finetune_operator.observed import changed_at
 from finetune_operator.progress import ProgressPoller
 from finetune_operator.subject import Json, Key, Subject, World, condition_of, is_being_deleted, is_controlled_by, is_finished, read_subject
 
@@ -43,7 +44,7 @@ class Observer:
         silent = unexplained(world, self.now())
         if silent:
             events = await self.cluster.list_warnings(key.namespace, silent)
-            return replace(world, warnings=_newest_first(events, podless_since(world)))
+            return replace(world, warnings=_newest_first(events, changed_at(world)))
         return replace(world, progress=self.poller.report(key))
 
     def _remembered(self, key: Key) -> World | None:

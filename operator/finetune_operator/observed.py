@@ -17,13 +17,14 @@ from finetune_operator.attempts import added_gpu_seconds, merge_attempts
 from finetune_operator.conditions import Standing, Verdict, build_conditions
 from finetune_operator.diagnosis import Ending, container_state, ending_of, is_ended, is_starting, waiting_sentence
 from finetune_operator.redaction import clean
-from finetune_operator.subject import Json, Subject, World, condition_of, is_being_deleted
+from finetune_operator.subject import Json, Subject, World, condition_of, is_being_deleted, is_finished
 
 Said = TypeVar("Said", bound=ApiModel)
 Facts = dict[ConditionType, tuple[Literal["True", "False", "Unknown"], str, str]]
 _AFTER_TRAINING = (Stage.EVALUATING, Stage.CONVERTING, Stage.VERIFYING, Stage.PUBLISHING)
 PROGRESS_WRITE_SECONDS = 10
-SETTLING_SECONDS = 2.0  # a pod that starts sooner gets no status of its own in between: one write less a job
+SETTLING_SECONDS = 2.0  # a state that is over sooner gets no status of its own: fewer writes a job
+_PASSING = (Reason.JOB_CREATED, Reason.RUNNING, Reason.RETRYING)
 
 
 def timestamp(now: datetime) -> str:
@@ -64,7 +65,7 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
     assert job is not None  # noqa: S101
     base = carried_status(subject)
     last = _last_ending(world, spec)
-    verdict = _verdict(world, job, spec, last, now)
+    verdict = _verdict(world, job, spec, last)
     attempts = merge_attempts(base.attempts, pods, spec)
     base = base.model_copy(
         update={
@@ -88,7 +89,7 @@ def preflight_status(world: World, job: Json, now: datetime) -> FineTuneJobStatu
     assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
     base = carried_status(subject).model_copy(update={"stage": Stage.PREFLIGHT})
     last = _last_ending(world, spec)
-    verdict = _verdict(world, job, spec, last, now)
+    verdict = _verdict(world, job, spec, last)
     if verdict.phase is Phase.SUCCEEDED:
         said = _cleaned(last.said) if last and last.said else None
         passed = Preflight(passed_at=_completion_time(job) or timestamp(now), message=said.message if said else "")
@@ -108,7 +109,7 @@ def _last_ending(world: World, spec: FineTuneJobSpec) -> Ending | None:
     return ending_of(ended[-1], spec) if ended else None
 
 
-def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None, now: datetime) -> Verdict:
+def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None) -> Verdict:
     if condition_of(job, "Complete"):
         return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], _success_sentence(spec))
     failed = condition_of(job, "Failed")
@@ -118,9 +119,7 @@ def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None
     active = [pod for pod in world.attended_pods if not is_ended(pod)]
     if spec.run_policy.suspend:
         return _suspended(active)
-    if active and not _settles(active[-1], now):
-        return _active(active[-1], world.warnings)
-    return _podless(world.warnings, last)
+    return _active(active[-1], world.warnings) if active else _podless(world.warnings, last)
 
 
 def _success_sentence(spec: FineTuneJobSpec) -> str:
@@ -155,10 +154,30 @@ def _suspended(active: list[Json]) -> Verdict:
     return Verdict(Phase.SUSPENDED, Standing.IDLE, Reason.SUSPENDED, "Suspended; set runPolicy.suspend to false to go on.")
 
 
-def _settles(pod: Json, now: datetime) -> bool:
-    """Whether it is new, and neither runs nor goes."""
-    age_seconds = (now - datetime.fromisoformat(str(pod["metadata"]["creationTimestamp"]))).total_seconds()
-    return age_seconds < SETTLING_SECONDS and is_starting(pod) and not is_being_deleted(pod)
+def is_settling(world: World, now: datetime) -> bool:
+    """Whether the next moment says more than this one, and what is stored is true enough until then.
+
+    A pod is about to run, or its Job to say what becomes of the pod that has ended: a state that is over in a moment is not worth a write.
+    """
+    stored, job, spec = carried_status(world.subject), world.attended, world.subject.spec
+    active = [pod for pod in world.attended_pods if not is_ended(pod)]
+    if job is None or spec is None or is_finished(job) or spec.run_policy.suspend or world.warnings:
+        return False
+    if active and (is_being_deleted(active[-1]) or not is_starting(active[-1])):
+        return False
+    goes_on = stored.observed_generation == world.subject.generation and any(
+        item.type is ConditionType.RECONCILING and item.reason in _PASSING for item in stored.conditions
+    )
+    return goes_on and (now - changed_at(world)).total_seconds() < SETTLING_SECONDS
+
+
+def changed_at(world: World) -> datetime:
+    """When the attended Job was last given or left without a pod: its own creation or that of its newest pod, or the end of its last one."""
+    active = [pod for pod in world.attended_pods if not is_ended(pod)]
+    made = (item["metadata"].get("creationTimestamp") for item in (world.attended, *active) if item)
+    ends = ((container_state(pod, "terminated") or {}).get("finishedAt") for pod in world.attended_pods)
+    moments = (datetime.fromisoformat(str(moment)) for moment in (*made, *ends) if moment)
+    return max(moments, default=datetime.min.replace(tzinfo=UTC))
 
 
 def _active(pod: Json, warnings: tuple[str, ...]) -> Verdict:
@@ -177,7 +196,9 @@ def _active(pod: Json, warnings: tuple[str, ...]) -> Verdict:
 def _podless(warnings: tuple[str, ...], last: Ending | None) -> Verdict:
     if warnings:
         return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.POD_NOT_CREATED, clean(f"The Job can't make its pod: {warnings[0]}"))
-    if last and last.exit_code != ExitCode.SUCCEEDED:
+    if last and last.exit_code == ExitCode.SUCCEEDED:
+        return Verdict(Phase.RUNNING, Standing.RECONCILING, Reason.RUNNING, "The trainer has ended well; waiting for its Job to say so.")
+    if last:
         return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.RETRYING, clean(f"Waiting to try again, after: {last.sentence}"))
     return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod.")
 

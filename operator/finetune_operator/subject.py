@@ -1,7 +1,8 @@
 """The FineTuneJob as decisions see it, and the world around it: frozen facts, as read from the API in one pass. Pure."""
 
+import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from finetune_api import names
@@ -36,11 +37,13 @@ class Subject:
         raw: the object as JSON values.
         spec: None when its structure is not that of this version.
         problem: the first thing that is wrong with the spec, as a sentence; empty when all is well.
+        digests: trainDigest and runDigest of the spec; empty without one.
     """
 
     raw: Json
     spec: FineTuneJobSpec | None
     problem: str
+    digests: tuple[str, str]
 
     @property
     def metadata(self) -> Json:
@@ -66,9 +69,8 @@ class Subject:
     def run(self) -> Run:
         """The run that the spec asks for; only where there is a spec."""
         assert self.spec is not None  # noqa: S101 the caller's duty
-        digest = run_digest(self.spec)
-        job_name = names.training_job_name(self.key.name, self.uid, digest)
-        return Run(train_digest=train_digest(self.spec), run_digest=digest, job_name=job_name)
+        job_name = names.training_job_name(self.key.name, self.uid, self.digests[1])
+        return Run(train_digest=self.digests[0], run_digest=self.digests[1], job_name=job_name)
 
     @property
     def stored(self) -> FineTuneJobStatus:
@@ -145,13 +147,20 @@ class World:
 
 def read_subject(raw: Json) -> Subject:
     """Total: any stored object becomes a subject."""
-    spec = raw.get("spec") if isinstance(raw.get("spec"), dict) else {}
+    return Subject(raw, *_read_spec(json.dumps(raw.get("spec"))))
+
+
+@lru_cache(maxsize=256)  # a job is looked at several times within seconds, and reading its spec is what a look costs most
+def _read_spec(text: str) -> tuple[FineTuneJobSpec | None, str, tuple[str, str]]:
+    found = json.loads(text)
+    spec = found if isinstance(found, dict) else {}
     problems = spec_problems(spec, local=False)
     problem = str(problems[0]) if problems else ""
     try:
-        return Subject(raw, parse_spec(spec or {}), problem)
+        parsed = parse_spec(spec)
     except ValidationError:
-        return Subject(raw, None, problem or "spec: not readable by this version of the operator.")
+        return None, problem or "spec: not readable by this version of the operator.", ("", "")
+    return parsed, problem, (train_digest(parsed), run_digest(parsed))
 
 
 def read_status(raw: Json) -> FineTuneJobStatus:

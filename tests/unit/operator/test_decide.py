@@ -22,12 +22,12 @@ from finetune_operator.decide import (
     decide,
     is_unfinished,
     merge_patch,
-    podless_since,
     report_a_refused_job,
     trainer_of,
     unexplained,
 )
 from finetune_operator.desired import build_job, build_preflight_job
+from finetune_operator.observed import changed_at
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, World, read_subject
 from support.simulated_cluster import (
@@ -581,7 +581,7 @@ def test_events_are_read_of_a_retry_that_gets_no_pod() -> None:
     world = world_of(raw, job, pods=(build_pod(job, phase="Failed", state=build_ended_state(16, now=NOW + timedelta(hours=1))),))
     assert unexplained(world, NOW + timedelta(hours=1, seconds=4)) is None
     assert unexplained(world, NOW + timedelta(hours=1, seconds=6)) == "job-uid"
-    assert podless_since(world) == NOW + timedelta(hours=1)
+    assert changed_at(world) == NOW + timedelta(hours=1)
 
 
 def test_what_a_container_says_reaches_the_status_without_credentials() -> None:
@@ -610,7 +610,7 @@ def test_what_gives_no_event_is_looked_at_again_and_ever_more_seldom() -> None:
         return decide(world_of(raw, job, pods=pods), NOW + timedelta(seconds=seconds), SETTINGS).again_seconds
 
     assert [again(seconds, build_pod(job)) for seconds in (0, 0.5, 3, 30, 3600)] == [2.0, 1.5, 3.0, 15.0, 60.0]
-    assert [again(seconds) for seconds in (0, 5, 3600)] == [6.0, 2.5, 60.0]
+    assert [again(seconds) for seconds in (0, 5, 3600)] == [2.0, 2.5, 60.0]
     assert again(0, build_pod(job, phase="Running", state=RUNNING)) is None
 
 
@@ -644,6 +644,17 @@ def test_a_training_that_has_begun_needs_no_preflight_any_more() -> None:
     running = world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),))
     begun = raw | {"status": status_after(raw, decide(running, NOW, SETTINGS))}
     assert decide(world_of(begun), NOW, SETTINGS).actions[1] == CreateJob(build_job(read_subject(begun), SETTINGS))
+
+
+def test_a_pod_whose_job_has_yet_to_judge_its_end_costs_no_write() -> None:
+    raw = build_finetunejob()
+    running = build_pod(job_for(raw), phase="Running", state=RUNNING)
+    raw |= {"status": status_after(raw, decide(world_of(raw, job_for(raw), pods=(running,)), NOW, SETTINGS))}
+    for code, said in ((0, "Running"), (16, "Retrying")):
+        pod = build_pod(job_for(raw), phase="Failed" if code else "Succeeded", state=build_ended_state(code))
+        soon, later = (decide(world_of(raw, job_for(raw), pods=(pod,)), NOW + timedelta(seconds=seconds), SETTINGS) for seconds in (1, 3))
+        assert (soon.actions, soon.again_seconds) == ((), 1.0)
+        assert ready_reason(status_after(raw, later)) == said
 
 
 def test_a_pod_that_starts_soon_costs_no_write() -> None:

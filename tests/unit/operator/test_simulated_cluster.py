@@ -1,5 +1,6 @@
 """The operator's own reconcile against a cluster in memory: in every order of edits, faults and ends it keeps to one Job and one end."""
 
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 
@@ -121,8 +122,9 @@ class OperatorAndCluster(RuleBasedStateMachine):
         self.process.heard[kind] += lost
         self.cluster.tell(self.process, kind, events, again=again)
 
-    @rule()
-    def everything_is_listed_again(self) -> None:
+    @rule(seconds=st.sampled_from([1, 3, 60]))
+    def everything_is_listed_again_after_a_while(self, seconds: int) -> None:
+        self.cluster.now += timedelta(seconds=seconds)
         self.cluster.resync(self.process)
 
     @precondition(lambda self: not self.is_writing)
@@ -182,6 +184,7 @@ class OperatorAndCluster(RuleBasedStateMachine):
                 operator.kill()
         self.cluster.resync(self.process)
         for _ in range(12):
+            self.cluster.now += timedelta(seconds=3)
             self.a_pod_lives_and_dies(0)
             wrote = self.cluster.reconcile(self.process)
             self.never_two_unfinished_training_jobs()
