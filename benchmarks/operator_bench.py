@@ -373,9 +373,7 @@ def main() -> None:
     parser.add_argument("--idle-minutes", type=float, default=1, help="how long the operator is watched doing nothing")
     parser.add_argument("--full", action="store_true", help="5 idle minutes, as BENCHMARKS.md has it")
     parser.add_argument("--results", action="store_true", help=f"writes the figures to benchmarks/results/{RESULTS.name}")
-    parser.add_argument(
-        "--cluster-number", type=int, default=2, help="see tests/cluster/up.sh; clusters of other numbers may run beside this one"
-    )
+    parser.add_argument("--cluster-number", type=int, default=99, help="see tests/cluster/up.sh: one that no test uses")
     chosen = parser.parse_args()
     sizes = Sizes(chosen.jobs, 5 if chosen.full else chosen.idle_minutes, chosen.cluster_number)
     print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {PARALLEL} connections", file=sys.stderr)
