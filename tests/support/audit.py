@@ -13,7 +13,7 @@ import aiohttp
 from finetune_api import names
 from finetune_api.digests import run_digest
 from finetune_api.validation import parse_spec
-from support.api_client import ApiClient, Json
+from support.api_client import ApiClient, Json, RefusedError
 from support.simulated_cluster import broken_status_rules
 
 FINAL = ("Succeeded", "Failed")
@@ -275,7 +275,7 @@ def _wrong(state: State, resource: Json) -> Iterator[str]:
     if not end and not jobs:
         yield "STUCK: it has no Job"
     for job in jobs:
-        if end_of(job) and job["spec"].get("ttlSecondsAfterFinished") != run_policy.get("ttlSecondsAfterFinished", 86400):
+        if end_of(job) and job["spec"].get("ttlSecondsAfterFinished") != run_policy.get("ttlSecondsAfterFinished"):
             yield f"Job {name_of(job)} has ended and not got its TTL"
     told = {item["podUID"]: item.get("exitCode") for item in status.get("attempts", ())}
     for pod, (job_name, code) in state.exits.items():
@@ -293,15 +293,25 @@ class Recorder:
         self._api = api
         self._paths = paths_in(namespace)
         self.history: list[Change] = []
+        self.failure: BaseException | None = None
 
     async def record(self) -> None:
         """Watches until it is cancelled."""
-        async with asyncio.TaskGroup() as group:
-            for kind in self._paths:
-                group.create_task(self._follow(kind))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for kind in self._paths:
+                    group.create_task(self._follow(kind))
+        except BaseExceptionGroup as error:
+            self.failure = error
 
     async def is_up_to_date(self) -> bool:
-        """Whether it knows all that the API server knows now."""
+        """Whether it knows all that the API server knows now.
+
+        Raises:
+            BaseException: the recorder itself failed.
+        """
+        if self.failure:
+            raise self.failure
         live = state_after(self.history).live
         for kind, path in self._paths.items():
             there = {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] async for item in self._api.list(path)}
@@ -323,7 +333,14 @@ class Recorder:
                 await asyncio.sleep(0.2)  # the next watch goes on where this one ended
 
     async def _begin(self, kind: str) -> str:
-        listed = await self._api.request("GET", self._paths[kind])
+        while True:
+            try:
+                listed = await self._api.request("GET", self._paths[kind])
+                break
+            except RefusedError as error:
+                if error.status != 429:  # an API server that has just got the CRD asks for patience
+                    raise
+                await asyncio.sleep(0.2)
         for item in listed["items"]:
             self.history.append(Change(int(item["metadata"]["resourceVersion"]), kind, item))
         return str(listed["metadata"]["resourceVersion"])
@@ -331,13 +348,11 @@ class Recorder:
 
 @asynccontextmanager
 async def recording(api: ApiClient, namespace: str) -> AsyncIterator[Recorder]:
-    """Records for the block; a failure of the recorder fails it."""
+    """Records for the block."""
     recorder = Recorder(api, namespace)
     task = asyncio.create_task(recorder.record())
     try:
         yield recorder
-        if task.done():
-            task.result()
     finally:
         task.cancel()
         await asyncio.wait({task})

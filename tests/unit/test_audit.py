@@ -47,8 +47,9 @@ def history(*steps: tuple[str, Json] | tuple[str, Json, str]) -> list[Change]:
     return [Change(number, step[0], deepcopy(step[1]), removed=len(step) == 3) for number, step in enumerate(steps, 1)]
 
 
-TINY = build_finetunejob()
-EDITED = build_finetunejob({"lora": {"rank": 8}}, generation=2)
+LASTING = {"runPolicy": {"ttlSecondsAfterFinished": 86400}}
+TINY = build_finetunejob(LASTING)
+EDITED = build_finetunejob({"lora": {"rank": 8}, **LASTING}, generation=2)
 JOB = job_of(TINY)
 POD = build_pod(JOB, phase="Running", state={"running": {}})
 ENDED_POD = build_pod(JOB, phase="Succeeded", state=build_ended_state(0))
