@@ -264,7 +264,9 @@ def _wrong(state: State, resource: Json) -> Iterator[str]:
     status, uid, wanted = resource.get("status") or {}, str(resource["metadata"]["uid"]), wanted_job(resource)
     end = state.ends.get((uid, wanted))
     run_policy = resource["spec"].get("runPolicy", {})
-    expected = {"Complete": "Succeeded", "Failed": "Failed"}.get(end or "", "Suspended" if run_policy.get("suspend") else "Running")
+    at_work = [pod for pod in state.live["pods"].values() if owner_name(pod) == wanted and phase_of(pod) == "Running"]
+    unended = "Suspended" if run_policy.get("suspend") else "Running" if at_work else "Pending"
+    expected = {"Complete": "Succeeded", "Failed": "Failed"}.get(end or "", unended)
     if phase_of(resource) != expected:
         yield f"the phase is {phase_of(resource) or 'empty'}, but {expected} is right: {status.get('message', '')[:200]}"
     if status.get("observedGeneration") != resource["metadata"]["generation"]:
