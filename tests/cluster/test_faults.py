@@ -179,7 +179,7 @@ async def test_an_api_server_that_was_away_is_met_by_an_operator_that_lost_nothi
         ended = field.ended_jobs()
         await field.proxy.go_away()
         await asyncio.sleep(AWAY_SECONDS / 2)
-        await field.crowd.apply(JOBS)
+        await field.crowd.apply(10)
         await field.crowd.disturb(JOBS, AWAY_SECONDS / 2)
         await field.crowd.resume_all()
         assert field.ended_jobs() > ended, "no job ended while the API server was away"

@@ -31,7 +31,7 @@ def paths_in(namespace: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Change:
-    """One change: the object as it stood after it, or when it was removed."""
+    """One change: the object as it stood after it, or as it last stood when it was removed."""
 
     version: int
     kind: str
@@ -107,7 +107,7 @@ def wrong_at_rest(state: State) -> list[str]:
         for item in found.values()
         if is_leaving(item)
     ]
-    left = [name_of(job) for job in state.live["jobs"].values() if not state.asks_for(job)]
+    left = [name_of(job) for job in state.live["jobs"].values() if is_training(job) and not state.asks_for(job)]
     problems += [f"Job {name} is left over: no FineTuneJob asks for it" for name in left]
     for resource in state.live["finetunejobs"].values():
         problems += [f"{name_of(resource)}: {problem}" for problem in _wrong(state, resource)]
@@ -273,7 +273,7 @@ def _wrong(state: State, resource: Json) -> Iterator[str]:
         yield f"the status speaks of generation {status.get('observedGeneration')} of {resource['metadata']['generation']}"
     if (status.get("run") or {}).get("jobName") != wanted:
         yield f"the status speaks of the run {(status.get('run') or {}).get('jobName')}, the spec of {wanted}"
-    jobs = [job for job in state.live["jobs"].values() if owner_of(job) == uid]
+    jobs = [job for job in state.live["jobs"].values() if owner_of(job) == uid and is_training(job)]
     if not end and not jobs:
         yield "STUCK: it has no Job"
     for job in jobs:

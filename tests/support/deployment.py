@@ -11,6 +11,7 @@ from support.operator_process import OperatorProcess
 
 _LOOK_SECONDS = 0.05
 KILLED = -9
+_STORY = 6000
 
 
 class Deployment:
@@ -46,13 +47,16 @@ class Deployment:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Deployment"]:
-        """Keeps it running for the block."""
+        """Keeps it running for the block; when that fails, the end of its log is printed."""
         self._operator.start()
         keeping = asyncio.create_task(self._keep())
         try:
             yield self
             if keeping.done():
                 keeping.result()
+        except BaseException:
+            print(self.log[-_STORY:])
+            raise
         finally:
             keeping.cancel()
             await asyncio.wait({keeping})
