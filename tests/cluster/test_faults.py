@@ -81,7 +81,9 @@ class Field:
         begin = time.monotonic()
         while problems := await condition():
             taken = time.monotonic() - begin
-            assert taken <= seconds, f"not {what} within {seconds:.0f} s:\n" + "\n".join(problems[:20])
+            if taken > seconds:
+                broken = broken_promises(self.recorder.history)
+                raise AssertionError("\n".join([f"not {what} within {seconds:.0f} s:", *problems[:20], "broken promises:", *broken[:20]]))
             await asyncio.sleep(0.25)
         return time.monotonic() - begin
 
