@@ -157,7 +157,7 @@ async def test_nothing_is_lost_doubled_or_stuck_under_fire(field: Field, seed: i
     async def kill() -> None:
         for life in lives:
             await asyncio.sleep(life)
-            deployment.kill()
+            await deployment.kill()
 
     async with deployment.running():
         field.proxy.trouble(rate=0.2, watch_rate=0.5)

@@ -40,10 +40,11 @@ class Deployment:
         """Exit codes of the processes that ended by themselves."""
         return [code for code in self.exits if code != KILLED]
 
-    def kill(self) -> None:
-        """SIGKILL; it comes back."""
-        if self._operator.exit_code() is None:
-            self._operator.kill()
+    async def kill(self) -> None:
+        """SIGKILL as soon as it runs; it comes back."""
+        while self._operator.exit_code() is not None:
+            await asyncio.sleep(_LOOK_SECONDS)
+        self._operator.kill()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Deployment"]:
