@@ -42,7 +42,7 @@ class Deployment:
 
     async def kill(self) -> None:
         """SIGKILL as soon as it runs; it comes back."""
-        while self._operator.exit_code() is not None:
+        while self._operator.exit_code() is not None:  # noqa: ASYNC110 a process sets no event
             await asyncio.sleep(_LOOK_SECONDS)
         self._operator.kill()
 
