@@ -1,6 +1,6 @@
 """The operator under fire: a proxy that fails one request in five, SIGKILL at random moments, an API server that is away, and people who change their minds.
 
-What happened is judged by the audit of support/audit.py, never by what the operator says of itself. `make soak` runs the same tests at full size:
+What happened is judged by the audit of support/promises.py, never by what the operator says of itself. `make soak` runs the same tests at full size:
 SOAK_JOBS, SOAK_KILLS and SOAK_AWAY_SECONDS are the sizes, SOAK_SEED replays a seed.
 """
 
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 from support.api_client import connected
-from support.audit import FINAL, Recorder, broken_promises, name_of, owner_of, phase_of, recording, state_after, wrong_at_rest
 from support.crowd import Crowd
 from support.deployment import Deployment, as_a_kubelet, soon
 from support.fault_proxy import Fault, FaultProxy, fault_proxy
 from support.kubernetes import Cluster, running_cluster, what_is_missing
 from support.kwok import running_kwok
 from support.operator_process import install_crd
+from support.promises import FINAL, Recorder, broken_promises, name_of, owner_of, phase_of, recording, state_after, wrong_at_rest
 
 pytestmark = pytest.mark.cluster
 

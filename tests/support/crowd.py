@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from support.api_client import MERGE, ApiClient, Json, RefusedError
-from support.audit import paths_in, phase_of
+from support.promises import paths_in, phase_of
 from support.specs import job, minimal_spec
 
 # How tests/cluster/kwok/stages.yaml ends a job of this name, and what its FineTuneJob comes to.

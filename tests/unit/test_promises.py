@@ -5,7 +5,7 @@ from copy import deepcopy
 from finetune_operator.desired import build_job
 from finetune_operator.subject import read_subject
 from support.api_client import Json
-from support.audit import Change, broken_promises, state_after, wanted_job, wrong_at_rest
+from support.promises import Change, broken_promises, state_after, wanted_job, wrong_at_rest
 from support.simulated_cluster import SETTINGS, build_ended_state, build_finetunejob, build_pod, build_stored_job, merged
 
 COMPLETE = {"type": "Complete"}
