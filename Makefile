@@ -16,7 +16,7 @@ export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster soak bench-qat clean-images clean
+.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster soak bench-qat bench-operator clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -67,8 +67,8 @@ format: setup ## formats the code and mends what lint can mend
 demo: setup ## fine-tunes a small model on this machine: one YAML in, one verified, quantized model out (.demo/)
 	@$(PY) -m finetune_trainer.cli run examples/laptop.yaml --workdir .demo
 
-crd: setup ## the CRD, docs/api.md and docs/status.md from finetune_api
-	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs
+crd: setup ## the CRD and the generated pages of docs/ from the code
+	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs && $(PY) -m finetune_operator.metrics
 
 lock: $(UV) ## the pinned, hashed requirement files
 	@for target in operator trainer unsloth dev; do \
@@ -88,6 +88,9 @@ soak: setup cluster-setup ## the fault tests at full size (half an hour); SOAK_S
 
 bench-qat: setup ## exact QAT against plain LoRA: time and memory
 	@$(PY) benchmarks/qat.py $(ARGS)
+
+bench-operator: setup cluster-setup ## the operator under load: latency, throughput, writes, memory; minutes with ARGS="--jobs 300"
+	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/operator_bench.py $(ARGS)
 
 clean-images: ## removes the built images, their layers too (about 15 GB)
 	@rm -rf $(CACHE)/images $(CACHE)/containerd

@@ -37,6 +37,11 @@ def training_job_name(name: str, uid: str, run_digest: str) -> str:
     return f"{stem}-{suffix}"
 
 
+def preflight_job_name(training_job: str) -> str:
+    """The Job that runs before a training Job; training_job_name leaves it room."""
+    return f"{training_job}-pre"
+
+
 def job_label(name: str) -> str:
     """A label value for the FineTuneJob's name (label values end at 63 characters)."""
     if len(name) <= _NAME_LIMIT:

@@ -292,9 +292,10 @@ class RunPolicySpec(ApiModel):
         "Stop the pod (checkpointed) until set to false again. Default false.", default=False, field_class=FieldClass.LIVE
     )
     preflight: Literal["Auto", "Skip"] = spec_field(
-        "A preflight Job without a GPU before the training Job. Default Auto; today preflight runs in the training pod itself.", default="Auto",
-        not_yet="a preflight Job of its own is not served yet, so there is none to skip; remove runPolicy.preflight",
-    )  # fmt: skip
+        "Auto: a job that wants a GPU first gets a small Job without one, which checks spec, data, credentials and write access, and fills a cache "
+        "claim with the model. Skip: the training pod does it, as without a GPU. Default Auto.",
+        default="Auto",
+    )
     rerun: Annotated[str, StringConstraints(max_length=64)] = spec_field(
         "Any new string asks for another run of a finished job. Default: empty.", default=""
     )

@@ -126,6 +126,13 @@ class Run(ApiModel):
     dataset: Text = Field("", description="The dataset's source with its resolved revision or ETag.")
 
 
+class Preflight(ApiModel):
+    """What was found before a GPU was asked for. Kept as long as the run, so that it is found once."""
+
+    passed_at: Timestamp = Field(description="When it had passed.")
+    message: Text = Field("", description="What could not be checked, or is worth knowing.")
+
+
 class FineTuneJobStatus(ApiModel):
     """What the operator reports."""
 
@@ -136,6 +143,7 @@ class FineTuneJobStatus(ApiModel):
     conditions: tuple[Condition, ...] = Field(
         (), max_length=16, description="Ready, Reconciling, Stalled, Trained, Verified, QualityPassed, Published."
     )
+    preflight: Preflight | None = Field(None, description="That the preflight Job has passed; only where the job wants a GPU.")
     progress: Progress | None = Field(None, description="How far the training is.")
     attempts: tuple[Attempt, ...] = Field((), max_length=10, description="The last 10 pods of the run.")
     gpu_seconds: Count = Field(0, description="GPU seconds of all pods of the run: a lower bound.")

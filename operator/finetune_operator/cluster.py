@@ -6,19 +6,25 @@ delete; pods get, list, watch; events list, create; leases get, create, update. 
 
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from finetune_api.names import LABEL_JOB
 from finetune_api.spec import GROUP, PLURAL, VERSION
 from kubernetes.aio import client, config
 
+from finetune_operator.cache import Kind
 from finetune_operator.subject import Json, Key
 
 REQUEST_SECONDS = 30.0
 _PAGE = 250
 _MERGE = "application/merge-patch+json"
 _JOBS = "/apis/batch/v1/namespaces/{}/jobs"
+_ROOTS = {Kind.FINETUNEJOB: f"/apis/{GROUP}/{VERSION}", Kind.JOB: "/apis/batch/v1", Kind.POD: "/api/v1"}
+_PLURALS = {Kind.FINETUNEJOB: PLURAL, Kind.JOB: "jobs", Kind.POD: "pods"}
+_SELECTORS = {Kind.FINETUNEJOB: "", Kind.JOB: LABEL_JOB, Kind.POD: LABEL_JOB}
 
 
 class ApiError(Exception):
@@ -31,21 +37,35 @@ class ApiError(Exception):
         self.message = message
 
 
-class Cluster:
-    """A connection to one API server."""
+@dataclass(frozen=True)
+class Listing:
+    """A page of a listing, and the resourceVersion of the whole."""
 
-    def __init__(self, api: client.ApiClient) -> None:
+    items: list[Json]
+    version: int
+
+
+class Cluster:
+    """A connection to one API server.
+
+    Args:
+        api: the client's connection.
+        count_request: is told the HTTP method and status of every request that has ended; "none" is the status of one that got no answer.
+    """
+
+    def __init__(self, api: client.ApiClient, count_request: Callable[[str, str], None]) -> None:
         self._api = api
+        self._count_request = count_request
 
     @classmethod
-    async def connect(cls) -> "Cluster":
+    async def connect(cls, count_request: Callable[[str, str], None]) -> "Cluster":
         """With the pod's service account in a cluster, else with the kubeconfig of KUBECONFIG or the user's home."""
         configuration = client.Configuration()
         if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
             config.load_incluster_config(configuration)
         else:
             await config.load_kube_config(client_configuration=configuration)
-        return cls(client.ApiClient(configuration))
+        return cls(client.ApiClient(configuration), count_request)
 
     @property
     def api(self) -> client.ApiClient:
@@ -56,56 +76,48 @@ class Cluster:
         """Ends all connections."""
         await self._api.close()
 
-    async def list_finetunejobs(self, namespace: str) -> AsyncIterator[Json]:
-        """Every FineTuneJob of a namespace, or of all for an empty one, page by page."""
+    async def list_pages(self, kind: Kind, namespace: str, selector: str = "") -> AsyncIterator[Listing]:
+        """All objects of a kind in a namespace, or in all for an empty one, page by page; Jobs and pods only with these labels."""
         scope = f"/namespaces/{quote(namespace)}" if namespace else ""
-        more = ""
+        query = {"limit": _PAGE, "labelSelector": selector or _SELECTORS[kind], "continue": ""}
         while True:
-            page = await self._request("GET", f"/apis/{GROUP}/{VERSION}{scope}/{PLURAL}", {"limit": _PAGE, "continue": more})
-            for item in page["items"]:
-                yield item
-            more = page["metadata"].get("continue") or ""
-            if not more:
+            page = await self._request("GET", f"{_ROOTS[kind]}{scope}/{_PLURALS[kind]}", query)
+            yield Listing(page["items"], int(page["metadata"]["resourceVersion"]))
+            query["continue"] = page["metadata"].get("continue") or ""
+            if not query["continue"]:
                 return
 
     async def read_finetunejob(self, key: Key) -> Json | None:
         """The object, or None when there is none."""
         return await self._read(self._finetunejob(key))
 
-    async def patch_status(self, key: Key, resource_version: str, patch: Json) -> None:
-        """Merge-patches the status; 409 when the object is no longer what the patch was computed from."""
+    async def patch_status(self, key: Key, resource_version: str, patch: Json) -> Json:
+        """Merge-patches the status and returns the object; 409 when it is no longer what the patch was computed from."""
         body = {"metadata": {"resourceVersion": resource_version}, "status": patch}
-        await self._request("PATCH", f"{self._finetunejob(key)}/status", body=body, content_type=_MERGE)
-
-    async def list_jobs(self, namespace: str, selector: str) -> list[Json]:
-        """The Jobs with these labels."""
-        return await self._list(_JOBS.format(quote(namespace)), {"labelSelector": selector})
+        return await self._request("PATCH", f"{self._finetunejob(key)}/status", body=body, content_type=_MERGE)
 
     async def read_job(self, namespace: str, name: str) -> Json | None:
         """The Job, or None when there is none."""
         return await self._read(self._job(namespace, name))
 
-    async def create_job(self, manifest: Json) -> None:
-        """Makes a Job; 409 when there is one of its name."""
-        await self._request("POST", _JOBS.format(quote(manifest["metadata"]["namespace"])), body=manifest)
+    async def create_job(self, manifest: Json) -> Json:
+        """Makes a Job and returns it; 409 when there is one of its name."""
+        return await self._request("POST", _JOBS.format(quote(manifest["metadata"]["namespace"])), body=manifest)
 
-    async def patch_job(self, namespace: str, name: str, patch: Json) -> None:
-        """Merge-patches a Job."""
-        await self._request("PATCH", self._job(namespace, name), body=patch, content_type=_MERGE)
+    async def patch_job(self, namespace: str, name: str, patch: Json) -> Json:
+        """Merge-patches a Job and returns it."""
+        return await self._request("PATCH", self._job(namespace, name), body=patch, content_type=_MERGE)
 
-    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
-        """Deletes this very Job in the foreground: it is gone after its pods are."""
+    async def delete_job(self, namespace: str, name: str, uid: str) -> Json:
+        """Deletes this very Job in the foreground, and returns it as it stands: it is gone after its pods are."""
         body = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
-        await self._request("DELETE", self._job(namespace, name), body=body)
-
-    async def list_pods(self, namespace: str, selector: str) -> list[Json]:
-        """The pods with these labels."""
-        return await self._list(f"/api/v1/namespaces/{quote(namespace)}/pods", {"labelSelector": selector})
+        return await self._request("DELETE", self._job(namespace, name), body=body)
 
     async def list_warnings(self, namespace: str, uid: str) -> list[Json]:
         """The warning events about the object of this UID."""
         fields = f"involvedObject.uid={uid},type=Warning"
-        return await self._list(f"/api/v1/namespaces/{quote(namespace)}/events", {"fieldSelector": fields, "limit": _PAGE})
+        found = await self._request("GET", f"/api/v1/namespaces/{quote(namespace)}/events", {"fieldSelector": fields, "limit": _PAGE})
+        return list(found["items"])
 
     async def create_event(self, event: Json) -> None:
         """Makes an event; 409 when there is one of its name."""
@@ -125,9 +137,6 @@ class Cluster:
                 return None
             raise
 
-    async def _list(self, path: str, query: dict[str, Any]) -> list[Json]:
-        return list((await self._request("GET", path, query))["items"])
-
     async def _request(
         self,
         method: str,
@@ -142,8 +151,13 @@ class Cluster:
         prepared = await self._api.param_serialize(
             method, path, query_params=pairs, header_params=headers, body=body, auth_settings=["BearerToken"]
         )
-        response = await self._api.call_api(*prepared, _request_timeout=REQUEST_SECONDS)
-        data = await response.read()
+        code = "none"
+        try:
+            response = await self._api.call_api(*prepared, _request_timeout=REQUEST_SECONDS)
+            data = await response.read()
+            code = str(response.status)
+        finally:
+            self._count_request(method, code)
         if response.status >= 300:
             raise _error(response.status, data)
         return dict(json.loads(data))

@@ -15,12 +15,12 @@ from finetune_api.status import FineTuneJobStatus, Phase
 
 from finetune_operator.announcements import CREATED, Announcement, announcements, build_event
 from finetune_operator.conditions import Standing, Verdict
-from finetune_operator.desired import build_job, build_live_fields
-from finetune_operator.diagnosis import container_state, is_ended
-from finetune_operator.observed import carried_status, observed_status, status_of, timestamp
+from finetune_operator.desired import build_job, build_live_fields, build_preflight_job
+from finetune_operator.diagnosis import container_state, is_ended, is_starting, waiting_sentence
+from finetune_operator.observed import SETTLING_SECONDS, carried_status, observed_status, preflight_status, status_of, timestamp
 from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
-from finetune_operator.subject import FINAL, Json, World, condition_of, is_being_deleted, is_finished
+from finetune_operator.subject import FINAL, Json, Trainer, World, condition_of, is_being_deleted, is_finished
 
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
 NEW_POD_SECONDS = 5.0  # a pod that takes longer to start has its events read
@@ -132,7 +132,8 @@ def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
 def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
     """Never two training Jobs of one object: the Job of an earlier spec goes, with its pods, before this run's Job comes."""
     world = situation.world
-    in_the_way = [job for job in world.jobs if job["metadata"]["name"] != world.subject.run.job_name or is_being_deleted(job)]
+    wanted = (world.current, world.preflight)
+    in_the_way = [job for job in world.jobs if job not in wanted or is_being_deleted(job)]
     if not in_the_way:
         return None
     name = in_the_way[0]["metadata"]["name"]
@@ -160,17 +161,27 @@ def wait_until_leftover_pods_are_gone(situation: Situation) -> Plan | None:
     return Plan(_pending(situation, Standing.RECONCILING, Reason.REPLACING, sentence), NEW_POD_SECONDS)
 
 
-def create_what_is_missing(situation: Situation) -> Plan | None:
-    """The run has no Job yet, or lost it before its end. A refusal of an earlier attempt stands until one succeeds."""
-    world = situation.world
-    if world.current is not None:
+def check_before_a_gpu_is_asked_for(situation: Situation) -> Plan | None:
+    """The preflight Job comes first. That it has passed is stored before the training Job is made, and it is not run again."""
+    world, base = situation.world, carried_status(situation.world.subject)
+    if world.current is not None or base.preflight or base.attempts or not _wants_preflight(world):
         return None
-    created = Announcement(CREATED, f"The Job {world.subject.run.job_name} was made.")
-    create = (CreateJob(build_job(world.subject, situation.settings)), Announce(build_event(world.subject, created, situation.now)))
-    base = carried_status(world.subject)
-    if base.phase is not None and any(item.reason == Reason.JOB_REFUSED for item in base.conditions):
-        return Plan(_fenced((), create))
-    return Plan(_fenced(_pending(situation, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod."), create))
+    job = world.preflight
+    if job is None:
+        return _creation(situation, build_preflight_job(world.subject, situation.settings))
+    status = preflight_status(world, job, situation.now)
+    if status.preflight:
+        create = CreateJob(build_job(world.subject, situation.settings))
+        return Plan(_fenced(_write(situation, status), (create,)))
+    if status.phase is Phase.FAILED:
+        return Plan(_write(situation, status))
+    return Plan((*_live(situation), *_write(situation, status)), _again(situation))
+
+
+def create_what_is_missing(situation: Situation) -> Plan | None:
+    """The run has no Job yet, or lost it before its end."""
+    world = situation.world
+    return _creation(situation, build_job(world.subject, situation.settings)) if world.current is None else None
 
 
 def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
@@ -178,7 +189,7 @@ def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
     world, job = situation.world, situation.world.current
     if job is None or is_finished(job):
         return None
-    undisturbed = [pod for pod in world.current_pods if is_ended(pod) and not condition_of(pod, "DisruptionTarget")]
+    undisturbed = [pod for pod in world.attended_pods if is_ended(pod) and not condition_of(pod, "DisruptionTarget")]
     endings = [container_state(pod, "terminated") or {} for pod in undisturbed]
     if sum(ending.get("exitCode") == ExitCode.CHECKPOINTED for ending in endings) < CHECKPOINTED_LIMIT:
         return None
@@ -211,6 +222,7 @@ POLICIES: tuple[Policy, ...] = (
     wait_until_other_jobs_are_gone,
     stall_on_a_namesake,
     wait_until_leftover_pods_are_gone,
+    check_before_a_gpu_is_asked_for,
     create_what_is_missing,
     stop_what_only_checkpoints,
     report_what_is_seen,
@@ -235,27 +247,39 @@ def is_unfinished(raw: Json) -> bool:
     return status.get("phase") not in FINAL or status.get("observedGeneration") != raw["metadata"].get("generation")
 
 
-def progress_address(world: World) -> str | None:
-    """IP of the pod whose trainer can be asked; None when none runs."""
-    active = [pod for pod in world.current_pods if not is_ended(pod) and container_state(pod, "running") is not None]
-    return str(active[-1]["status"].get("podIP") or "") or None if active else None
+def ends(world: World, plan: Plan) -> bool:
+    """Whether nothing is left to do for the job once the plan is executed, until someone edits it."""
+    subject = world.subject
+    if not is_unfinished(subject.raw) or (subject.spec is not None and subject.is_latched):
+        return True
+    return any(isinstance(action, WriteStatus) and action.patch.get("phase") in FINAL for action in plan.actions)
+
+
+def trainer_of(world: World) -> Trainer | None:
+    """The trainer that can be asked how far it is; None when none runs."""
+    active = [pod for pod in world.attended_pods if not is_ended(pod) and container_state(pod, "running") is not None]
+    if world.current is None or not active or not active[-1]["status"].get("podIP"):
+        return None
+    started = (container_state(active[-1], "running") or {}).get("startedAt")
+    seconds = datetime.fromisoformat(str(started)).timestamp() if started else 0.0
+    return Trainer(str(active[-1]["metadata"]["uid"]), str(active[-1]["status"]["podIP"]), seconds)
 
 
 def unexplained(world: World, now: datetime) -> str | None:
     """UID of the object whose events may say why no pod runs: a Job without a pod, or a pod that takes long to start."""
-    job, active = world.current, [pod for pod in world.current_pods if not is_ended(pod)]
+    job, active = world.attended, [pod for pod in world.attended_pods if not is_ended(pod)]
     if job is None or is_finished(job) or is_being_deleted(job):
         return None
     if not active:
         is_new = (now - podless_since(world)).total_seconds() < NEW_POD_SECONDS
         return None if job["spec"].get("suspend") or is_new else str(job["metadata"]["uid"])
-    starting = container_state(active[-1], "running") is None and container_state(active[-1], "terminated") is None
-    return str(active[-1]["metadata"]["uid"]) if starting and _age_seconds(active[-1], now) >= NEW_POD_SECONDS else None
+    is_silent = is_starting(active[-1]) and waiting_sentence(active[-1], ())[0] == Reason.CONTAINER_CREATING
+    return str(active[-1]["metadata"]["uid"]) if is_silent and _age_seconds(active[-1], now) >= NEW_POD_SECONDS else None
 
 
 def podless_since(world: World) -> datetime:
     """When the current Job was last left without a pod: its creation, or the end of its last pod."""
-    job, ends = world.current or {"metadata": {}}, [container_state(pod, "terminated") or {} for pod in world.current_pods]
+    job, ends = world.attended or {"metadata": {}}, [container_state(pod, "terminated") or {} for pod in world.attended_pods]
     times = [job["metadata"].get("creationTimestamp"), *(ending.get("finishedAt") for ending in ends)]
     return max((datetime.fromisoformat(str(moment)) for moment in times if moment), default=datetime.min.replace(tzinfo=UTC))
 
@@ -304,7 +328,7 @@ def _ttl(situation: Situation) -> tuple[Action, ...]:
 
 
 def _live(situation: Situation) -> tuple[Action, ...]:
-    job, spec = situation.world.current, situation.world.subject.spec
+    job, spec = situation.world.attended, situation.world.subject.spec
     if job is None or spec is None:
         return ()
     wanted = build_live_fields(spec)
@@ -326,6 +350,22 @@ def _refusal(situation: Situation) -> str:
     return ""
 
 
+def _wants_preflight(world: World) -> bool:
+    spec = world.subject.spec
+    return spec is not None and spec.resources.gpus > 0 and spec.run_policy.preflight == "Auto"
+
+
+def _creation(situation: Situation, manifest: Json) -> Plan:
+    """Says so, makes the Job, announces it. A refusal of an earlier attempt stands until one succeeds."""
+    subject = situation.world.subject
+    created = Announcement(CREATED, f"The Job {manifest['metadata']['name']} was made.")
+    create = (CreateJob(manifest), Announce(build_event(subject, created, situation.now)))
+    base = carried_status(subject)
+    if base.phase is not None and any(item.reason == Reason.JOB_REFUSED for item in base.conditions):
+        return Plan(_fenced((), create))
+    return Plan(_fenced(_pending(situation, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod."), create))
+
+
 def _pending(situation: Situation, standing: Standing, reason: Reason, sentence: str) -> tuple[Action, ...]:
     """Says why a run has no pod at work."""
     subject = situation.world.subject
@@ -334,16 +374,15 @@ def _pending(situation: Situation, standing: Standing, reason: Reason, sentence:
 
 
 def _again(situation: Situation) -> float | None:
-    """Progress is asked for every 2 s at first and every 10 s later; a pod that waits is looked at when its events may speak."""
+    """A pod that starts is looked at when it should have started, and then ever more seldom, since its events bring no event to us."""
     world, now = situation.world, situation.now
-    if world.subject.spec and world.subject.spec.run_policy.suspend:
+    active = [pod for pod in world.attended_pods if not is_ended(pod)]
+    if (active and not is_starting(active[-1])) or (world.subject.spec and world.subject.spec.run_policy.suspend):
         return None
-    active = [pod for pod in world.current_pods if not is_ended(pod)]
-    running = container_state(active[-1], "running") if active else None
-    if running is not None:
-        age = (now - datetime.fromisoformat(str(running["startedAt"]))).total_seconds() if running.get("startedAt") else 0.0
-        return min(10.0, max(2.0, age / 6))
-    return NEW_POD_SECONDS + 1 if not world.warnings else None
+    age_seconds = _age_seconds(active[-1], now) if active else (now - podless_since(world)).total_seconds()
+    if active and age_seconds < SETTLING_SECONDS:
+        return SETTLING_SECONDS - age_seconds
+    return max(NEW_POD_SECONDS + 1 - age_seconds, min(60.0, age_seconds / 2), 1.0)
 
 
 def _age_seconds(resource: Json, now: datetime) -> float:

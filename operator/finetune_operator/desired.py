@@ -4,12 +4,17 @@ from finetune_api import names
 from finetune_api.exits import OOM_KILLED, PERMANENT, ExitCode
 from finetune_api.job import JobDescription
 from finetune_api.spec import API_VERSION, KIND, FineTuneJobSpec, SchedulingSpec
+from pydantic import ByteSize, TypeAdapter
 
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Subject
 from finetune_operator.volumes import build_volumes
 
 GRACE_SECONDS = 120
+PREFLIGHT_TTL_SECONDS = 3600
+_PREFLIGHT_CPU, _PREFLIGHT_MEMORY = "250m", "1Gi"
+_ARCHITECTURE = ("kubernetes.io/arch", "kubernetes.io/os")
+_BYTES = TypeAdapter(ByteSize)
 _UID = 65532
 _HOME_CACHE = f"{names.HOME_DIR}/.cache"
 _PLACES = {
@@ -25,12 +30,37 @@ _PLACES = {
 def build_job(subject: Subject, settings: Settings) -> Json:
     """The training Job of the run that the spec asks for. It has no TTL: that comes after the terminal status is stored."""
     assert subject.spec is not None  # noqa: S101 decide.py asks only for specs that it could read
-    labels = build_labels(subject)
+    return _job(subject, subject.run.job_name, build_labels(subject), _pod_spec(subject, subject.spec, settings))
+
+
+def build_preflight_job(subject: Subject, settings: Settings) -> Json:
+    """The Job that goes before it: the same pod without GPUs, on any node of the same architecture. It is small, so that its TTL may stand from the start."""
+    spec = subject.spec
+    assert spec is not None  # noqa: S101
+    labels = build_labels(subject) | {"app.kubernetes.io/component": "preflight"}
+    anywhere = {name: value for name, value in spec.scheduling.node_selector.items() if name in _ARCHITECTURE}
+    small = spec.model_copy(
+        update={
+            "resources": spec.resources.model_copy(update={"gpus": 0}),
+            "scheduling": spec.scheduling.model_copy(update={"node_selector": anywhere, "runtime_class_name": ""}),
+        }
+    )
+    pod = _pod_spec(subject, small, settings)
+    container = pod["containers"][0]
+    container["args"] = ["preflight"]
+    container["resources"]["requests"] = {"cpu": _PREFLIGHT_CPU, "memory": _smaller(_PREFLIGHT_MEMORY, spec.resources.memory)}
+    job = _job(subject, names.preflight_job_name(subject.run.job_name), labels, pod)
+    job["spec"]["ttlSecondsAfterFinished"] = PREFLIGHT_TTL_SECONDS
+    return job
+
+
+def _job(subject: Subject, name: str, labels: dict[str, str], pod: Json) -> Json:
+    assert subject.spec is not None  # noqa: S101
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": subject.run.job_name,
+            "name": name,
             "namespace": subject.key.namespace,
             "labels": labels,
             "ownerReferences": [_owner_reference(subject)],
@@ -41,9 +71,14 @@ def build_job(subject: Subject, settings: Settings) -> Json:
             "parallelism": 1,
             "podReplacementPolicy": "Failed",  # a new pod only when the old one is wholly gone: never two trainers
             "podFailurePolicy": {"rules": build_failure_rules()},
-            "template": {"metadata": {"labels": labels}, "spec": _pod_spec(subject, subject.spec, settings)},
+            "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     }
+
+
+def _smaller(one: str, other: str) -> str:
+    """The smaller of two quantities of bytes."""
+    return min(one, other, key=lambda quantity: _BYTES.validate_python(f"{quantity}B"))
 
 
 def build_live_fields(spec: FineTuneJobSpec) -> Json:
@@ -128,7 +163,7 @@ def _container(subject: Subject, spec: FineTuneJobSpec, settings: Settings, moun
         "name": names.CONTAINER,
         "image": spec.pod.image or settings.trainer_image,
         "args": ["run"],
-        "env": _environment(subject, spec, settings),
+        "env": _environment(subject, settings),
         "ports": [{"name": "progress", "containerPort": names.PROGRESS_PORT}],
         "resources": _resources(spec),
         "securityContext": {
@@ -142,8 +177,9 @@ def _container(subject: Subject, spec: FineTuneJobSpec, settings: Settings, moun
     }
 
 
-def _environment(subject: Subject, spec: FineTuneJobSpec, settings: Settings) -> list[Json]:
-    description = JobDescription.of(subject.metadata, spec, in_cluster=True).to_json()
+def _environment(subject: Subject, settings: Settings) -> list[Json]:
+    assert subject.spec is not None  # noqa: S101
+    description = JobDescription.of(subject.metadata, subject.spec, in_cluster=True).to_json()
     values = {**_PLACES, **settings.trainer_env, names.ENV_JOB: description}
     # The kubelet expands $(NAME) in values; $$ is how a plain dollar sign is written.
     return [{"name": name, "value": value.replace("$", "$$")} for name, value in values.items()]

@@ -52,6 +52,11 @@ def is_ended(pod: Json) -> bool:
     return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
 
 
+def is_starting(pod: Json) -> bool:
+    """Whether its container has not run yet."""
+    return container_state(pod, "running") is None and container_state(pod, "terminated") is None
+
+
 def ending_of(pod: Json, spec: FineTuneJobSpec) -> Ending:
     """How an ended pod ended."""
     terminated = container_state(pod, "terminated") or {}

@@ -1,44 +1,87 @@
-"""GET /healthz for the liveness probe: whether the event loop answers and the resync still comes round. Started by main.py.
+"""GET /healthz, /readyz and /metrics on one port. Started by main.py.
 
-That the API server answers is not asked: a restart would not mend it.
+- /healthz, for the liveness probe: whether the event loop answers and the resync still comes round. That the API server answers is not asked:
+  a restart would not mend it.
+- /readyz: whether the first list of all FineTuneJobs is done. An operator that waits for the Lease is ready: a rollout waits for the new pod to
+  be ready before it stops the old one, which holds the Lease until then. Once ready it stays so, also when the API server goes away: nothing
+  is routed to an operator, and taking it off would mend nothing.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.aiohttp import make_aiohttp_handler
 
 ROUNDS = 3
 SLACK_SECONDS = 120.0
 
+Answer = tuple[int, str]
+
 
 class Heartbeat:
-    """When the resync last began a round."""
+    """When the resync last began a round, and whether one has ever come to its end.
 
-    def __init__(self, clock: Callable[[], float], resync_seconds: float) -> None:
+    Args:
+        clock: gives seconds.
+        resync_seconds: from one round to the next.
+        has_lease: whether this operator may act from the start.
+    """
+
+    def __init__(self, clock: Callable[[], float], resync_seconds: float, *, has_lease: bool = True) -> None:
         self._clock = clock
         self._limit_seconds = ROUNDS * resync_seconds + SLACK_SECONDS
         self._last: float | None = None
+        self._has_lease = has_lease
+        self._is_synced = False
+
+    def lead(self) -> None:
+        """The Lease is had, or none is needed."""
+        self._has_lease = True
 
     def beat(self) -> None:
         """A round begins."""
         self._last = self._clock()
 
+    def sync(self) -> None:
+        """A round has seen every FineTuneJob."""
+        self._is_synced = True
+
     def is_alive(self) -> bool:
         """Whether the last round began not too long ago; one that waits for the Lease has no rounds yet."""
         return self._last is None or self._clock() - self._last <= self._limit_seconds
 
+    def health(self) -> Answer:
+        """What /healthz answers."""
+        return (200, "ok\n") if self.is_alive() else (503, "the resync has stopped\n")
+
+    def readiness(self) -> Answer:
+        """What /readyz answers."""
+        if not self._has_lease:
+            return 200, "waiting for the Lease\n"
+        return (200, "ok\n") if self._is_synced else (503, "the first list of all FineTuneJobs is not done\n")
+
 
 @asynccontextmanager
-async def serving(heartbeat: Heartbeat, port: int) -> AsyncIterator[int]:
-    """Serves /healthz within the block and yields the port (useful for port 0)."""
+async def serving(heartbeat: Heartbeat, registry: CollectorRegistry, port: int) -> AsyncIterator[int]:
+    """Serves within the block and yields the port (useful for port 0)."""
 
-    async def healthz(_: web.Request) -> web.Response:
-        alive = heartbeat.is_alive()
-        return web.Response(text="ok\n" if alive else "the resync has stopped\n", status=200 if alive else 503)
+    def answering(answer: Callable[[], Answer]) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handle(_: web.Request) -> web.Response:
+            status, text = answer()
+            return web.Response(text=text, status=status)
+
+        return handle
 
     application = web.Application()
-    application.add_routes([web.get("/healthz", healthz)])
+    application.add_routes(
+        [
+            web.get("/healthz", answering(heartbeat.health)),
+            web.get("/readyz", answering(heartbeat.readiness)),
+            web.get("/metrics", make_aiohttp_handler(registry)),
+        ]
+    )
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     # Every interface of the pod's own network namespace: the kubelet asks from outside of it.

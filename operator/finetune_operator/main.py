@@ -3,6 +3,9 @@
 import asyncio
 import logging
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import NoReturn
@@ -12,10 +15,16 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from finetune_operator import events
+from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.election import LeadershipLostError, lead
+from finetune_operator.execution import Executor
 from finetune_operator.health import Heartbeat, serving
-from finetune_operator.reconcile import Reconciler, resync, work
+from finetune_operator.metrics import Metrics
+from finetune_operator.observation import Observer
+from finetune_operator.progress import ProgressPoller
+from finetune_operator.reconcile import Reconciler, work
+from finetune_operator.resync import resync
 from finetune_operator.settings import Settings
 from finetune_operator.work_queue import WorkQueue
 
@@ -29,35 +38,57 @@ async def run(settings: Settings) -> None:
     Raises:
         LeadershipLostError: another operator may act from now on.
     """
-    heartbeat = Heartbeat(asyncio.get_running_loop().time, settings.resync_seconds)
+    metrics = Metrics()
+    heartbeat = Heartbeat(asyncio.get_running_loop().time, settings.resync_seconds, has_lease=not settings.lease_namespace)
     async with AsyncExitStack() as stack:
-        cluster = await Cluster.connect()
+        cluster = await Cluster.connect(metrics.count_request)
         stack.push_async_callback(cluster.close)
-        await stack.enter_async_context(serving(heartbeat, settings.health_port))
+        await stack.enter_async_context(serving(heartbeat, metrics.registry, settings.health_port))
         if settings.lease_namespace:
-            await lead(cluster.api, settings.lease_namespace, settings.lease_name, lambda: operate(cluster, settings, heartbeat))
+            await lead(cluster.api, settings.lease_namespace, settings.lease_name, lambda: operate(cluster, settings, heartbeat, metrics))
         else:
-            await operate(cluster, settings, heartbeat)
+            await operate(cluster, settings, heartbeat, metrics)
 
 
-async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat) -> None:
-    """Watches and reconciles until a signal ends the watch."""
-    queue = WorkQueue(asyncio.get_running_loop().time)
+async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat, metrics: Metrics) -> None:
+    """Watches and reconciles until a signal ends the watch. Nothing is decided before everything was listed once."""
+    queue, cache, synced = WorkQueue(asyncio.get_running_loop().time), Cache(), asyncio.Event()
+    heartbeat.lead()
+    metrics.show_queue(queue)
+    poller = ProgressPoller(queue.add, time.time)
+    reconciler = build_reconciler(cluster, cache, poller, settings)
+
+    async def reconcile() -> None:
+        await synced.wait()
+        await work(queue, reconciler, metrics)
+
+    def listed(phases: Counter[str]) -> None:
+        synced.set()
+        heartbeat.sync()
+        metrics.show_jobs(phases)
+
     await _crd_is_there(cluster, settings)
     async with aiohttp.ClientSession(trust_env=False) as session, asyncio.TaskGroup() as group:
-        reconciler = Reconciler(cluster, session, settings, lambda: datetime.now(UTC))
-        tasks = [group.create_task(work(queue, reconciler)) for _ in range(settings.concurrency)]
-        tasks.append(group.create_task(resync(queue, cluster, settings, heartbeat.beat)))
-        await events.watch(queue, settings)
+        tasks = [group.create_task(reconcile()) for _ in range(settings.concurrency)]
+        tasks.append(group.create_task(resync(queue, cluster, cache, settings, heartbeat.beat, listed)))
+        tasks.append(group.create_task(poller.run(session)))
+        await events.watch(queue, cache, settings)
         for task in tasks:
             task.cancel()
+
+
+def build_reconciler(
+    cluster: Cluster, cache: Cache, poller: ProgressPoller, settings: Settings, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+) -> Reconciler:
+    """A reconciler and the two halves that it acts through."""
+    return Reconciler(Observer(cluster, cache, poller, now), Executor(cluster, cache, settings, now), settings)
 
 
 async def _crd_is_there(cluster: Cluster, settings: Settings) -> None:
     """Waits for the CRD: kopf looks once at what there is to watch, and never again."""
     while True:
         try:
-            async for _ in cluster.list_finetunejobs((*settings.namespaces, "")[0]):
+            async for _ in cluster.list_pages(Kind.FINETUNEJOB, (*settings.namespaces, "")[0]):
                 break
         except ApiError as error:
             if error.status != 404:

@@ -10,12 +10,12 @@ from finetune_api.exits import REASONS, ExitCode
 from finetune_api.fields import ApiModel
 from finetune_api.spec import Artifact, FineTuneJobSpec
 from finetune_api.states import Reason
-from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Progress, Stage
+from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Preflight, Progress, Stage
 from finetune_api.termination import TerminationMessage
 
 from finetune_operator.attempts import added_gpu_seconds, merge_attempts
 from finetune_operator.conditions import Standing, Verdict, build_conditions
-from finetune_operator.diagnosis import Ending, container_state, ending_of, is_ended, waiting_sentence
+from finetune_operator.diagnosis import Ending, container_state, ending_of, is_ended, is_starting, waiting_sentence
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, Subject, World, condition_of, is_being_deleted
 
@@ -23,6 +23,7 @@ Said = TypeVar("Said", bound=ApiModel)
 Facts = dict[ConditionType, tuple[Literal["True", "False", "Unknown"], str, str]]
 _AFTER_TRAINING = (Stage.EVALUATING, Stage.CONVERTING, Stage.VERIFYING, Stage.PUBLISHING)
 PROGRESS_WRITE_SECONDS = 10
+SETTLING_SECONDS = 2.0  # a pod that starts sooner gets no status of its own in between: one write less a job
 
 
 def timestamp(now: datetime) -> str:
@@ -58,13 +59,12 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
     Args:
         stuck_after: a training that makes no step for so long is said to make no progress.
     """
-    subject, spec, job, pods = world.subject, world.subject.spec, world.current, world.current_pods
+    subject, spec, job, pods = world.subject, world.subject.spec, world.current, world.attended_pods
     assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
     assert job is not None  # noqa: S101
     base = carried_status(subject)
-    ended = sorted((pod for pod in pods if is_ended(pod)), key=_finished_at)
-    last = ending_of(ended[-1], spec) if ended else None
-    verdict = _verdict(world, job, spec, last)
+    last = _last_ending(world, spec)
+    verdict = _verdict(world, job, spec, last, now)
     attempts = merge_attempts(base.attempts, pods, spec)
     base = base.model_copy(
         update={
@@ -82,17 +82,43 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
     return status_of(subject, base, verdict, now, _facts(spec, base, verdict, last))
 
 
-def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None) -> Verdict:
+def preflight_status(world: World, job: Json, now: datetime) -> FineTuneJobStatus:
+    """The status of a run whose preflight Job exists and whose training Job does not: with the latch once it has passed."""
+    subject, spec = world.subject, world.subject.spec
+    assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
+    base = carried_status(subject).model_copy(update={"stage": Stage.PREFLIGHT})
+    last = _last_ending(world, spec)
+    verdict = _verdict(world, job, spec, last, now)
+    if verdict.phase is Phase.SUCCEEDED:
+        said = _cleaned(last.said) if last and last.said else None
+        passed = Preflight(passed_at=_completion_time(job) or timestamp(now), message=said.message if said else "")
+        base = base.model_copy(update={"preflight": passed})
+        verdict = Verdict(Phase.PENDING, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod.")
+    elif verdict.phase is Phase.FAILED:
+        base = base.model_copy(update={"completion_time": _completion_time(job)})
+    elif verdict.reason == Reason.RUNNING:
+        verdict = Verdict(
+            verdict.phase, verdict.standing, verdict.reason, "Preflight checks spec, data and access before a GPU is asked for."
+        )
+    return status_of(subject, base, verdict, now)
+
+
+def _last_ending(world: World, spec: FineTuneJobSpec) -> Ending | None:
+    ended = sorted((pod for pod in world.attended_pods if is_ended(pod)), key=_finished_at)
+    return ending_of(ended[-1], spec) if ended else None
+
+
+def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None, now: datetime) -> Verdict:
     if condition_of(job, "Complete"):
         return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], _success_sentence(spec))
     failed = condition_of(job, "Failed")
     if failed:
         reason, sentence = _failure(failed, spec, last)
         return Verdict(Phase.FAILED, Standing.STALLED, reason, sentence)
-    active = [pod for pod in world.current_pods if not is_ended(pod)]
+    active = [pod for pod in world.attended_pods if not is_ended(pod)]
     if spec.run_policy.suspend:
         return _suspended(active)
-    if active:
+    if active and not _settles(active[-1], now):
         return _active(active[-1], world.warnings)
     return _podless(world.warnings, last)
 
@@ -127,6 +153,12 @@ def _suspended(active: list[Json]) -> Verdict:
             "The trainer saves its last step and stops, because runPolicy.suspend is true.",
         )
     return Verdict(Phase.SUSPENDED, Standing.IDLE, Reason.SUSPENDED, "Suspended; set runPolicy.suspend to false to go on.")
+
+
+def _settles(pod: Json, now: datetime) -> bool:
+    """Whether it is new, and neither runs nor goes."""
+    age_seconds = (now - datetime.fromisoformat(str(pod["metadata"]["creationTimestamp"]))).total_seconds()
+    return age_seconds < SETTLING_SECONDS and is_starting(pod) and not is_being_deleted(pod)
 
 
 def _active(pod: Json, warnings: tuple[str, ...]) -> Verdict:
@@ -164,7 +196,7 @@ def _with_live(base: FineTuneJobStatus, world: World, verdict: Verdict, now: dat
 
 def _moving(world: World, base: FineTuneJobStatus, verdict: Verdict, since: datetime) -> Verdict:
     """The verdict, unless the last step and the start of the pod that trains are both older than `since`. Nothing is stopped for it."""
-    running = [state for pod in world.current_pods if (state := container_state(pod, "running"))]
+    running = [state for pod in world.attended_pods if (state := container_state(pod, "running"))]
     if base.stage is not Stage.TRAINING or base.progress is None or not base.progress.updated_at or not running:
         return verdict
     last = max(base.progress.updated_at, str(running[-1].get("startedAt") or ""))

@@ -1,11 +1,73 @@
-"""Asks a trainer's endpoint how far it is: cosmetics, so every failure is None. The pod is the container's author's: nothing it says is trusted."""
+"""Asks trainers' endpoints how far they are: cosmetics, so every failure is None. The pod is the container's author's: nothing it says is trusted.
+
+Asking has workers of its own: a pod that does not answer delays no reconcile.
+"""
 
 import asyncio
+from collections.abc import Callable
 
 import aiohttp
 from finetune_api.names import PROGRESS_PORT
 from finetune_api.progress import MAX_BYTES, TIMEOUT_SECONDS, ProgressReport
 from pydantic import ValidationError
+
+from finetune_operator.subject import Key, Trainer
+from finetune_operator.work_queue import WorkQueue
+
+WORKERS = 32
+POLLS_PER_SECOND = 100
+
+
+class ProgressPoller:
+    """Asks every trainer that it is told of, and tells when one has something new to say.
+
+    Args:
+        news: called with the job whose report has changed.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(self, news: Callable[[Key], None], clock: Callable[[], float]) -> None:
+        self._news = news
+        self._clock = clock
+        self._queue = WorkQueue(clock)
+        self._trainers: dict[Key, Trainer] = {}
+        self._reports: dict[Key, ProgressReport] = {}
+
+    def follow(self, key: Key, trainer: Trainer | None) -> None:
+        """From now on this trainer is asked, or none."""
+        before = self._trainers.get(key)
+        if before == trainer:
+            return
+        self._reports.pop(key, None)
+        self._trainers.pop(key, None)
+        if trainer is not None:
+            self._trainers[key] = trainer
+            self._queue.add(key)
+
+    def report(self, key: Key) -> ProgressReport | None:
+        """What the job's present trainer said last."""
+        return self._reports.get(key)
+
+    async def run(self, session: aiohttp.ClientSession) -> None:
+        """Asks for ever."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(WORKERS):
+                group.create_task(self._ask_for_ever(session))
+
+    async def _ask_for_ever(self, session: aiohttp.ClientSession) -> None:
+        while True:
+            key = await self._queue.take()
+            trainer = self._trainers.get(key)
+            report = await read_progress(session, trainer.pod_ip) if trainer else None
+            if report and self._trainers.get(key) == trainer and self._reports.get(key) != report:
+                self._reports[key] = report
+                self._news(key)
+            self._queue.succeed(key, self._pause_seconds(trainer) if trainer else None)
+
+    def _pause_seconds(self, trainer: Trainer) -> float:
+        """2 s at first and 10 s later; longer where so many train that they would be asked too often in all."""
+        by_age = min(10.0, max(2.0, (self._clock() - trainer.started) / 6))
+        return max(by_age, len(self._trainers) / POLLS_PER_SECOND)
 
 
 async def read_progress(session: aiohttp.ClientSession, pod_ip: str, port: int = PROGRESS_PORT) -> ProgressReport | None:

@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     lease_name: str = "finetune-operator"
     """Name of that Lease."""
     health_port: Annotated[int, Field(ge=0, le=65535)] = 8080
-    """Port of /healthz."""
+    """Port of /healthz, /readyz and /metrics."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least important lines that are logged."""
 

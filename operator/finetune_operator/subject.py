@@ -83,6 +83,21 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Trainer:
+    """A container at work.
+
+    Attributes:
+        pod_uid: UID of its pod, which the Job controls.
+        pod_ip: where it answers.
+        started: Unix time of its start, in seconds.
+    """
+
+    pod_uid: str
+    pod_ip: str
+    started: float
+
+
+@dataclass(frozen=True)
 class World:
     """Everything that a decision may look at.
 
@@ -91,7 +106,7 @@ class World:
         jobs: the batch Jobs that it owns.
         namesake: a Job that has the name of this run's but another owner.
         pods: the pods of the owned Jobs.
-        leftovers: pods at work that carry this object's label while no Job of this run exists.
+        leftovers: pods at work that carry this object's label and belong to none of its Jobs.
         warnings: texts of warning events, newest first; only read where nothing else says why a pod is not there.
         progress: what the trainer's endpoint says; None when it was not asked or did not answer.
     """
@@ -110,10 +125,21 @@ class World:
         return next((job for job in self.jobs if job["metadata"]["name"] == self.subject.run.job_name), None)
 
     @property
-    def current_pods(self) -> tuple[Json, ...]:
-        """The pods of the current Job, oldest first."""
-        current = self.current
-        own = [pod for pod in self.pods if current is not None and is_controlled_by(pod, current["metadata"]["uid"])]
+    def preflight(self) -> Json | None:
+        """The owned Job that goes before the current one."""
+        name = names.preflight_job_name(self.subject.run.job_name)
+        return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
+
+    @property
+    def attended(self) -> Json | None:
+        """The Job whose pods say what happens: the current one, or before it the preflight's."""
+        return self.current or self.preflight
+
+    @property
+    def attended_pods(self) -> tuple[Json, ...]:
+        """The pods of the attended Job, oldest first."""
+        attended = self.attended
+        own = [pod for pod in self.pods if attended is not None and is_controlled_by(pod, attended["metadata"]["uid"])]
         return tuple(sorted(own, key=lambda pod: str(pod["metadata"].get("creationTimestamp", ""))))
 
 

@@ -55,6 +55,11 @@ class WorkQueue:
             return key, None
         return None, None
 
+    def waiting_seconds(self) -> list[float]:
+        """How long each key that is due has waited for a worker."""
+        now = self._clock()
+        return [now - due for due in self._due.values() if due <= now]
+
     async def take(self) -> Key:
         """The next key that is due; waits for one."""
         while True:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from finetune_operator.settings import Settings
 from support.kubernetes import Cluster
 
 pytestmark = pytest.mark.cluster
@@ -76,9 +77,38 @@ def test_the_operators_pod_is_admitted_under_the_restricted_standard(kube: Clust
     assert template["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
 
 
+def test_each_probe_asks_a_port_that_the_container_has(kube: Cluster) -> None:
+    (deployment,) = of_kind(render(kube), "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    asked = {probe: container[probe]["httpGet"] for probe in ("livenessProbe", "readinessProbe")}
+    assert asked == {"livenessProbe": {"path": "/healthz", "port": "health"}, "readinessProbe": {"path": "/readyz", "port": "health"}}
+    assert container["ports"] == [{"name": "health", "containerPort": Settings().health_port}]
+
+
+def test_nothing_of_the_prometheus_operators_is_made_unless_it_is_asked_for(kube: Cluster) -> None:
+    assert not of_kind(render(kube), "PodMonitor")
+
+
+def test_a_pod_monitor_finds_the_operators_pods_and_is_found_by_its_labels(kube: Cluster) -> None:
+    manifests = render(kube, "--set", "podMonitor.enabled=true", "--set", "podMonitor.labels.release=prometheus")
+    (monitor,), (deployment,) = of_kind(manifests, "PodMonitor"), of_kind(manifests, "Deployment")
+    template = deployment["spec"]["template"]
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    assert monitor["metadata"]["namespace"] == deployment["metadata"]["namespace"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+    assert [(item["path"], item["port"] in ports) for item in monitor["spec"]["podMetricsEndpoints"]] == [("/metrics", True)]
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
-    [("resyncSeconds=0", "resyncSeconds"), ("namespaces=ml", "namespaces"), ("trainer.imge=x", "imge"), ("logLevel=LOUD", "logLevel")],
+    [
+        ("resyncSeconds=0", "resyncSeconds"),
+        ("namespaces=ml", "namespaces"),
+        ("trainer.imge=x", "imge"),
+        ("logLevel=LOUD", "logLevel"),
+        ("podMonitor.enabled=1", "podMonitor"),
+    ],
 )
 def test_a_wrong_value_is_refused_by_name(kube: Cluster, option: str, named: str) -> None:
     refused = kube.helm("template", "ft", str(CHART), "--set", option, check=False)

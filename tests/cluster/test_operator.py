@@ -3,10 +3,12 @@
 The operator runs from this checkout, outside the cluster; the pods are a stand-in for the trainer (k8s/actor) that ends as the job's name says.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from support.finetunejobs import JobInCluster
 from support.finetunejobs import merged as with_changes
 from support.kubernetes import Cluster
@@ -153,6 +155,51 @@ def test_a_failed_run_is_tried_again_when_rerun_asks_for_it(make: Make) -> None:
     edit(made, runPolicy={"rerun": "again"})
     made.kube.wait("another run's failure", lambda: made.status().get("observedGeneration") == 2 and made.status()["phase"] == "Failed")
     assert len({item["metadata"]["uid"] for item in made.owned("jobs")}) == 1
+
+
+Samples = Counter[tuple[str, frozenset[tuple[str, str]]]]
+
+
+def sample(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+    """Names one sample of the operator's own."""
+    return f"finetune_operator_{name}", frozenset(labels.items())
+
+
+def samples_of(operator: OperatorProcess) -> Samples:
+    """What a scrape finds."""
+    status, text = operator.ask("/metrics")
+    assert status == 200, text
+    found = [item for family in text_string_to_metric_families(text) for item in family.samples]
+    return Counter({(item.name, frozenset(item.labels.items())): item.value for item in found})
+
+
+def phases_in(samples: Samples) -> Counter[str]:
+    """How many FineTuneJobs there are of each phase."""
+    name, _ = sample("finetunejobs")
+    return Counter({dict(labels)["phase"]: value for (found, labels), value in samples.items() if found == name})
+
+
+def test_metrics_tell_what_was_done_and_how_the_jobs_stand(make: Make, operator: OperatorProcess, kube: Cluster) -> None:
+    kube.wait("readiness", lambda: operator.ask("/readyz") == (200, "ok\n"))
+    before = samples_of(operator)
+    make("exit-0-counted").wait_for_phase("Succeeded", 60)
+    make("exit-11-counted").wait_for_phase("Failed", 60)
+
+    def at_rest() -> Samples | None:
+        listed = Counter(item.get("status", {}).get("phase", "none") for item in kube.get("ftj", "-A")["items"])
+        samples = samples_of(operator)
+        waiting = [samples[sample("queue_depth", state=state)] for state in ("due", "delayed")]
+        return samples if phases_in(samples) == listed and waiting == [0, 0] else None
+
+    after = kube.wait("an empty queue, and the phases that kubectl sees", at_rest)
+    assert {"Succeeded", "Failed"} <= {phase for phase, jobs in phases_in(after).items() if jobs}
+    assert after[sample("queue_oldest_seconds")] == 0
+    grown = Counter({name: value - before[name] for name, value in after.items()})
+    assert grown[sample("api_requests_total", verb="POST", code="201")] >= 2
+    assert grown[sample("api_requests_total", verb="PATCH", code="200")] >= 2
+    assert grown[sample("api_requests_total", verb="GET", code="200")] >= 1
+    assert grown[sample("reconcile_seconds_count")] >= 2
+    assert grown[sample("reconcile_errors_total", kind="defect")] == 0
 
 
 def test_a_completion_is_not_lost_on_an_operator_that_is_down(make: Make, operator: OperatorProcess) -> None:

@@ -55,6 +55,7 @@ def test_one_acts_and_the_other_takes_over_when_it_is_killed(
     leader, follower = pair
     apply(kube, namespace, "exit-0-first").wait_for_phase("Succeeded", 60)
     assert "Leading" not in follower.log
+    assert (leader.ask("/readyz"), follower.ask("/readyz")) == ((200, "ok\n"), (200, "waiting for the Lease\n"))
     leader.kill()
     killed = time.monotonic()
     apply(kube, namespace, "exit-0-second").wait_for_phase("Succeeded", 60)

@@ -8,6 +8,7 @@
 # From the host the API server is https://10.89.N.2:6443 (a veth into the cluster's namespace) and containerd is DIR/containerd.sock; pods reach the
 # host at 10.89.N.1. N is CLUSTER_NUMBER (0 to 255; 0 unless given): a second cluster of the same number waits for the first to end.
 # CLUSTER_NODE=0 leaves the node out; tests/support/kwok.py adds fake ones. Only one cluster at a time can have a real node (containerd's images).
+# CLUSTER_API_SERVER_FLAGS are given to the API server, last.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -114,7 +115,8 @@ start_control_plane() {
   start apiserver "$k8s" kube-apiserver --etcd-servers http://127.0.0.1:2379 --bind-address "$node_address" --advertise-address "$node_address" \
     --secure-port 6443 --cert-dir cert --service-account-key-file sa.pub --service-account-signing-key-file sa.key \
     --service-account-issuer https://kubernetes.default.svc --token-auth-file tokens.csv --authorization-mode Node,RBAC \
-    --service-cluster-ip-range "$service_network" --kubelet-preferred-address-types InternalIP --enable-aggregator-routing --allow-privileged
+    --service-cluster-ip-range "$service_network" --kubelet-preferred-address-types InternalIP --enable-aggregator-routing --allow-privileged \
+    ${CLUSTER_API_SERVER_FLAGS:-}
   await apiserver "$k8s" kubectl get --raw /readyz
   start controllers "$k8s" kube-controller-manager --kubeconfig admin.conf --service-account-private-key-file sa.key --use-service-account-credentials \
     --root-ca-file cert/apiserver.crt --leader-elect=false --kube-api-qps 1000 --kube-api-burst 2000 --concurrent-job-syncs 32

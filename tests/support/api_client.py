@@ -12,6 +12,7 @@ import yaml
 
 Json = dict[str, Any]
 MERGE = "application/merge-patch+json"
+METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 TIMEOUT_SECONDS = 60
 _LONGEST_LINE = 2**21
 
@@ -46,11 +47,6 @@ class ApiClient:
             raise RefusedError(answer.status, text)
         return dict(json.loads(text))
 
-    async def text(self, path: str) -> str:
-        """What lies there, such as /metrics."""
-        async with self._session.get(self._server + path, timeout=aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)) as answer:
-            return await answer.text()
-
     async def list(self, path: str, page: int = 500) -> AsyncIterator[Json]:
         """Every object of a list, page by page; `path` may hold a query."""
         more = ""
@@ -63,10 +59,11 @@ class ApiClient:
             if not more:
                 return
 
-    async def watch(self, path: str) -> AsyncIterator[tuple[str, Json]]:
+    async def watch(self, path: str, *, metadata_only: bool = False) -> AsyncIterator[tuple[str, Json]]:
         """(ADDED, MODIFIED or DELETED, object) from now on, after an ADDED for each object that is there; until the connection ends."""
-        timeout = aiohttp.ClientTimeout(total=None)
-        async with self._session.get(f"{self._server}{path}{'&' if '?' in path else '?'}watch=1", timeout=timeout) as answer:
+        headers = {"Accept": METADATA} if metadata_only else {}
+        url = f"{self._server}{path}{'&' if '?' in path else '?'}watch=1"
+        async with self._session.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=None)) as answer:
             if answer.status >= 300:
                 raise RefusedError(answer.status, await answer.text())
             async for line in answer.content:

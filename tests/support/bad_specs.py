@@ -202,7 +202,6 @@ NOT_YET: dict[str, BadSpec] = {
         ("resources.gpuType", "nvidia-h100-80gb", "the memory estimate is not served yet"),
         ("resources.nodes", 2, "more than one node is not served yet"),
         ("scheduling.queueName", "research", "Kueue is not served yet"),
-        ("runPolicy.preflight", "Skip", "a preflight Job of its own is not served yet"),
     )
 }
 

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from cluster.image import write_image
@@ -18,7 +20,7 @@ SMALL = {"resources": {"gpus": 0, "cpu": "10m", "memory": "64Mi"}, "storage": {"
 def install_crd(kube: Cluster) -> None:
     """The CRD of this checkout on the cluster, ready for objects."""
     kube.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRD))
-    kube.kubectl("wait", "--for=condition=Established", "-f", str(CRD), "--timeout=30s")
+    kube.wait("the API of FineTuneJobs", lambda: kube.kubectl("get", "finetunejobs", "--all-namespaces", check=False).returncode == 0)
 
 
 def get_ready(kube: Cluster, folder: Path) -> None:
@@ -42,15 +44,23 @@ class OperatorProcess:
         self._settings = {"TRAINER_IMAGE": ACTOR, "RESYNC_SECONDS": "5", **settings}
         self._kubeconfig = str(kubeconfig or kube.kubeconfig)
         self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
 
     @property
     def log(self) -> str:
         """Everything that it wrote."""
         return self._log.read_text() if self._log.exists() else ""
 
+    @property
+    def pid(self) -> int:
+        """Of the process that start() began last."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """In the background, with a health port of its own."""
-        settings = {**self._settings, "HEALTH_PORT": str(free_port("127.0.0.1"))}
+        self._port = free_port("127.0.0.1")
+        settings = {**self._settings, "HEALTH_PORT": str(self._port)}
         prefixed = {f"FINETUNE_OPERATOR_{name}": value for name, value in settings.items()}
         with self._log.open("ab") as log:
             command = [sys.executable, "-m", "finetune_operator.main"]
@@ -60,6 +70,18 @@ class OperatorProcess:
     def exit_code(self) -> int | None:
         """Of the last process, negative for a signal; None while it runs and before the first start."""
         return self._process.poll() if self._process else None
+
+    def ask(self, path: str) -> tuple[int, str]:
+        """Status and text of what it answers on its health port; (0, why) when it does not."""
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"http://127.0.0.1:{self._port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except OSError as error:
+            return 0, str(error)
 
     def kill(self) -> None:
         """SIGKILL, as a node that dies would."""

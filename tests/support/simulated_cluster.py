@@ -1,19 +1,22 @@
 """A cluster in memory for tests of the operator: one FineTuneJob, its Jobs and pods as JSON values, and what Kubernetes does with them.
 
 It stands in for finetune_operator.cluster.Cluster. Every request pauses first, so a test may let it happen late, lose its answer, or kill the operator there.
+Every change is an event too, which each operator process hears of when the test lets it.
 """
 
-from collections.abc import Coroutine, Generator
+from collections.abc import AsyncIterator, Coroutine, Generator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
-import aiohttp
 from finetune_api import names
 from finetune_api.spec import API_VERSION, KIND
 from finetune_api.states import STATES
-from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.cache import Cache, Kind
+from finetune_operator.cluster import ApiError, Cluster, Listing
+from finetune_operator.main import build_reconciler
+from finetune_operator.progress import ProgressPoller
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Key, condition_of, is_being_deleted, is_controlled_by, is_finished
@@ -23,6 +26,7 @@ SPEC: Json = {
     "model": {"source": "builtin://smollm2-135m"},
     "dataset": {"source": "builtin://python-docs"},
     "outputs": {"destinations": [{"uri": "s3://models/tiny"}]},
+    "runPolicy": {"preflight": "Skip"},
 }
 SETTINGS = Settings(trainer_image="registry.example.com/trainer:1")
 
@@ -57,6 +61,7 @@ def build_stored_job(manifest: Json, uid: str = "job-uid", *, condition: Json | 
     """A Job as the API server stores a manifest; with a condition it has ended."""
     job = deepcopy(manifest)
     job["metadata"] |= {"uid": uid, "creationTimestamp": written(now)}
+    job["kind"] = "Job"
     job["status"] = {"conditions": [{"status": "True", "lastTransitionTime": written(now), **condition}]} if condition else {}
     return job
 
@@ -145,7 +150,7 @@ class Operator:
         self.began_writing |= self.writes_next
         try:
             self.writes_next = self.pass_.send(None)
-        except (StopIteration, ApiError):
+        except (StopIteration, ApiError, TimeoutError):
             self.ended = True
 
     def kill(self) -> None:
@@ -154,11 +159,18 @@ class Operator:
         self.ended = True
 
 
-class _NoTrainer:
-    """A session that reaches no trainer."""
+@dataclass
+class Process:
+    """One operator process: what it remembers between its passes, and how much of the watches it has heard.
 
-    def get(self, *_: object, **__: object) -> None:
-        raise aiohttp.ClientConnectionError
+    Attributes:
+        waits: whether something has happened that it has not looked at.
+    """
+
+    reconciler: Reconciler
+    cache: Cache
+    heard: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))
+    waits: bool = True
 
 
 @dataclass
@@ -167,6 +179,7 @@ class SimulatedCluster:
 
     Attributes:
         refusal: what creating a Job is answered with, such as a quota's; None lets it be made.
+        loses_answer: the next request that writes does what it should, and nobody hears of it.
     """
 
     finetunejob: Json | None = None
@@ -176,7 +189,10 @@ class SimulatedCluster:
     now: datetime = NOW
     is_writing: bool = False
     refusal: ApiError | None = None
+    loses_answer: bool = False
     created: list[tuple[str, Json]] = field(default_factory=list)
+    log: dict[Kind, list[tuple[str, Json]]] = field(default_factory=lambda: {kind: [] for kind in Kind})
+    _logged: dict[Kind, dict[str, Json]] = field(default_factory=lambda: {kind: {} for kind in Kind})
     _counter: int = 0
 
     # What a user does.
@@ -260,10 +276,44 @@ class SimulatedCluster:
 
     # What the operator does.
 
-    def start_operator(self, settings: Settings = SETTINGS) -> Operator:
-        """A pass that stands before its first request."""
-        reconciler = Reconciler(cast("Cluster", self), cast("aiohttp.ClientSession", _NoTrainer()), settings, lambda: self.now)
-        operator = Operator(reconciler.reconcile(Key("ml", "tiny")))
+    def start_process(self, settings: Settings = SETTINGS) -> Process:
+        """An operator that has just begun, and has listed everything."""
+        cache = Cache()
+        poller = ProgressPoller(lambda _: None, lambda: 0.0)
+        process = Process(build_reconciler(cast("Cluster", self), cache, poller, settings, lambda: self.now), cache)
+        self.resync(process)
+        return process
+
+    def resync(self, process: Process) -> None:
+        """The process lists everything."""
+        self.record()
+        for kind in Kind:
+            present = list(self._present(kind).values())
+            for item in present:
+                process.cache.see(kind, deepcopy(item))
+            process.cache.only(kind, [item["metadata"]["uid"] for item in present], self._counter)
+        process.cache.bury()
+        process.waits = True
+
+    def tell(self, process: Process, kind: Kind, events: int, *, again: int = 0) -> None:
+        """The process hears the next events of one watch, after it has heard the last `again` of them a second time."""
+        self.record()
+        begin = max(0, process.heard[kind] - again)
+        process.heard[kind] = min(len(self.log[kind]), process.heard[kind] + events)
+        for type_, item in self.log[kind][begin : process.heard[kind]]:
+            key = process.cache.forget(kind, deepcopy(item)) if type_ == "DELETED" else process.cache.see(kind, deepcopy(item))
+            process.waits |= key is not None
+
+    def tell_all(self, process: Process) -> None:
+        """The process hears everything."""
+        for kind in Kind:
+            self.tell(process, kind, len(self.log[kind]) + 1000)
+
+    def start_operator(self, process: Process | None = None) -> Operator:
+        """A pass that stands before its first request, or has ended without any; of a new process unless one is given."""
+        process = process or self.start_process()
+        process.waits = False
+        operator = Operator(process.reconciler.reconcile(Key("ml", "tiny")))
         operator.step()
         return operator
 
@@ -271,14 +321,40 @@ class SimulatedCluster:
         """One request of the operator; `wrote` says whether it has begun to write."""
         self.is_writing = False
         operator.step()
+        self.record()
         operator.wrote |= self.is_writing
 
-    def reconcile(self, settings: Settings = SETTINGS) -> bool:
-        """A whole pass without a fault; whether it wrote anything."""
-        operator = self.start_operator(settings)
+    def reconcile(self, process: Process | None = None) -> bool:
+        """A whole pass without a fault, of a process that has heard everything; whether it wrote anything."""
+        if process:
+            self.tell_all(process)
+        operator = self.start_operator(process)
         while not operator.ended:
             self.step(operator)
         return operator.wrote
+
+    # What the watches show.
+
+    def record(self) -> None:
+        """What has changed since the last time becomes events."""
+        for kind in Kind:
+            before, present = self._logged[kind], self._present(kind)
+            for uid in before.keys() - present.keys():
+                self.log[kind].append(("DELETED", merged(before[uid], {"metadata": {"resourceVersion": self._next("")}})))
+            for uid, item in present.items():
+                if before.get(uid) != item:
+                    if kind is not Kind.FINETUNEJOB:
+                        item["metadata"]["resourceVersion"] = self._next("")
+                    self.log[kind].append(("MODIFIED" if uid in before else "ADDED", deepcopy(item)))
+            self._logged[kind] = {uid: deepcopy(item) for uid, item in present.items()}
+
+    def _present(self, kind: Kind) -> dict[str, Json]:
+        found = {
+            Kind.FINETUNEJOB: [self.finetunejob] if self.finetunejob else [],
+            Kind.JOB: self.jobs.values(),
+            Kind.POD: self.pods.values(),
+        }
+        return {item["metadata"]["uid"]: item for item in found[kind]}
 
     # Cluster's requests.
 
@@ -287,7 +363,7 @@ class SimulatedCluster:
         await _Pause(writes=False)
         return deepcopy(self.finetunejob)
 
-    async def patch_status(self, key: Key, resource_version: str, patch: Json) -> None:
+    async def patch_status(self, key: Key, resource_version: str, patch: Json) -> Json:
         """As Cluster."""
         await _Pause(writes=True)
         if self.finetunejob is None:
@@ -299,18 +375,21 @@ class SimulatedCluster:
             self.is_writing = True
             self.finetunejob["status"] = status
             self.finetunejob["metadata"]["resourceVersion"] = self._next("")
+        return self._answer(self.finetunejob)
 
-    async def list_jobs(self, namespace: str, selector: str) -> list[Json]:
+    async def list_pages(self, kind: Kind, namespace: str, selector: str = "") -> AsyncIterator[Listing]:
         """As Cluster."""
         await _Pause(writes=False)
-        return [deepcopy(job) for job in self.jobs.values() if _selects(selector, job)]
+        self.record()
+        yield Listing([deepcopy(item) for item in self._present(kind).values() if _selects(selector, item)], self._counter)
 
     async def read_job(self, namespace: str, name: str) -> Json | None:
         """As Cluster."""
         await _Pause(writes=False)
+        self.record()
         return deepcopy(self.jobs.get(name))
 
-    async def create_job(self, manifest: Json) -> None:
+    async def create_job(self, manifest: Json) -> Json:
         """As Cluster."""
         await _Pause(writes=True)
         name = manifest["metadata"]["name"]
@@ -321,16 +400,18 @@ class SimulatedCluster:
         self.is_writing = True
         self.jobs[name] = build_stored_job(manifest, self._next("job-"), now=self.now)
         self.created.append((name, deepcopy((self.finetunejob or {}).get("status") or {})))
+        return self._answer(self.jobs[name])
 
-    async def patch_job(self, namespace: str, name: str, patch: Json) -> None:
+    async def patch_job(self, namespace: str, name: str, patch: Json) -> Json:
         """As Cluster."""
         await _Pause(writes=True)
         if name not in self.jobs:
             raise ApiError(404, "NotFound", "")
         self.is_writing = True
         self.jobs[name] = merged(self.jobs[name], patch)
+        return self._answer(self.jobs[name])
 
-    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+    async def delete_job(self, namespace: str, name: str, uid: str) -> Json:
         """As Cluster: in the foreground."""
         await _Pause(writes=True)
         if name not in self.jobs:
@@ -339,11 +420,7 @@ class SimulatedCluster:
             raise ApiError(409, "Conflict", "")
         self.is_writing = True
         self.jobs[name]["metadata"]["deletionTimestamp"] = written(self.now)
-
-    async def list_pods(self, namespace: str, selector: str) -> list[Json]:
-        """As Cluster."""
-        await _Pause(writes=False)
-        return [deepcopy(pod) for pod in self.pods.values() if _selects(selector, pod)]
+        return self._answer(self.jobs[name])
 
     async def list_warnings(self, namespace: str, uid: str) -> list[Json]:
         """As Cluster."""
@@ -361,6 +438,13 @@ class SimulatedCluster:
         self._counter += 1
         return f"{prefix}{self._counter:04}"
 
+    def _answer(self, stored: Json) -> Json:
+        self.record()
+        if self.loses_answer:
+            self.loses_answer = False
+            raise TimeoutError
+        return deepcopy(stored)
+
     def _job_of(self, pod: Json) -> Json | None:
         return next((job for job in self.jobs.values() if is_controlled_by(pod, job["metadata"]["uid"])), None)
 
@@ -371,14 +455,15 @@ class SimulatedCluster:
 
     def _judge(self, job: Json, pod: Json) -> None:
         if pod["status"]["phase"] == "Succeeded":
+            job["status"]["succeeded"] = 1
             return self._finish(job, "Complete", "CompletionsReached")
         action = next((rule["action"] for rule in job["spec"]["podFailurePolicy"]["rules"] if matches_rule(rule, pod)), "Count")
+        if action != "Ignore":
+            job["status"]["failed"] = job["status"].get("failed", 0) + 1
         if action == "FailJob":
             return self._finish(job, "Failed", "PodFailurePolicy")
-        if action == "Count":
-            job["status"]["failed"] = job["status"].get("failed", 0) + 1
-            if job["status"]["failed"] > job["spec"]["backoffLimit"]:
-                self._finish(job, "Failed", "BackoffLimitExceeded")
+        if action == "Count" and job["status"]["failed"] > job["spec"]["backoffLimit"]:
+            self._finish(job, "Failed", "BackoffLimitExceeded")
         return None
 
     def _finish(self, job: Json, kind: str, reason: str) -> None:

@@ -1,11 +1,13 @@
-"""The `finetune` command: run, validate. Prints sentences, never a traceback; the exit code says which class of failure it was.
+"""The `finetune` command: run, preflight, validate. Prints sentences, never a traceback; the exit code says which class of failure it was.
 
-`validate` and what preflight refuses must not load torch.
+`validate` and what stages/preflight.py refuses must not load torch.
 """
 
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -31,30 +33,37 @@ app = typer.Typer(
 )
 
 
+Job = Annotated[
+    str | None, typer.Argument(help="A FineTuneJob in YAML, or - for standard input. Default: the FINETUNE_JOB variable of a pod.")
+]
+Workdir = Annotated[Path | None, typer.Option(help="Where outputs/, lora_model/, model-torchao/ and report.json go. Default: work-<name>.")]
+Cache = Annotated[Path | None, typer.Option(help="Where downloads are kept. Default: the user's cache folder.")]
+
+
 @app.command()
-def run(
-    job: Annotated[
-        str | None, typer.Argument(help="A FineTuneJob in YAML, or - for standard input. Default: the FINETUNE_JOB variable of a pod.")
-    ] = None,
-    workdir: Annotated[
-        Path | None, typer.Option(help="Where outputs/, lora_model/, model-torchao/ and report.json go. Default: work-<name>.")
-    ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where downloads are kept. Default: the user's cache folder.")] = None,
-) -> None:
+def run(job: Job = None, workdir: Workdir = None, cache: Cache = None) -> None:
     """Run a job on this machine: load, train, convert, verify, publish."""
     description = _description(job)
-    in_pod = description.in_cluster
-    workdir = workdir or Path(names.WORKDIR if in_pod else f"work-{description.name}")
-    cache = cache or (Path(names.CACHE_DIR) if in_pod else _user_cache())
+    workdir, cache = _folders(description, workdir, cache)
     from finetune_trainer import pipeline
     from finetune_trainer.reporting.summary import print_summary
 
-    try:
+    with _debug_log(workdir):
         report = pipeline.run(description, workdir, cache)
-    except FineTuneError:
-        _write_debug_log(workdir)
-        raise
-    print_summary(report, workdir, [item.uri for item in description.spec.outputs.destinations])
+    print_summary(report, workdir, _destinations(description))
+
+
+@app.command()
+def preflight(job: Job = None, workdir: Workdir = None, cache: Cache = None) -> None:
+    """Check a job against its model, data and destinations, without a GPU: what is refused here, a run would refuse. Publishes nothing."""
+    description = _description(job)
+    workdir, cache = _folders(description, workdir, cache)
+    from finetune_trainer import pipeline
+    from finetune_trainer.reporting.summary import print_preflight
+
+    with _debug_log(workdir):
+        found = pipeline.preflight(description, workdir, cache)
+    print_preflight(found, _destinations(description))
 
 
 @app.command()
@@ -124,6 +133,18 @@ def _description(job: str | None) -> JobDescription:
     return JobDescription.of(parsed.metadata, parsed.spec, in_cluster=False)
 
 
+def _folders(description: JobDescription, workdir: Path | None, cache: Path | None) -> tuple[Path, Path]:
+    in_pod = description.in_cluster
+    return (
+        workdir or Path(names.WORKDIR if in_pod else f"work-{description.name}"),
+        cache or (Path(names.CACHE_DIR) if in_pod else _user_cache()),
+    )
+
+
+def _destinations(description: JobDescription) -> list[str]:
+    return [item.uri for item in description.spec.outputs.destinations]
+
+
 def _read(name: str) -> str:
     if name == "-":
         return sys.stdin.read()
@@ -143,8 +164,17 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
 
 
+@contextmanager
+def _debug_log(workdir: Path) -> Iterator[None]:
+    """The traceback of a failure, for people who mend the trainer; best effort, since the disk may be what failed."""
+    try:
+        yield
+    except FineTuneError:
+        _write_debug_log(workdir)
+        raise
+
+
 def _write_debug_log(workdir: Path) -> None:
-    """The traceback, for people who mend the trainer; best effort, since the disk may be what failed."""
     if os.environ.get("FINETUNE_DEBUG"):
         traceback.print_exc()
     try:

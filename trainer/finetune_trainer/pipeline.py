@@ -1,12 +1,13 @@
 """The line: preflight -> load -> data -> train -> evaluate -> convert -> verify -> publish, read from top to bottom.
 
-cli.py calls `run`. A run that is started again in the same working directory goes on where it stopped: training at its last checkpoint,
+cli.py calls `run`, or `preflight` for what can be refused before a GPU is asked for. A run that is started again in the same working directory goes on where it stopped: training at its last checkpoint,
 a later stage where its result is missing, publishing at once when report.json of the same training stands, here or at an s3 destination.
 """
 
 import json
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_api.job import JobDescription
 from finetune_api.spec import Artifact, Scheme
@@ -18,8 +19,13 @@ from finetune_trainer.errors import FineTuneError
 from finetune_trainer.reporting.quiet import quiet_bars
 from finetune_trainer.reporting.reporter import RunReporter
 from finetune_trainer.reporting.session import reporting
-from finetune_trainer.stages import preflight
+from finetune_trainer.stages import preflight as cheap_checks
 from finetune_trainer.termination_signal import stopping_later
+
+if TYPE_CHECKING:
+    from finetune_trainer.stages.rehearse import Rehearsed
+
+_TOLD_CHARACTERS = 1024  # what a termination message takes
 
 
 def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
@@ -34,12 +40,32 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
     with reporting(job) as reporter:
         ctx = RunContext(job, workdir, cache, reporter)
         reporter.enter(Stage.PREFLIGHT)
-        preflight.run(ctx)
+        cheap_checks.run(ctx)
         report = finished_report(ctx) or _published_report(ctx) or _make(ctx, reporter)
         _tell(reporter, report)
         quality_gate.require_quality(ctx, report["losses"])
         _publish(ctx, reporter, report)
         return report
+
+
+def preflight(job: JobDescription, workdir: Path, cache: Path) -> "Rehearsed":
+    """Checks all that needs neither a GPU nor the weights; the termination message ends with what the user should know.
+
+    Raises:
+        FineTuneError: what a run of this job would be refused for.
+    """
+    with reporting(job, serve=False) as reporter:
+        ctx = RunContext(job, workdir, cache, reporter)
+        reporter.enter(Stage.PREFLIGHT)
+        cheap_checks.run(ctx)
+        # Here, not above: what the cheap checks refuse needs no torch.
+        from finetune_trainer.stages import rehearse
+
+        quiet_bars()
+        found = rehearse.run(ctx)
+        told = textwrap.shorten(" ".join(reporter.notes), _TOLD_CHARACTERS, placeholder=" …")
+        reporter.know(model=found.model, dataset=found.data.resolved, message=told)
+        return found
 
 
 def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
@@ -53,7 +79,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     quiet_bars()
     load.require_gpu(ctx)
     ctx.report.unlink(missing_ok=True)
-    tokenizer = load.tokenizer_of(ctx)
+    tokenizer = load.tokenizer_of(ctx, sources.fetch_model(ctx).path)
     rows = data.run(ctx, tokenizer)  # before the weights: mistakes in the data show in seconds
     loaded = load.run(ctx, tokenizer)
     reporter.know(model=loaded.resolved, dataset=rows.resolved)

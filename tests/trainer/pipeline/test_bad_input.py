@@ -1,5 +1,9 @@
-"""Bad input on a laptop: each ends before training, with the exit code of its class and one sentence that names the thing and the mend."""
+"""Bad input on a laptop: each ends before training, with the exit code of its class and one sentence that names the thing and the mend.
 
+`finetune preflight` refuses the same with the same words, without a weight.
+"""
+
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +14,9 @@ from typing import Any
 import pytest
 from finetune_api.exits import ExitCode
 from finetune_trainer.reporting.progress import ProgressMeter
+from safetensors.torch import load_file, save_file
 from support.tiny_jobs import finetune, tiny_job
+from support.tiny_model import tiny_tokenizer
 
 Prepare = Callable[[Path], dict[str, Any] | None]
 
@@ -50,6 +56,65 @@ def damaged_weights(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def missing_weights(folder: Path) -> dict[str, Any]:
+    path = folder / "model" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    return {}
+
+
+def other_shapes(folder: Path) -> dict[str, Any]:
+    return edit_config(folder, intermediate_size=96)
+
+
+def unknown_architecture(folder: Path) -> dict[str, Any]:
+    return edit_config(folder, model_type="nonesuch")
+
+
+def not_a_language_model(folder: Path) -> dict[str, Any]:
+    return edit_config(folder, model_type="vit")
+
+
+def code_of_its_own(folder: Path) -> dict[str, Any]:
+    return edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+
+
+def edit_config(folder: Path, **changes: Any) -> dict[str, Any]:
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return {}
+
+
+def no_tokenizer(folder: Path) -> dict[str, Any]:
+    for path in (folder / "model").glob("tokenizer*"):
+        path.unlink()
+    return {}
+
+
+def no_chat_template(folder: Path) -> dict[str, Any]:
+    tiny_tokenizer(chat=False).save_pretrained(folder / "model")
+    (folder / "model" / "chat_template.jinja").unlink()
+    (folder / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 4)
+    return {"dataset": {"source": f"file://{folder}/chat.jsonl"}}
+
+
+def foreign_tokenizer(folder: Path) -> dict[str, Any]:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["unused", " make "])
+    tokenizer.save_pretrained(folder / "model")
+    return {}
+
+
+def gate_without_held_out_rows(folder: Path) -> dict[str, Any]:
+    (folder / "single.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    return {"dataset": {"source": f"file://{folder}/single.jsonl"}, "quality": {"maxLossIncreasePercent": "5"}}
+
+
+def group_that_nothing_fits(_: Path) -> dict[str, Any]:
+    return {"quantization": {"groupSize": 256}}
+
+
 def pickled_weights(folder: Path) -> dict[str, Any]:
     (folder / "model" / "model.safetensors").rename(folder / "model" / "pytorch_model.bin")
     return {}
@@ -83,7 +148,17 @@ def foreign_destination(folder: Path) -> dict[str, Any]:
         (nothing_is_left, ExitCode.DATA, ["long.jsonl", "maxLength"]),
         (no_config, ExitCode.DATA, ["config.json"]),
         (damaged_weights, ExitCode.DATA, ["does not load"]),
+        (missing_weights, ExitCode.DATA, ["lacks 1 weights", "layers.1.mlp.up_proj", "download it again"]),
+        (other_shapes, ExitCode.DATA, ["does not load"]),
         (pickled_weights, ExitCode.DATA, ["safetensors"]),
+        (unknown_architecture, ExitCode.DATA, ["does not load", "nonesuch"]),
+        (not_a_language_model, ExitCode.DATA, ["does not load", "causal language model"]),
+        (code_of_its_own, ExitCode.SPEC, ["spec.model.trustRemoteCode"]),
+        (no_tokenizer, ExitCode.DATA, ["The tokenizer", "does not load"]),
+        (no_chat_template, ExitCode.DATA, ["chat.jsonl", "no chat template"]),
+        (foreign_tokenizer, ExitCode.DATA, ["token 260, but the model knows 260 tokens only"]),
+        (gate_without_held_out_rows, ExitCode.DATA, ["single.jsonl", "quality.maxLossIncreasePercent"]),
+        (group_that_nothing_fits, ExitCode.SPEC, ["spec.quantization.groupSize", "256"]),
         (gpu_scheme, ExitCode.CAPACITY, ["fp8-int4", "int8-int4"]),
         (unknown_module, ExitCode.SPEC, ["no_such_proj", "targetModules"]),
         (output_head, ExitCode.SPEC, ["spec.lora.targetModules", "lm_head", "leave it out"]),
@@ -95,11 +170,14 @@ def test_bad_input_ends_in_one_sentence(
 ) -> None:
     job = tiny_job(tmp_path)
     job = tiny_job(tmp_path, prepare(tmp_path))
-    assert finetune("run", str(job), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")) == code
+    folders = "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")
+    assert finetune("run", str(job), *folders) == code
     said = capfd.readouterr().err.strip().splitlines()[-1]
     for word in named:
         assert word in said
     assert "Traceback" not in said
+    assert finetune("preflight", str(job), *folders) == code
+    assert capfd.readouterr().err.strip().splitlines()[-1] == said
     assert not (tmp_path / "work" / "lora_model").exists()
     assert not (tmp_path / "work" / "report.json").exists()
     assert not (tmp_path / "published" / "manifest.json").exists()
@@ -167,13 +245,15 @@ def fill(folder: Path) -> None:
             filler.write(bytes(2**20))
 
 
-@pytest.mark.parametrize("prepare", [no_dataset, broken_line, no_config, gpu_scheme])
-def test_what_preflight_refuses_needs_no_torch(prepare: Prepare, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prepare", "command"), [(no_dataset, "preflight"), (broken_line, "run"), (no_config, "preflight"), (gpu_scheme, "run")]
+)
+def test_what_the_cheap_checks_refuse_needs_no_torch(prepare: Prepare, command: str, tmp_path: Path) -> None:
     tiny_job(tmp_path)
     job = tiny_job(tmp_path, prepare(tmp_path))
     script = (
         "import sys\n"
-        f"sys.argv = ['finetune', 'run', {str(job)!r}, '--workdir', {str(tmp_path / 'work')!r}, '--cache', {str(tmp_path / 'cache')!r}]\n"
+        f"sys.argv = ['finetune', {command!r}, {str(job)!r}, '--workdir', {str(tmp_path / 'work')!r}, '--cache', {str(tmp_path / 'cache')!r}]\n"
         "from finetune_trainer.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: print('code', end.code, 'torch' in sys.modules)\n"

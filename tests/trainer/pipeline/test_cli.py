@@ -47,6 +47,7 @@ def test_a_laptop_allows_what_a_cluster_refuses(capsys: pytest.CaptureFixture[st
     [
         (["run", "nowhere.yaml"], "nowhere.yaml can't be read"),
         (["run"], "name a YAML file"),
+        (["preflight"], "name a YAML file"),
         (["run", "--nope"], "No such option"),
         (["tune"], "No such command"),
         (["validate"], "Missing"),

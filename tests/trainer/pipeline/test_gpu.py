@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_trainer import pipeline
+from finetune_trainer import pipeline, sources
 from finetune_trainer.errors import CapacityError
 from finetune_trainer.qat.prepare import exact_layers
 from finetune_trainer.stages import convert, load, verify
@@ -24,7 +24,7 @@ def test_a_pod_that_asked_for_a_gpu_and_sees_none_is_refused_before_anything_is_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, found: str
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(load, "tokenizer_of", lambda _: pytest.fail("something was fetched"))
+    monkeypatch.setattr(sources, "fetch_model", lambda _: pytest.fail("something was fetched"))
     ctx = context(tmp_path, run_spec(resources={"gpus": 1}), in_cluster=True)
     with refused(CapacityError, "spec.resources.gpus is 1", found, "newer NVIDIA driver", "resources.gpus to 0"):
         pipeline._make(ctx, ctx.reporter)

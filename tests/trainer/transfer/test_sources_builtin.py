@@ -9,6 +9,7 @@ from finetune_trainer import sources
 from finetune_trainer.errors import CapacityError, SpecError
 from finetune_trainer.sources import builtin
 from finetune_trainer.sources.python_docs import instruction_rows
+from finetune_trainer.stages import load
 from support.run_contexts import MODEL_FILES, context, read_files, refused, run_spec, write_files
 
 
@@ -66,6 +67,15 @@ def test_a_check_converts_nothing(tmp_path: Path) -> None:
     sources.check(context(tmp_path, run_spec()))
 
     assert read_files(tmp_path / "cache") == {}
+
+
+def test_what_says_which_model_it_is_comes_without_the_weights_and_is_the_same(tmp_path: Path) -> None:
+    described = sources.fetch_model(context(tmp_path, run_spec()), weights=False)
+
+    model = load.empty_base(described.path, trust_remote_code=False)
+    assert model.num_parameters() == 134515008
+    assert load.load_tokenizer(described.path, trust_remote_code=False).chat_template
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,11 @@ from finetune_operator.decide import (
     is_unfinished,
     merge_patch,
     podless_since,
-    progress_address,
     report_a_refused_job,
+    trainer_of,
     unexplained,
 )
-from finetune_operator.desired import build_job
+from finetune_operator.desired import build_job, build_preflight_job
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, World, read_subject
 from support.simulated_cluster import (
@@ -53,6 +53,11 @@ def failed(reason: str = "PodFailurePolicy") -> Json:
 def job_for(raw: Json, **changes: Any) -> Json:
     """The stored Job of the run that a FineTuneJob asks for."""
     return build_stored_job(build_job(read_subject(raw), SETTINGS), **changes)
+
+
+def preflight_for(raw: Json, **changes: Any) -> Json:
+    """The stored preflight Job of that run."""
+    return build_stored_job(build_preflight_job(read_subject(raw), SETTINGS), uid="preflight-uid", **changes)
 
 
 def world_of(raw: Json, *jobs: Json, **facts: Any) -> World:
@@ -122,6 +127,8 @@ def rows() -> dict[str, Row]:
     )
     succeeded = build_pod(job, phase="Succeeded", state=build_ended_state(0))
     complete = job_for(new, condition=COMPLETE)
+    checked = build_finetunejob({"runPolicy": {"preflight": "Auto"}})
+    pre, passed, refused = (preflight_for(checked, condition=condition) for condition in (None, COMPLETE, failed()))
     return {
         "what is being deleted is left": Row("leave_what_is_being_deleted", world_of(leaving), []),
         "an unreadable spec": Row("stall_on_an_unreadable_spec", world_of(unreadable), ["WriteStatus"], "Pending", "InvalidSpec"),
@@ -139,6 +146,30 @@ def rows() -> dict[str, Row]:
         ),
         "an edit to what is not allowed": Row(
             "stall_on_what_is_not_allowed", world_of(image, other), ["WriteStatus", "DeleteJob"], "Pending", "NotAllowed"
+        ),
+        "a job that wants a GPU": Row(
+            "check_before_a_gpu_is_asked_for", world_of(checked), ["WriteStatus", "CreateJob"], "Pending", "JobCreated"
+        ),
+        "preflight at work": Row(
+            "check_before_a_gpu_is_asked_for",
+            world_of(checked, pre, pods=(build_pod(pre, phase="Running", state=RUNNING),)),
+            ["WriteStatus"],
+            "Running",
+            "Running",
+        ),
+        "preflight that has passed": Row(
+            "check_before_a_gpu_is_asked_for",
+            world_of(checked, passed, pods=(build_pod(passed, phase="Succeeded", state=build_ended_state(0)),)),
+            ["WriteStatus", "CreateJob"],
+            "Pending",
+            "JobCreated",
+        ),
+        "preflight that refuses": Row(
+            "check_before_a_gpu_is_asked_for",
+            world_of(checked, refused, pods=(build_pod(refused, phase="Failed", state=build_ended_state(12)),)),
+            ["WriteStatus"],
+            "Failed",
+            "AccessDenied",
         ),
         "no Job yet": Row("create_what_is_missing", world_of(new), ["WriteStatus", "CreateJob"], "Pending", "JobCreated"),
         "too many checkpoints": Row(
@@ -287,7 +318,7 @@ def test_a_run_that_checkpointed_too_often_has_a_completion_time() -> None:
 def test_a_pod_that_does_not_start_says_why(pod: Json, reason: str, parts: list[str]) -> None:
     raw = build_finetunejob()
     job = job_for(raw)
-    status = status_after(raw, decide(world_of(raw, job, pods=(build_pod(job, **pod),)), NOW, SETTINGS))
+    status = status_after(raw, decide(world_of(raw, job, pods=(build_pod(job, **pod),)), NOW + timedelta(seconds=3), SETTINGS))
     assert (status["phase"], ready_reason(status)) == ("Pending", reason)
     assert all(part in status["message"] for part in parts)
 
@@ -526,9 +557,11 @@ def test_a_stage_without_steps_is_no_lack_of_progress() -> None:
 def test_only_a_running_pod_is_asked_for_progress() -> None:
     raw = build_finetunejob()
     job = job_for(raw)
-    assert progress_address(world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),))) == "192.0.2.1"
-    assert progress_address(world_of(raw, job, pods=(build_pod(job),))) is None
-    assert progress_address(world_of(raw, job, pods=(build_pod(job, phase="Failed", state=build_ended_state(1)),))) is None
+    trainer = trainer_of(world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),)))
+    assert trainer is not None
+    assert (trainer.pod_uid, trainer.pod_ip) == ("pod-1-uid", "192.0.2.1")
+    assert trainer_of(world_of(raw, job, pods=(build_pod(job),))) is None
+    assert trainer_of(world_of(raw, job, pods=(build_pod(job, phase="Failed", state=build_ended_state(1)),))) is None
 
 
 def test_events_are_read_only_of_what_takes_longer_than_5_seconds() -> None:
@@ -569,15 +602,57 @@ def test_what_a_container_says_reaches_the_status_without_credentials() -> None:
     assert status["qat"]["scheme"] == "a b"
 
 
-def test_a_running_pod_is_looked_at_again_every_2_to_10_seconds() -> None:
+def test_what_gives_no_event_is_looked_at_again_and_ever_more_seldom() -> None:
     raw = build_finetunejob()
     job = job_for(raw)
 
-    def again(seconds: float) -> float | None:
-        world = world_of(raw, job, pods=(build_pod(job, phase="Running", state={"running": {"startedAt": "2026-01-01T12:00:00Z"}}),))
-        return decide(world, NOW + timedelta(seconds=seconds), SETTINGS).again_seconds
+    def again(seconds: float, *pods: Json) -> float | None:
+        return decide(world_of(raw, job, pods=pods), NOW + timedelta(seconds=seconds), SETTINGS).again_seconds
 
-    assert [again(0), again(30), again(3600)] == [2.0, 5.0, 10.0]
+    assert [again(seconds, build_pod(job)) for seconds in (0, 0.5, 3, 30, 3600)] == [2.0, 1.5, 3.0, 15.0, 60.0]
+    assert [again(seconds) for seconds in (0, 5, 3600)] == [6.0, 2.5, 60.0]
+    assert again(0, build_pod(job, phase="Running", state=RUNNING)) is None
+
+
+def test_what_preflight_says_is_latched_and_it_is_not_run_again() -> None:
+    raw = build_finetunejob({"runPolicy": {"preflight": "Auto"}})
+    said = json.dumps({"version": 1, "stage": "Preflight", "exitCode": 0, "reason": "Succeeded", "message": "Kernels were not checked."})
+    job = preflight_for(raw, condition=COMPLETE)
+    pod = build_pod(job, phase="Succeeded", state=build_ended_state(0, said))
+    passed = raw | {"status": status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))}
+    assert passed["status"]["preflight"] == {"passedAt": "2026-01-01T12:00:00Z", "message": "Kernels were not checked."}
+    lost = decide(world_of(passed), NOW, SETTINGS)
+    assert lost.actions[1] == CreateJob(build_job(read_subject(passed), SETTINGS))
+    training = status_after(passed, decide(world_of(passed, job_for(passed), pods=(pod,)), NOW, SETTINGS))
+    assert training["preflight"] == passed["status"]["preflight"]
+    assert "attempts" not in training, "its pod is no attempt at training"
+
+
+def test_what_preflight_refuses_ends_the_run_before_a_gpu_is_asked_for() -> None:
+    raw = build_finetunejob({"runPolicy": {"preflight": "Auto"}})
+    job = preflight_for(raw, condition=failed())
+    said = json.dumps({"version": 1, "stage": "Preflight", "exitCode": 12, "reason": "AccessDenied", "message": "No such bucket."})
+    pod = build_pod(job, phase="Failed", state=build_ended_state(12, said))
+    ended = raw | {"status": status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))}
+    assert (ended["status"]["phase"], ended["status"]["message"]) == ("Failed", "No such bucket.")
+    assert kinds(decide(world_of(ended), NOW, SETTINGS)) == []
+
+
+def test_a_training_that_has_begun_needs_no_preflight_any_more() -> None:
+    raw = build_finetunejob({"runPolicy": {"preflight": "Auto"}})
+    job = job_for(raw)
+    running = world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),))
+    begun = raw | {"status": status_after(raw, decide(running, NOW, SETTINGS))}
+    assert decide(world_of(begun), NOW, SETTINGS).actions[1] == CreateJob(build_job(read_subject(begun), SETTINGS))
+
+
+def test_a_pod_that_starts_soon_costs_no_write() -> None:
+    raw = build_finetunejob()
+    waiting = status_after(raw, decide(world_of(raw), NOW, SETTINGS))
+    raw, job = build_finetunejob(status=waiting), job_for(raw)
+    assert decide(world_of(raw, job, pods=(build_pod(job),)), NOW + timedelta(seconds=1), SETTINGS).actions == ()
+    later = status_after(raw, decide(world_of(raw, job, pods=(build_pod(job),)), NOW + timedelta(seconds=3), SETTINGS))
+    assert ready_reason(later) == "ContainerCreating"
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from finetune_api import credentials, names
 from finetune_api.exits import PERMANENT, ExitCode
 from finetune_api.job import JobDescription
 from finetune_api.validation import spec_problems
-from finetune_operator.desired import build_failure_rules, build_job
+from finetune_operator.desired import PREFLIGHT_TTL_SECONDS, build_failure_rules, build_job, build_preflight_job
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Subject, read_subject
-from support.simulated_cluster import SETTINGS, build_finetunejob, matches_rule
+from support.simulated_cluster import SETTINGS, build_finetunejob, matches_rule, merged
 
 GOLDEN = Path(__file__).parent / "golden"
 FULL_SPEC: Json = {
@@ -56,7 +56,7 @@ FULL_SPEC: Json = {
 
 
 def subject_of(changes: Json) -> Subject:
-    subject = read_subject(build_finetunejob(changes))
+    subject = read_subject(build_finetunejob(merged({"runPolicy": {"preflight": "Auto"}}, changes)))
     assert subject.problem == ""
     return subject
 
@@ -267,3 +267,27 @@ def test_a_live_edit_changes_neither_the_jobs_name_nor_its_labels() -> None:
     live = {"suspend": True, "backoffLimit": 9, "activeDeadlineSeconds": 60, "ttlSecondsAfterFinished": 1}
     before, after = job_of({}), job_of({"runPolicy": live})
     assert before["metadata"] == after["metadata"]
+
+
+def test_the_preflight_job_is_the_training_job_without_gpus_on_any_node_of_its_architecture() -> None:
+    wanted = merged(FULL_SPEC, {"scheduling": {"nodeSelector": {"kubernetes.io/arch": "amd64"}}})
+    training, preflight = job_of(wanted), build_preflight_job(subject_of(wanted), SETTINGS)
+    pod, container = preflight["spec"]["template"]["spec"], preflight["spec"]["template"]["spec"]["containers"][0]
+    assert preflight["metadata"]["name"] == training["metadata"]["name"] + "-pre"
+    assert preflight["spec"]["ttlSecondsAfterFinished"] == PREFLIGHT_TTL_SECONDS
+    assert container["args"] == ["preflight"]
+    assert container["resources"] == {"requests": {"cpu": "250m", "memory": "1Gi"}, "limits": {"memory": "64Gi"}}
+    assert pod["nodeSelector"] == {"kubernetes.io/arch": "amd64"}
+    assert "runtimeClassName" not in pod
+    same = training["spec"]["template"]["spec"]
+    assert (pod["volumes"], pod["securityContext"], container["env"]) == (
+        same["volumes"],
+        same["securityContext"],
+        same["containers"][0]["env"],
+    )
+
+
+def test_preflight_asks_for_no_more_memory_than_the_job_may_have() -> None:
+    preflight = build_preflight_job(subject_of({"resources": {"memory": "512Mi"}}), SETTINGS)
+    resources = preflight["spec"]["template"]["spec"]["containers"][0]["resources"]
+    assert (resources["requests"]["memory"], resources["limits"]["memory"]) == ("512Mi", "512Mi")

@@ -1,7 +1,10 @@
-"""health.py: /healthz says whether the resync still comes round."""
+"""health.py: /healthz says whether the resync still comes round, /readyz whether it was ever complete."""
 
 import aiohttp
+import pytest
 from finetune_operator.health import Heartbeat, serving
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.parser import text_string_to_metric_families
 
 
 class Clock:
@@ -13,9 +16,9 @@ class Clock:
         return self.now
 
 
-async def answer_of(heartbeat: Heartbeat, path: str = "/healthz") -> tuple[int, str]:
+async def answer_of(heartbeat: Heartbeat, path: str = "/healthz", registry: CollectorRegistry | None = None) -> tuple[int, str]:
     async with (
-        serving(heartbeat, 0) as port,
+        serving(heartbeat, registry or CollectorRegistry(), 0) as port,
         aiohttp.ClientSession(trust_env=False) as session,
         session.get(f"http://127.0.0.1:{port}{path}") as response,
     ):
@@ -59,6 +62,39 @@ def test_a_beat_makes_it_alive_again() -> None:
     assert heartbeat.is_alive()
 
 
-async def test_nothing_else_is_served() -> None:
-    status, _ = await answer_of(Heartbeat(Clock(), 60), "/metrics")
+async def test_an_operator_is_not_ready_before_it_has_seen_every_job() -> None:
+    heartbeat = Heartbeat(Clock(), 60)
+    heartbeat.beat()
+    assert await answer_of(heartbeat, "/readyz") == (503, "the first list of all FineTuneJobs is not done\n")
+    heartbeat.sync()
+    assert await answer_of(heartbeat, "/readyz") == (200, "ok\n")
+
+
+def test_an_operator_stays_ready_when_the_resync_no_longer_succeeds() -> None:
+    clock = Clock()
+    heartbeat = Heartbeat(clock, 60)
+    heartbeat.sync()
+    clock.now += 10_000
+    heartbeat.beat()
+    assert heartbeat.readiness()[0] == 200
+
+
+async def test_an_operator_that_waits_for_the_lease_is_ready_and_says_so_until_it_leads() -> None:
+    heartbeat = Heartbeat(Clock(), 60, has_lease=False)
+    assert await answer_of(heartbeat, "/readyz") == (200, "waiting for the Lease\n")
+    heartbeat.lead()
+    assert heartbeat.readiness()[0] == 503
+
+
+async def test_metrics_are_those_of_the_registry() -> None:
+    registry = CollectorRegistry()
+    Counter("seen", "What was seen.", registry=registry).inc(3)
+    status, text = await answer_of(Heartbeat(Clock(), 60), "/metrics", registry)
+    (family,) = [item for item in text_string_to_metric_families(text) if item.name == "seen"]
+    assert (status, family.samples[0].value) == (200, 3.0)
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz/x", "/debug"])
+async def test_nothing_else_is_served(path: str) -> None:
+    status, _ = await answer_of(Heartbeat(Clock(), 60), path)
     assert status == 404

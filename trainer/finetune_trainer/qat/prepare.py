@@ -36,6 +36,12 @@ class Prepared:
     skipped: dict[str, str]
     coverage: float
 
+    @property
+    def sentence(self) -> str:
+        """For the user: how much is quantized, and which linear layers are not."""
+        kept = f"; not quantized: {', '.join(sorted(self.skipped))}" if self.skipped else ""
+        return f"{len(self.layers)} linear layers are quantized ({self.coverage:.0%} of the linear weights){kept}."
+
 
 def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool = True) -> Prepared:
     """Makes every linear exact that export will quantize, and switches off the base model's own dropout, which no exported model has.

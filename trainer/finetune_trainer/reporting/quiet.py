@@ -13,6 +13,7 @@ def quiet_libraries() -> None:
     # Its compiled kernels are for other builds of torch than a laptop's; what we use of torchao needs none.
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("torch.utils._pytree", "torchao", "datasets", "accelerate"):
@@ -22,10 +23,8 @@ def quiet_libraries() -> None:
 
 
 def quiet_bars() -> None:
-    """Puts the progress bars of transformers and datasets away; imports both."""
-    import datasets
+    """Puts the progress bars of transformers away; imports it."""
     import transformers
 
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

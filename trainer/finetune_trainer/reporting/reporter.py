@@ -28,6 +28,7 @@ class RunReporter:
         train_digest: which training it speaks of.
         write_termination: takes each new termination message; nothing outside a pod.
         on_change: called after each change, for the HTTP endpoint.
+        notes: what the user was told so far.
     """
 
     train_digest: str
@@ -37,6 +38,7 @@ class RunReporter:
     progress: Progress | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     screen: "Screen | None" = None
     _entered: float = field(default_factory=time.monotonic)
 
@@ -55,10 +57,11 @@ class RunReporter:
 
     def note(self, sentence: str, **facts: object) -> None:
         """Something the user should know."""
+        self.notes.append(sentence)
         self._screen.note(sentence, **facts)
 
     def know(self, **facts: str | Quality | Qat | tuple[PublishedArtifact, ...]) -> None:
-        """Results for the termination message: model, dataset, quality, qat, artifacts."""
+        """Results for the termination message: model, dataset, quality, qat, artifacts, and a message for a run that ends well."""
         self.facts |= facts
         self._changed()
 
@@ -97,7 +100,7 @@ class RunReporter:
 
     def _write(self, **end: Any) -> None:
         step = {"step": self.progress.step, "total_steps": self.progress.total_steps} if self.progress else {}
-        self.write_termination(TerminationMessage(stage=self.stage, **step, **self.facts, **end).encode())
+        self.write_termination(TerminationMessage(stage=self.stage, **step, **(self.facts | end)).encode())
 
 
 class LogScreen:

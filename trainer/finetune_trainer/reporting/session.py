@@ -21,8 +21,12 @@ ENV_TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"  # for trying it outside a pod
 
 
 @contextmanager
-def reporting(job: JobDescription) -> Iterator[RunReporter]:
+def reporting(job: JobDescription, *, serve: bool = True) -> Iterator[RunReporter]:
     """A reporter for the block. Whatever ends the block leaves as a FineTuneError, after the termination message said so.
+
+    Args:
+        job: the run.
+        serve: whether a pod answers /progress and /metrics; without steps there is nothing to ask for.
 
     Raises:
         FineTuneError: what went wrong in the block.
@@ -32,7 +36,7 @@ def reporting(job: JobDescription) -> Iterator[RunReporter]:
     if path:
         reporter.write_termination = _writer(Path(path))
     with ExitStack() as stack:
-        if job.in_cluster:
+        if job.in_cluster and serve:
             _serve(reporter, stack)
         try:
             stack.enter_context(stopping_at_once())

@@ -1,19 +1,41 @@
-"""What a person sees at the end of a run: losses, sizes, the proof, and where everything lies."""
+"""What a person sees at the end of a run (losses, sizes, the proof, and where everything lies), and of a preflight (what the run would be)."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_api import names
 from rich.console import Console
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from finetune_trainer.stages.rehearse import Rehearsed
+
 
 def print_summary(report: dict[str, Any], workdir: Path, destinations: list[str]) -> None:
     """Prints the report's figures as a table."""
+    _print_table([*_losses(report), *_sizes(report), *_proof(report), *_places(report, workdir, destinations)])
+
+
+def print_preflight(found: "Rehearsed", destinations: list[str]) -> None:
+    """Prints what was checked as a table."""
+    data, steps = found.data, found.plan
+    adapt = f", the last {steps.steps - steps.switch_step} of them quantization-aware" if steps.switch_step < steps.steps else ""
+    _print_table(
+        [
+            ("model", f"{found.model}: {found.parameters / 1e6:,.0f} million parameters, {found.adapted / 1e6:,.1f} million more to train"),
+            ("data", f"{data.resolved}: {len(data.train)} rows to train on, {len(data.held_out)} held out, {data.dropped} dropped"),
+            ("training", f"{steps.steps} optimizer steps{adapt}"),
+            ("may write to", ", ".join(destinations)),
+            ("preflight", "nothing speaks against this job"),
+        ]
+    )
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in [*_losses(report), *_sizes(report), *_proof(report), *_places(report, workdir, destinations)]:
+    for label, value in rows:
         table.add_row(label, value)
     console = Console(highlight=False)
     console.print()

@@ -23,8 +23,8 @@ class Fetched:
     resolved: str
 
 
-def fetch_model(ctx: RunContext) -> Fetched:
-    """The base model's folder.
+def fetch_model(ctx: RunContext, *, weights: bool = True) -> Fetched:
+    """The base model's folder; without `weights`, which take long to download, only configuration and tokenizer are sure to be in it.
 
     Raises:
         AccessError, DataError, InfrastructureError, SpecError: one sentence each.
@@ -35,11 +35,17 @@ def fetch_model(ctx: RunContext) -> Fetched:
         local.check_model(where, path)
         return Fetched(path, where.uri)
     if where.scheme == "s3":
-        return Fetched(*s3.fetch_model(ctx, where))
+        return Fetched(*s3.fetch_model(ctx, where, weights=weights))
     if where.scheme == "hf":
-        return Fetched(*hub.fetch_model(ctx, where))
+        return Fetched(*hub.fetch_model(ctx, where, weights=weights))
     builtin.check(where, builtin.MODEL)
-    return Fetched(builtin.fetch_model(ctx.cache), where.uri)
+    return Fetched(builtin.fetch_model(ctx.cache, weights=weights), where.uri)
+
+
+def keeps_weights(ctx: RunContext) -> bool:
+    """Whether the model's weights lie here without a download, or stay here when this pod ends: in a folder, a claim, or a cache on a claim."""
+    here = location.model(ctx.job).scheme in _LOCAL
+    return here or (ctx.job.in_cluster and bool(ctx.spec.storage.cache.persistent_volume_claim))
 
 
 def fetch_dataset(ctx: RunContext) -> Fetched:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -55,16 +56,21 @@ def fetch_dataset(cache: Path) -> Path:
     return target
 
 
-def fetch_model(cache: Path) -> Path:
-    """The folder of the converted model; converts it when the cache has none (about 30 s)."""
+def fetch_model(cache: Path, *, weights: bool = True) -> Path:
+    """The folder of the converted model; converts it when the cache has none (about 30 s, and 12 s without `weights`)."""
     target = cache / "builtin" / MODEL
+    if not weights and not target.is_dir():
+        return _made(target.with_name(f"{MODEL}-description"), _describe)
+    return _made(target, _convert)
+
+
+def _made(target: Path, make: Callable[[Path, Path], None]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if not target.is_dir():
             partial = target.with_name(f".{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            _convert(_gguf_file(), partial)
-            require_model({item.name for item in partial.iterdir()}, str(partial))
+            make(_gguf_file(), partial)
             partial.rename(target)
     return target
 
@@ -83,7 +89,7 @@ def _gguf_file() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantizes a GGUF file into a plain transformers folder (config, tokenizer with a chat template, float32 safetensors)."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain numbers now; with any of these three left, save_pretrained takes the model for a quantized one.
@@ -92,6 +98,21 @@ def _convert(gguf: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
+    _write_tokenizer(gguf, folder)
+    require_model({item.name for item in folder.iterdir()}, str(folder))
+
+
+def _describe(gguf: Path, folder: Path) -> None:
+    """The same folder without its weights."""
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    _write_tokenizer(gguf, folder)
+
+
+def _write_tokenizer(gguf: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.chat_template = tokenizer.chat_template or _CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)

@@ -50,15 +50,15 @@ def check_file(ctx: RunContext, where: Location) -> None:
     _may_read(api, where, found, found.address.path, dataset=True)
 
 
-def fetch_model(ctx: RunContext, where: Location) -> tuple[Path, str]:
-    """The model's folder in the cache, and its URI at the commit.
+def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Path, str]:
+    """The model's folder in the cache (without `weights` only its small files are sure to be there), and its URI at the commit.
 
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError
     """
     api = hub_api(ctx, where.role)
     found = _find(api, where, dataset=False)
-    wanted = wanted_files(found.files, trust_remote_code=ctx.spec.model.trust_remote_code)
+    wanted = wanted_files(found.files, trust_remote_code=ctx.spec.model.trust_remote_code, weights=weights)
     with hub_errors(where):
         folder = api.snapshot_download(
             found.address.repo_id,

@@ -7,15 +7,17 @@ from collections.abc import Collection
 
 from finetune_trainer.errors import DataError
 
-_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
+_WEIGHTS = ".safetensors"
+_SUFFIXES = (_WEIGHTS, ".json", ".jinja", ".txt", ".model", ".tiktoken")
 _UNSAFE_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
-def wanted_files(names: Collection[str], *, trust_remote_code: bool) -> tuple[str, ...]:
+def wanted_files(names: Collection[str], *, trust_remote_code: bool, weights: bool = True) -> tuple[str, ...]:
     """The files to fetch, sorted, out of all names relative to the model's root.
 
     Only the root counts, besides additional_chat_templates/: repositories keep other formats in folders. `consolidated*.safetensors` is the
-    same weights in another layout. Python files come along only when their code may run.
+    same weights in another layout. Python files come along only when their code may run. Without `weights` only the small files
+    are left, which say what the model is: configuration and tokenizer.
     """
     suffixes = (*_SUFFIXES, ".py") if trust_remote_code else _SUFFIXES
     return tuple(
@@ -23,6 +25,7 @@ def wanted_files(names: Collection[str], *, trust_remote_code: bool) -> tuple[st
             name
             for name in names
             if name.endswith(suffixes)
+            and (weights or not name.endswith(_WEIGHTS))
             and not name.startswith((".", "consolidated"))
             and ("/" not in name or name.startswith("additional_chat_templates/"))
         )
@@ -37,7 +40,7 @@ def require_model(names: Collection[str], where: str) -> None:
     """
     if "config.json" not in names:
         raise DataError(f"{where} has no config.json; it must name the folder of a transformers model.")
-    if any(name.endswith(".safetensors") and "/" not in name for name in names):
+    if any(name.endswith(_WEIGHTS) and "/" not in name for name in names):
         return
     if any(name.endswith(_UNSAFE_WEIGHTS) for name in names):
         raise DataError(f"{where} has weights only as .bin or .pt, which can run code when loaded; convert them to safetensors.")

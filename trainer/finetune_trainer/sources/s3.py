@@ -65,15 +65,16 @@ def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str]:
     return folder / Path(where.path).name, f"{where.uri}?{pinned}"
 
 
-def fetch_model(ctx: RunContext, where: Location) -> tuple[Path, str]:
-    """The model's folder in the cache, and the prefix with a digest of its ETags.
+def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Path, str]:
+    """The model's folder in the cache (without `weights` one of its small files), and the prefix with a digest of all its ETags.
 
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError
     """
     client = _client(ctx, where)
     objects = _find_model(client, where, trust_remote_code=ctx.spec.model.trust_remote_code)
-    folder = _download(client, where, objects, ctx.cache)
+    wanted = wanted_files(objects, trust_remote_code=ctx.spec.model.trust_remote_code, weights=weights)
+    folder = _download(client, where, {name: objects[name] for name in wanted}, ctx.cache)
     return folder, f"{where.uri}?etags={content_key(where, objects.values())[:16]}"
 
 

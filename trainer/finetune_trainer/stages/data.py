@@ -70,6 +70,17 @@ class Data:
 
 
 def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Makes the data and shows its first example.
+
+    Raises:
+        AccessError, DataError, InfrastructureError: one sentence each.
+    """
+    made = make(ctx, tokenizer)
+    ctx.reporter.note(f"First example, what is trained between ⟦ and ⟧:\n{made.preview[:2000]}")
+    return made
+
+
+def make(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Fetches, reads, renders, tokenizes and splits.
 
     Raises:
@@ -86,13 +97,30 @@ def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
         train, held_out, dropped = examples, held, dropped + held_dropped
     else:
         train, held_out = split(examples, spec.evaluation.percent, ctx.spec.training.seed)
+    _require_held_out(ctx, held_out)
     if dropped:
         ctx.reporter.note(
             f"{dropped} rows were dropped: nothing of their completion fits into training.maxLength ({ctx.spec.training.max_length} tokens)."
         )
     shown = rendering.preview(rendering.render(rows.rows[0], rows.form, _template(tokenizer), _eos(tokenizer), spec.source))
-    ctx.reporter.note(f"First example, what is trained between ⟦ and ⟧:\n{shown[:2000]}")
     return Data(train, held_out, dropped, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", shown)
+
+
+def require_known_tokens(data: Data, vocabulary: int) -> None:
+    """Refuses data that uses tokens the model has no embedding for, which would end as an index error in mid-training.
+
+    Args:
+        data: what is trained on and what is held out.
+        vocabulary: embeddings of the model.
+
+    Raises:
+        DataError: tokenizer and model do not belong together.
+    """
+    largest = max(max(example.input_ids) for example in (*data.train, *data.held_out))
+    if largest >= vocabulary:
+        raise DataError(
+            f"The tokenizer makes token {largest}, but the model knows {vocabulary} tokens only; use the tokenizer that belongs to the model."
+        )
 
 
 def split(examples: Sequence[Example], percent: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
@@ -139,6 +167,15 @@ def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase
             f"{name}: no row has a completion that fits into training.maxLength ({max_length} tokens); raise it or shorten the prompts."
         )
     return kept, len(made) - len(kept)
+
+
+def _require_held_out(ctx: RunContext, held_out: Sequence[Example]) -> None:
+    """A gate that has nothing to measure would let every model through."""
+    if ctx.spec.quality.max_loss_increase_percent is not None and not held_out:
+        raise DataError(
+            f"{ctx.spec.dataset.source} leaves no row to hold out, but quality.maxLossIncreasePercent compares held-out losses; "
+            "add rows, set dataset.evaluation.source or remove the limit."
+        )
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> Render | None:

@@ -14,6 +14,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.qat.prepare import fake_quantization
 from finetune_trainer.stages.data import IGNORED, Data, Example
 
+NOTHING_HELD_OUT = "No held-out data: no loss is measured (dataset.evaluation)."
 _TOKENS_AT_ONCE = 2048
 _RESAMPLES = 1000
 
@@ -61,7 +62,7 @@ def run(ctx: RunContext, model: PeftModel, data: Data, switch: SwitchLosses | No
         quantized: whether the job ships a quantized model.
     """
     if not data.held_out:
-        ctx.reporter.note("No held-out data: no loss is measured (dataset.evaluation).")
+        ctx.reporter.note(NOTHING_HELD_OUT)
         return Losses()
     with model.disable_adapter():
         base = held_out_loss(model, data.held_out, fake_quant=False)

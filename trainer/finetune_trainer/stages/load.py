@@ -4,13 +4,15 @@ Runs no code from the model's repository unless the spec asks for it. CUDA is us
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from finetune_trainer import sources
 from finetune_trainer.adapter import add_adapter
@@ -48,13 +50,13 @@ def require_gpu(ctx: RunContext) -> None:
     )
 
 
-def tokenizer_of(ctx: RunContext) -> PreTrainedTokenizerBase:
-    """Fetches the model and loads its tokenizer alone, so that the data can be looked at before the weights are loaded.
+def tokenizer_of(ctx: RunContext, folder: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone, so that the data can be looked at before the weights are loaded.
 
     Raises:
-        AccessError, DataError, InfrastructureError, SpecError: one sentence each.
+        DataError, SpecError: one sentence each.
     """
-    folder, allowed = sources.fetch_model(ctx).path, ctx.spec.model.trust_remote_code
+    allowed = ctx.spec.model.trust_remote_code
     _require_own_code_allowed(folder, trust_remote_code=allowed)
     return load_tokenizer(folder, trust_remote_code=allowed)
 
@@ -102,20 +104,48 @@ def load_base(folder: Path, dtype: str, *, trust_remote_code: bool) -> PreTraine
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return _from_safetensors(folder, dtype=wanted, trust_remote_code=trust_remote_code).to(device)
+
+
+def empty_base(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The base model from config.json alone, on the meta device: its layers and their shapes, without a weight.
+
+    Raises:
+        DataError: no such architecture, or a configuration that makes no model.
+    """
+    with _refusing(folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def check_weights(folder: Path, *, trust_remote_code: bool) -> None:
+    """Refuses the weights that `load_base` refuses, by the names and shapes in the files' headers; no weight is read.
+
+    Raises:
+        DataError: a damaged file, or weights that are missing or of another shape.
+    """
+    _from_safetensors(folder, dtype=torch.float32, trust_remote_code=trust_remote_code, device_map="meta")
+
+
+def _from_safetensors(folder: Path, **options: Any) -> PreTrainedModel:
+    with _refusing(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if lacking:
+        raise DataError(f"The model in {folder} lacks {len(lacking)} weights, the first is {lacking[0]}; download it again.")
+    return model
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        yield
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         raise DataError(
             f"The model in {folder} does not load ({first_line(error)}); it needs config.json and safetensors of a causal language model."
         ) from error
-    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if lacking:
-        raise DataError(f"The model in {folder} lacks {len(lacking)} weights, the first is {lacking[0]}; download it again.")
-    return model.to(device)
 
 
 def _require_own_code_allowed(folder: Path, *, trust_remote_code: bool) -> None:

@@ -17,13 +17,13 @@ from trl import SFTConfig, SFTTrainer
 from finetune_trainer import checkpoints, finished
 from finetune_trainer.checkpoints import Checkpoint
 from finetune_trainer.context import RunContext
-from finetune_trainer.errors import Checkpointed, DataError
+from finetune_trainer.errors import Checkpointed
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.phases import Phases, Work
 from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.prepare import Prepared, prepare, require_effect
 from finetune_trainer.qat.roundtrip import require_roundtrip
-from finetune_trainer.stages.data import Data, Example
+from finetune_trainer.stages.data import Data, Example, require_known_tokens
 from finetune_trainer.stages.evaluate import SwitchLosses, pad
 from finetune_trainer.stages.load import Loaded
 from finetune_trainer.termination_signal import stopping_later
@@ -60,7 +60,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
         Checkpointed: SIGTERM came; the last completed step is saved.
         DataError: a loss or gradient is not finite, or a token is unknown to the model.
     """
-    require_known_tokens(loaded, data)
+    require_known_tokens(data, loaded.model.get_input_embeddings().num_embeddings)
     mirror = Mirror.of(ctx)
     inputs = finished.digest_of(loaded.resolved, data.digest)
     start = find_checkpoint(ctx, mirror, inputs)
@@ -101,28 +101,13 @@ def find_checkpoint(ctx: RunContext, mirror: Mirror | None, inputs: str) -> Chec
     return found
 
 
-def require_known_tokens(loaded: Loaded, data: Data) -> None:
-    """Refuses data that uses tokens the model has no embedding for, which would end as an index error in mid-training.
-
-    Raises:
-        DataError: tokenizer and model do not belong together.
-    """
-    known = loaded.model.get_input_embeddings().num_embeddings
-    largest = max(max(example.input_ids) for example in (*data.train, *data.held_out))
-    if largest >= known:
-        raise DataError(
-            f"The tokenizer makes token {largest}, but the model knows {known} tokens only; use the tokenizer that belongs to the model."
-        )
-
-
 def _prepare(ctx: RunContext, loaded: Loaded, data: Data) -> Prepared | None:
     if ctx.spec.quantization.scheme is Scheme.NONE:
         return None
     prepared = prepare(loaded.model, ctx.spec.quantization, enabled=False)
     require_roundtrip(loaded.model)
     require_effect(loaded.model, torch.tensor([data.train[0].input_ids[:32]], device=loaded.model.device))
-    kept = f"; not quantized: {', '.join(sorted(prepared.skipped))}" if prepared.skipped else ""
-    ctx.reporter.note(f"{len(prepared.layers)} linear layers are quantized ({prepared.coverage:.0%} of the linear weights){kept}.")
+    ctx.reporter.note(prepared.sentence)
     return prepared
 
 

@@ -1,0 +1,170 @@
+"""What watches, listings and our own writes have shown of the cluster, so that a pass over one job needs no request to see it.
+
+Nothing here is relied on where being wrong would cost a training: writes are fenced by the resourceVersion they were decided on, and observation.py
+says when the API server itself is asked. Objects are kept as JSON text of the fields that decisions read, and not at all once their job has ended.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from finetune_api import names
+
+from finetune_operator.subject import Json, Key
+
+_GONE = 1 << 62  # newer than any version: an event that comes after the deletion's is an old one
+
+
+class Kind(StrEnum):
+    """What is watched."""
+
+    FINETUNEJOB = "FineTuneJob"
+    JOB = "Job"
+    POD = "Pod"
+
+
+def _fields(*plain: str, **nested: Json | None) -> Json:
+    return {**dict.fromkeys(plain), **nested}
+
+
+_CHILD = _fields("name", "namespace", "uid", "creationTimestamp", "deletionTimestamp", ownerReferences=_fields("uid", "controller"))
+_CONDITION = _fields("type", "status", "reason", "message", "lastTransitionTime")
+# Which fields are kept: None is a value as a whole, and of a list it is said for its items.
+_KEPT: dict[Kind, Json] = {
+    Kind.FINETUNEJOB: _fields(
+        "spec",
+        "status",
+        metadata=_fields("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp"),
+    ),
+    Kind.JOB: _fields(
+        metadata=_CHILD,
+        spec=_fields("suspend", "backoffLimit", "activeDeadlineSeconds", "ttlSecondsAfterFinished"),
+        status=_fields("completionTime", "succeeded", "failed", conditions=_CONDITION),
+    ),
+    Kind.POD: _fields(
+        metadata=_CHILD,
+        spec=_fields(containers=_fields("name", "image")),
+        status=_fields("phase", "reason", "message", "podIP", conditions=_CONDITION, containerStatuses=_fields("name", "state")),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An object that was seen: its resourceVersion, and the job that it belongs to. Outlives what is kept of the object."""
+
+    version: int
+    place: Key
+
+
+class Cache:
+    """Objects by the FineTuneJob that they are or belong to.
+
+    resourceVersions of one kind are compared as numbers, which Kubernetes promises since 1.35 (KEP-5504) and has always done.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Kind, dict[str, _Known]] = {kind: {} for kind in Kind}
+        self._kept: dict[Kind, dict[Key, dict[str, bytes]]] = {kind: {} for kind in Kind}
+        self._long_names: dict[Key, str] = {}
+        self._deleted: set[tuple[Kind, str]] = set()
+        self._deleted_earlier: set[tuple[Kind, str]] = set()
+
+    def see(self, kind: Kind, raw: Json) -> Key | None:
+        """Takes in an object from an event, a listing or an answer, unless a newer one is known.
+
+        Returns:
+            The job to look at; None when nothing that matters has changed.
+        """
+        metadata = raw["metadata"]
+        uid, version, place = metadata["uid"], int(metadata["resourceVersion"]), self._place(kind, metadata)
+        known = self._known[kind].get(uid)
+        if known and known.version >= version:
+            return None
+        self._known[kind][uid] = _Known(version, known.place if known else place)
+        kept = json.dumps(_picked(raw, _KEPT[kind]), separators=(",", ":")).encode()
+        objects = self._kept[kind].setdefault(place, {})
+        before, objects[uid] = objects.get(uid), kept
+        return self._key(place) if kept != before else None
+
+    def forget(self, kind: Kind, raw: Json) -> Key:
+        """The object is deleted. Returns the job to look at."""
+        uid, place = raw["metadata"]["uid"], self._place(kind, raw["metadata"])
+        self._known[kind][uid] = _Known(_GONE, place)
+        self._deleted.add((kind, uid))
+        self._remove(kind, place, uid)
+        return self._key(place)
+
+    def drop(self, key: Key) -> None:
+        """Keeps nothing more of a job that has ended, but which versions of its objects were seen: their echoes are no news."""
+        place = _place_of(key)
+        for kind in Kind:
+            self._kept[kind].pop(place, None)
+        self._long_names.pop(place, None)
+
+    def finetunejob(self, key: Key) -> Json | None:
+        """The object, as far as it is known."""
+        objects = self._kept[Kind.FINETUNEJOB].get(_place_of(key), {})
+        newest = max(objects, key=lambda uid: self._known[Kind.FINETUNEJOB][uid].version, default=None)
+        return dict(json.loads(objects[newest])) if newest else None
+
+    def children(self, kind: Kind, key: Key) -> tuple[Json, ...]:
+        """The Jobs or pods that carry the job's label."""
+        return tuple(json.loads(text) for text in self._kept[kind].get(_place_of(key), {}).values())
+
+    def only(self, kind: Kind, uids: Iterable[str], version: int, key: Key | None = None) -> list[Key]:
+        """A listing has shown these and no others: what it should have shown is gone.
+
+        Args:
+            uids: what was listed.
+            version: resourceVersion of the listing; what is newer is left alone.
+            key: the job that was asked for; None for all.
+
+        Returns:
+            The jobs to look at.
+        """
+        listed, keys = set(uids), []
+        for uid in list(self._kept[kind].get(_place_of(key), {}) if key else self._known[kind]):
+            known = self._known[kind][uid]
+            if uid not in listed and known.version <= version:
+                del self._known[kind][uid]
+                self._remove(kind, known.place, uid)
+                keys.append(self._key(known.place))
+        return keys
+
+    def bury(self) -> None:
+        """A round of listings has ended: deletions from before the one before it are forgotten too."""
+        for kind, uid in self._deleted_earlier:
+            self._known[kind].pop(uid, None)
+        self._deleted, self._deleted_earlier = set(), self._deleted
+
+    def _remove(self, kind: Kind, place: Key, uid: str) -> None:
+        objects = self._kept[kind].get(place, {})
+        objects.pop(uid, None)
+        if not objects:
+            self._kept[kind].pop(place, None)
+
+    def _place(self, kind: Kind, metadata: Json) -> Key:
+        if kind is not Kind.FINETUNEJOB:
+            return Key(metadata["namespace"], (metadata.get("labels") or {}).get(names.LABEL_JOB, ""))
+        place = Key(metadata["namespace"], names.job_label(metadata["name"]))
+        if place.name != metadata["name"]:
+            self._long_names[place] = metadata["name"]
+        return place
+
+    def _key(self, place: Key) -> Key:
+        return Key(place.namespace, self._long_names.get(place, place.name))
+
+
+def _place_of(key: Key) -> Key:
+    return Key(key.namespace, names.job_label(key.name))
+
+
+def _picked(value: Any, wanted: Json | None) -> Any:
+    if wanted is None or not value:
+        return value
+    if isinstance(value, list):
+        return [_picked(item, wanted) for item in value]
+    return {name: _picked(value[name], inner) for name, inner in wanted.items() if name in value}

@@ -1,0 +1,116 @@
+"""Looks at the world around one FineTuneJob: from the cache where that is enough, from the API server where being wrong would cost something."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from finetune_api import names
+from finetune_api.states import Reason
+
+from finetune_operator.cache import Cache, Kind
+from finetune_operator.cluster import Cluster
+from finetune_operator.decide import podless_since, unexplained
+from finetune_operator.diagnosis import is_ended
+from finetune_operator.progress import ProgressPoller
+from finetune_operator.subject import Json, Key, Subject, World, condition_of, is_being_deleted, is_controlled_by, is_finished, read_subject
+
+_NEVER_MADE = (Reason.JOB_REFUSED, Reason.NOT_ALLOWED, Reason.INVALID_SPEC)
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Where a look at the world comes from."""
+
+    cluster: Cluster
+    cache: Cache
+    poller: ProgressPoller
+    now: Callable[[], datetime]
+
+    async def look(self, key: Key, *, doubtful: bool) -> World | None:
+        """The world around one job; None when there is no such job, or it is being deleted.
+
+        Args:
+            doubtful: the last pass failed, so that nobody knows what it has done: the API server is asked.
+
+        Raises:
+            ApiError: a request was refused.
+        """
+        world = None if doubtful else self._remembered(key)
+        if world is None or must_be_read(world):
+            world = await self._read(key)
+        if world is None or is_being_deleted(world.subject.raw):
+            return None
+        silent = unexplained(world, self.now())
+        if silent:
+            events = await self.cluster.list_warnings(key.namespace, silent)
+            return replace(world, warnings=_newest_first(events, podless_since(world)))
+        return replace(world, progress=self.poller.report(key))
+
+    def _remembered(self, key: Key) -> World | None:
+        raw = self.cache.finetunejob(key)
+        return _world(read_subject(raw), self.cache.children(Kind.JOB, key), self.cache.children(Kind.POD, key)) if raw else None
+
+    async def _read(self, key: Key) -> World | None:
+        """Jobs before pods: a Job that says it has ended was told so by pods that are at least as old."""
+        raw = await self.cluster.read_finetunejob(key)
+        if raw is None:
+            self.cache.drop(key)
+            return None
+        self.cache.see(Kind.FINETUNEJOB, raw)
+        subject = read_subject(raw)
+        if subject.spec is None:
+            return World(subject)
+        jobs = await self._list(Kind.JOB, key)
+        world = _world(subject, jobs, await self._list(Kind.POD, key))
+        if subject.is_latched or world.current is not None:
+            return world
+        for name in (subject.run.job_name, names.preflight_job_name(subject.run.job_name)):
+            found = await self.cluster.read_job(key.namespace, name)
+            if found and is_controlled_by(found, subject.uid):  # perhaps someone took its label off; it is our Job all the same
+                world = replace(world, jobs=(*(job for job in world.jobs if job["metadata"]["name"] != name), found))
+            elif found:
+                world = replace(world, namesake=found)
+        return world
+
+    async def _list(self, kind: Kind, key: Key) -> tuple[Json, ...]:
+        found: list[Json] = []
+        async for page in self.cluster.list_pages(kind, key.namespace, f"{names.LABEL_JOB}={names.job_label(key.name)}"):
+            found += page.items
+            version = page.version
+        for item in found:
+            self.cache.see(kind, item)
+        self.cache.only(kind, (item["metadata"]["uid"] for item in found), version, key)
+        return tuple(found)
+
+
+def must_be_read(world: World) -> bool:
+    """Whether what the watches have shown is too little to decide on.
+
+    A run that was begun has a Job, so that a missing one is deleted or hidden; and a Job that says it has ended may be heard of before its last pod,
+    whose words the status must have before the end is latched.
+    """
+    subject, job = world.subject, world.attended
+    if subject.spec is None or subject.is_latched:
+        return False
+    if job is None:
+        stored = subject.stored
+        return not world.jobs and stored.run is not None and not any(item.reason in _NEVER_MADE for item in stored.conditions)
+    has_its_last_words = condition_of(job, "Complete") and any(pod["status"].get("phase") == "Succeeded" for pod in world.attended_pods)
+    return is_finished(job) and not has_its_last_words
+
+
+def _world(subject: Subject, labelled: tuple[Json, ...], pods: tuple[Json, ...]) -> World:
+    jobs = tuple(job for job in labelled if is_controlled_by(job, subject.uid))
+    owned = {job["metadata"]["uid"] for job in jobs}
+    own = tuple(pod for pod in pods if any(is_controlled_by(pod, uid) for uid in owned))
+    return World(subject, jobs, pods=own, leftovers=tuple(pod for pod in pods if not is_ended(pod) and pod not in own))
+
+
+def _newest_first(events: list[Json], since: datetime) -> tuple[str, ...]:
+    """Texts of the events that were seen since then."""
+
+    def seen(event: Json) -> str:
+        return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or "")
+
+    recent = [event for event in events if seen(event) and datetime.fromisoformat(seen(event)) >= since]
+    return tuple(str(event.get("message") or event.get("reason") or "") for event in sorted(recent, key=seen, reverse=True))

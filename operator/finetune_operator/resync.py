@@ -1,0 +1,84 @@
+"""Lists everything, again and again: what no event said is seen here, and every unfinished job comes back on the queue."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+
+import aiohttp
+
+from finetune_operator.cache import Cache, Kind
+from finetune_operator.cluster import ApiError, Cluster, Listing
+from finetune_operator.decide import is_unfinished
+from finetune_operator.metrics import NO_PHASE
+from finetune_operator.settings import Settings
+from finetune_operator.subject import Json, Key
+from finetune_operator.work_queue import WorkQueue
+
+logger = logging.getLogger(__name__)
+FIRST_RETRY_SECONDS = 5.0
+
+
+async def resync(
+    queue: WorkQueue,
+    cluster: Cluster,
+    cache: Cache,
+    settings: Settings,
+    attempted: Callable[[], None],
+    listed: Callable[[Counter[str]], None],
+) -> None:
+    """For ever.
+
+    Args:
+        attempted: called at the beginning of each round.
+        listed: takes how many jobs there are of each phase when a round has seen everything that may be seen.
+    """
+    pause_seconds = min(FIRST_RETRY_SECONDS, settings.resync_seconds)
+    while True:
+        attempted()
+        phases: Counter[str] = Counter()
+        try:
+            for kind in Kind:
+                await _list_kind(kind, queue, cluster, cache, settings.namespaces, phases)
+            cache.bury()
+            listed(phases)
+            pause_seconds = settings.resync_seconds
+        except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            logger.warning("Not everything can be listed: %s: %s; trying again in %.0f s", type(error).__name__, error, pause_seconds)
+        await asyncio.sleep(pause_seconds)
+
+
+async def _list_kind(
+    kind: Kind, queue: WorkQueue, cluster: Cluster, cache: Cache, namespaces: tuple[str, ...], phases: Counter[str]
+) -> None:
+    """Takes in all objects of a kind, and queues the jobs that they are news of, and the unfinished ones."""
+    uids: list[str] = []
+    versions: list[int] = []
+    for namespace in namespaces or ("",):
+        async for page in _pages(cluster, kind, namespace, is_one_of_many=len(namespaces) > 1):
+            versions.append(page.version)
+            for raw in page.items:
+                uids.append(raw["metadata"]["uid"])
+                key = cache.see(kind, raw)
+                if kind is Kind.FINETUNEJOB:
+                    phases[(raw.get("status") or {}).get("phase") or NO_PHASE] += 1
+                    key = _key_of(raw) if is_unfinished(raw) else key
+                if key:
+                    queue.add(key)
+    for key in cache.only(kind, uids, min(versions, default=0)):
+        queue.add(key)
+
+
+async def _pages(cluster: Cluster, kind: Kind, namespace: str, *, is_one_of_many: bool) -> AsyncIterator[Listing]:
+    """The pages of one namespace; one that may not be listed keeps no other from being served."""
+    try:
+        async for page in cluster.list_pages(kind, namespace):
+            yield page
+    except ApiError as error:
+        if error.status != 403 or not is_one_of_many:
+            raise
+        logger.error("Namespace %s is not served: %s", namespace, error)
+
+
+def _key_of(raw: Json) -> Key:
+    return Key(raw["metadata"]["namespace"], raw["metadata"]["name"])

@@ -1,0 +1,103 @@
+"""cache.py: what is new is news, what is old never wins, and what has ended costs nothing."""
+
+from typing import Any
+
+import pytest
+from finetune_api import names
+from finetune_operator.cache import Cache, Kind
+from finetune_operator.subject import Json, Key
+from hypothesis import given
+from hypothesis import strategies as st
+from support.simulated_cluster import build_finetunejob
+
+KEY = Key("ml", "tiny")
+
+
+def versioned(version: int, uid: str = "uid-1", **spec: Any) -> Json:
+    raw = build_finetunejob(spec)
+    raw["metadata"] |= {"resourceVersion": str(version), "uid": uid}
+    return raw
+
+
+def job(version: int, uid: str = "job-1", **status: Any) -> Json:
+    metadata = {"name": uid, "namespace": "ml", "uid": uid, "resourceVersion": str(version), "labels": {names.LABEL_JOB: "tiny"}}
+    return {"metadata": metadata, "spec": {"suspend": False, "template": {"large": "x" * 1000}}, "status": status}
+
+
+@pytest.fixture
+def cache() -> Cache:
+    return Cache()
+
+
+def test_the_newest_of_an_object_is_kept_in_whatever_order_it_comes(cache: Cache) -> None:
+    assert cache.see(Kind.FINETUNEJOB, versioned(2, training={"seed": 2})) == KEY
+    assert cache.see(Kind.FINETUNEJOB, versioned(1, training={"seed": 1})) is None
+    assert cache.see(Kind.FINETUNEJOB, versioned(2, training={"seed": 2})) is None
+    found = cache.finetunejob(KEY)
+    assert found is not None
+    assert found["spec"]["training"]["seed"] == 2
+    assert found["metadata"]["resourceVersion"] == "2"
+
+
+def test_only_the_fields_that_decisions_read_are_kept_and_only_their_change_is_news(cache: Cache) -> None:
+    assert cache.see(Kind.JOB, job(1)) == KEY
+    assert cache.see(Kind.JOB, job(2, ready=1)) is None
+    assert cache.see(Kind.JOB, job(3, failed=1)) == KEY
+    (kept,) = cache.children(Kind.JOB, KEY)
+    assert kept == {"metadata": {"name": "job-1", "namespace": "ml", "uid": "job-1"}, "spec": {"suspend": False}, "status": {"failed": 1}}
+
+
+def test_what_is_deleted_does_not_come_back_with_a_late_event(cache: Cache) -> None:
+    cache.see(Kind.JOB, job(1))
+    assert cache.forget(Kind.JOB, job(3)) == KEY
+    assert cache.see(Kind.JOB, job(2)) is None
+    assert cache.children(Kind.JOB, KEY) == ()
+
+
+def test_a_namesake_that_was_made_anew_wins_over_one_whose_deletion_nobody_has_heard_of(cache: Cache) -> None:
+    cache.see(Kind.FINETUNEJOB, versioned(5, "new"))
+    cache.see(Kind.FINETUNEJOB, versioned(4, "old"))
+    found = cache.finetunejob(KEY)
+    assert found is not None
+    assert found["metadata"]["uid"] == "new"
+
+
+def test_what_a_listing_lacks_is_gone_unless_it_is_newer_than_the_listing(cache: Cache) -> None:
+    for uid, version in (("kept", 1), ("lost", 2), ("new", 9)):
+        cache.see(Kind.JOB, job(version, uid))
+    assert cache.only(Kind.JOB, ["kept"], 5) == [KEY]
+    assert {item["metadata"]["uid"] for item in cache.children(Kind.JOB, KEY)} == {"kept", "new"}
+
+
+def test_a_listing_for_one_job_says_nothing_of_another(cache: Cache) -> None:
+    cache.see(Kind.JOB, job(1))
+    assert cache.only(Kind.JOB, [], 5, Key("ml", "other")) == []
+    assert len(cache.children(Kind.JOB, KEY)) == 1
+
+
+def test_a_job_that_has_ended_is_no_news_until_it_changes(cache: Cache) -> None:
+    cache.see(Kind.FINETUNEJOB, versioned(1))
+    cache.see(Kind.JOB, job(1))
+    cache.drop(KEY)
+    assert cache.finetunejob(KEY) is None
+    assert cache.see(Kind.JOB, job(1)) is None
+    assert cache.see(Kind.FINETUNEJOB, versioned(1)) is None
+    assert cache.see(Kind.FINETUNEJOB, versioned(2)) == KEY
+
+
+def test_deletions_are_remembered_for_two_rounds_of_listings(cache: Cache) -> None:
+    cache.forget(Kind.JOB, job(1))
+    cache.bury()
+    assert cache.see(Kind.JOB, job(2)) is None
+    cache.bury()
+    assert cache.see(Kind.JOB, job(2)) == KEY
+
+
+@given(st.permutations([versioned(version, training={"seed": version}) for version in range(1, 6)]))
+def test_every_order_of_events_ends_in_the_same_state(events: list[Json]) -> None:
+    cache = Cache()
+    for item in events:
+        cache.see(Kind.FINETUNEJOB, item)
+    found = cache.finetunejob(KEY)
+    assert found is not None
+    assert found["spec"]["training"]["seed"] == 5

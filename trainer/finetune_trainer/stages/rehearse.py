@@ -1,0 +1,76 @@
+"""Rehearse: everything up to the first step, with the layers and shapes of the model instead of its weights. Needs no GPU and little memory.
+
+Called by pipeline.preflight after stages/preflight.py. It calls what load, data and train call, so that none of them can refuse later what
+passed here. What only a GPU can show is said to be unchecked.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from finetune_api.spec import Scheme
+from peft import PeftModel
+
+from finetune_trainer import sources
+from finetune_trainer.adapter import add_adapter
+from finetune_trainer.context import RunContext
+from finetune_trainer.plan import Plan, plan
+from finetune_trainer.qat.prepare import prepare
+from finetune_trainer.stages import data, load
+from finetune_trainer.stages.data import Data
+from finetune_trainer.stages.evaluate import NOTHING_HELD_OUT
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What the run would be.
+
+    Attributes:
+        model: the model's source with its commit or version.
+        parameters: of the base model.
+        adapted: of the LoRA adapter, which alone are trained.
+    """
+
+    model: str
+    parameters: int
+    adapted: int
+    data: Data
+    plan: Plan
+
+
+def run(ctx: RunContext) -> Rehearsed:
+    """Checks the spec against model and data; ends with the model in its cache where that outlives the pod.
+
+    Raises:
+        AccessError, CapacityError, DataError, InfrastructureError, SpecError: one sentence each.
+    """
+    _note_unchecked(ctx)
+    described = sources.fetch_model(ctx, weights=False)
+    tokenizer = load.tokenizer_of(ctx, described.path)
+    base = load.empty_base(described.path, trust_remote_code=ctx.spec.model.trust_remote_code)
+    parameters = base.num_parameters()
+    with torch.device("meta"):
+        model = add_adapter(base, ctx.spec.lora)
+    adapted, vocabulary = model.num_parameters(only_trainable=True), model.get_input_embeddings().num_embeddings
+    _prepare(ctx, model)
+    rows = data.make(ctx, tokenizer)
+    data.require_known_tokens(rows, vocabulary)
+    if not rows.held_out:
+        ctx.reporter.note(NOTHING_HELD_OUT)
+    if sources.keeps_weights(ctx):
+        load.check_weights(sources.fetch_model(ctx).path, trust_remote_code=ctx.spec.model.trust_remote_code)
+    steps = plan(ctx.spec, len(rows.train), max(len(example.input_ids) for example in rows.train))
+    return Rehearsed(described.resolved, parameters, adapted, rows, steps)
+
+
+def _prepare(ctx: RunContext, model: PeftModel) -> None:
+    if ctx.spec.quantization.scheme is not Scheme.NONE:
+        ctx.reporter.note(prepare(model, ctx.spec.quantization).sentence)
+
+
+def _note_unchecked(ctx: RunContext) -> None:
+    resources = ctx.spec.resources
+    if ctx.job.in_cluster and resources.gpus:
+        kind = f"{resources.gpu_type} is unknown" if resources.gpu_type else "is not set"
+        ctx.reporter.note(
+            f"Not checked: whether the training fits into the GPU's memory (resources.gpuType {kind}), its driver and its kernels."
+        )
