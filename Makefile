@@ -16,7 +16,7 @@ export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster bench-qat bench-operator clean-images clean
+.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster soak bench-qat bench-operator clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,10 @@ images: ## both container images, with Docker or buildah
 
 cluster: cluster-setup ## a whole Kubernetes that runs until Ctrl-C; prints its KUBECONFIG
 	@tests/cluster/up.sh $(CACHE)/cluster
+
+# Half an hour: 100 FineTuneJobs, 100 deaths of the operator, one request in five fails; then ten minutes without an API server.
+soak: setup cluster-setup ## the fault tests at full size (half an hour); SOAK_SEED=123 replays a seed
+	@SOAK_JOBS=100 SOAK_KILLS=100 SOAK_AWAY_SECONDS=600 $(PY) -m pytest tests/cluster/test_faults.py -s -o timeout=3600 $(ARGS)
 
 bench-qat: setup ## exact QAT against plain LoRA: time and memory
 	@$(PY) benchmarks/qat.py $(ARGS)

@@ -79,6 +79,13 @@ async def connected(kubeconfig: Path, agent: str, connections: int = 64) -> Asyn
         agent: what the API server's audit log calls it.
         connections: most that are open at the same time, watches included.
     """
+    async with session_to(kubeconfig, agent, connections) as (session, server):
+        yield ApiClient(session, server)
+
+
+@asynccontextmanager
+async def session_to(kubeconfig: Path, agent: str, connections: int = 64) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
+    """As `connected`, for what is no JSON in and out: (a session that trusts the server and brings the token, the server's address)."""
     config = yaml.safe_load(kubeconfig.read_text())  # noqa: ASYNC240 a small local file, once
     cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
     tls = ssl.create_default_context(cafile=cluster["certificate-authority"])
@@ -86,4 +93,4 @@ async def connected(kubeconfig: Path, agent: str, connections: int = 64) -> Asyn
     headers = {"Authorization": f"Bearer {user['token']}", "User-Agent": agent, "Accept": "application/json"}
     connector = aiohttp.TCPConnector(ssl=tls, limit=connections)
     async with aiohttp.ClientSession(connector=connector, headers=headers, trust_env=False, read_bufsize=_LONGEST_LINE) as session:
-        yield ApiClient(session, cluster["server"])
+        yield session, cluster["server"]

@@ -35,13 +35,14 @@ class OperatorProcess:
 
     Args:
         log: where it writes; what a killed one wrote stays.
+        kubeconfig: another way to the API server than the administrator's, such as a proxy.
         settings: more of its environment, without the prefix.
     """
 
-    def __init__(self, kube: Cluster, log: Path, **settings: str) -> None:
+    def __init__(self, kube: Cluster, log: Path, *, kubeconfig: Path | None = None, **settings: str) -> None:
         self._log = log
         self._settings = {"TRAINER_IMAGE": ACTOR, "RESYNC_SECONDS": "5", **settings}
-        self._kubeconfig = str(kube.kubeconfig)
+        self._kubeconfig = str(kubeconfig or kube.kubeconfig)
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
 
@@ -65,6 +66,10 @@ class OperatorProcess:
             command = [sys.executable, "-m", "finetune_operator.main"]
             environment = {**os.environ, "KUBECONFIG": self._kubeconfig, **prefixed}
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def exit_code(self) -> int | None:
+        """Of the last process, negative for a signal; None while it runs and before the first start."""
+        return self._process.poll() if self._process else None
 
     def ask(self, path: str) -> tuple[int, str]:
         """Status and text of what it answers on its health port; (0, why) when it does not."""
