@@ -67,8 +67,8 @@ format: setup ## formats the code and mends what lint can mend
 demo: setup ## fine-tunes a small model on this machine: one YAML in, one verified, quantized model out (.demo/)
 	@$(PY) -m finetune_trainer.cli run examples/laptop.yaml --workdir .demo
 
-crd: setup ## the CRD, docs/api.md and docs/status.md from finetune_api
-	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs
+crd: setup ## the CRD, docs/api.md, docs/status.md, the chart's RBAC rules and the table in docs/security.md
+	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs && $(PY) -m finetune_operator.permissions
 
 lock: $(UV) ## the pinned, hashed requirement files
 	@for target in operator trainer unsloth dev; do \

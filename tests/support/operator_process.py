@@ -27,13 +27,14 @@ class OperatorProcess:
 
     Args:
         log: where it writes; what a killed one wrote stays.
+        kubeconfig: who it is to the API server; the administrator unless said.
         settings: more of its environment, without the prefix.
     """
 
-    def __init__(self, kube: Cluster, log: Path, **settings: str) -> None:
+    def __init__(self, kube: Cluster, log: Path, *, kubeconfig: Path | None = None, **settings: str) -> None:
         self._log = log
         self._settings = {"TRAINER_IMAGE": ACTOR, "RESYNC_SECONDS": "5", **settings}
-        self._kubeconfig = str(kube.kubeconfig)
+        self._kubeconfig = str(kubeconfig or kube.kubeconfig)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
