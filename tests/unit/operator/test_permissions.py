@@ -7,7 +7,7 @@ import yaml
 from finetune_operator.permissions import DOCS_FILE, JOBS, LEASE, RULE_FILES, Permission, build_rules, rules_yaml, with_table
 
 WRITES = {"create", "update", "patch", "delete", "deletecollection"}
-each_permission = pytest.mark.parametrize("item", (*JOBS, *LEASE), ids=lambda item: f"{item.verb} {item.resource}")
+each_permission = pytest.mark.parametrize("item", [*JOBS, *LEASE], ids=lambda item: f"{item.verb} {item.resource}")
 
 
 @pytest.mark.parametrize("path", RULE_FILES, ids=lambda path: path.name)
