@@ -31,14 +31,9 @@ def operator(kube: Cluster, tmp_path: Path) -> Iterator[OperatorProcess]:
     process.require_no_traceback()
 
 
-def make_secret(kube: Cluster, namespace: str, name: str, values: dict[str, str]) -> None:
-    literals = [f"--from-literal={key}={value}" for key, value in values.items()]
-    kube.kubectl("create", "secret", "generic", name, "-n", namespace, *literals)
-
-
 def test_what_a_container_tells_of_its_secrets_is_repeated_nowhere(kube: Cluster, namespace: str, operator: OperatorProcess) -> None:
-    make_secret(kube, namespace, "s3-keys", S3_SECRET)
-    make_secret(kube, namespace, "hub-token", HUB_SECRET)
+    kube.make_secret(namespace, "s3-keys", S3_SECRET)
+    kube.make_secret(namespace, "hub-token", HUB_SECRET)
     jobs = {}
     for name in ("leak-0", "leak-11", "leak-16", "leak-logs"):
         spec = merged(merged(minimal_spec() | SMALL, CREDENTIALS), {"runPolicy": {"backoffLimit": 0}})

@@ -11,8 +11,10 @@ ACCESS_KEY = "AKIACANARYCANARY2345"
 SECRET_KEY = "CanarySecretKey0/abcdefghijkl+MNOPQRSTUV"
 SESSION_TOKEN = "IQoJb3JpZ2luX2VjCanarySession/7890+abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789=="
 HUB_TOKEN = "hf_CanaryHubTokenabcdefghijklmnopqrst"
+ROW = "canary of a private row, https://me:canary-of-a-password@example.com"
 S3_SECRET = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_SESSION_TOKEN": SESSION_TOKEN}
 HUB_SECRET = {"HF_TOKEN": HUB_TOKEN}
+ALL = (*S3_SECRET.values(), HUB_TOKEN, ROW)
 
 _WINDOW = 10  # characters in a row that are nobody's coincidence
 _SHAPES = ("hf_", "AKIA")
