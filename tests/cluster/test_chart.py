@@ -1,5 +1,6 @@
 """The Helm chart: what it renders, what it refuses, and that the API server lets the operator do no more than it must."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,19 @@ def test_nothing_else_is_let_out(kube: Cluster, peer: Peer, port: int) -> None:
     policy = policy_of(kube, "--set", "namespaces={ml}", "--set", "networkPolicy.apiServer.cidrs={10.89.0.2/32}")
     assert not lets_out(policy, peer, port)
     assert lets_out(policy, API_SERVER, 6443)
+
+
+def test_the_policy_for_trainers_in_the_docs_is_taken_and_selects_them(kube: Cluster, namespace: str) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "security.md").read_text(encoding="utf-8"), re.DOTALL)
+    policy = yaml.safe_load(text)
+    policy["metadata"]["namespace"] = namespace
+    kube.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", input=yaml.safe_dump(policy))
+    (deployment,) = of_kind(render(kube), "Deployment")
+    pod = Peer("10.88.0.7", deployment["spec"]["template"]["metadata"]["labels"], {"kubernetes.io/metadata.name": "finetune-system"})
+    container = {"ports": [{"name": "progress", "containerPort": names.PROGRESS_PORT}]}
+    assert selects(policy["spec"]["podSelector"], trainer(ML).pod or {})
+    assert lets_in(policy, pod, container, names.PROGRESS_PORT)
+    assert not lets_in(policy, trainer(ML), container, names.PROGRESS_PORT)
 
 
 def test_the_network_policy_can_be_left_out(kube: Cluster) -> None:
