@@ -22,7 +22,7 @@ _SECRETS = (
     (re.compile(r"(?<=://)[^\s/@:]{0,128}:(?!\d{1,5}(?:[/?#\s]|$))[^\s@]{0,256}@"), "***@"),
     # The same without a scheme; image:tag@sha256:... is none.
     (re.compile(r"(?<![\w/.%+-])[\w.%+-]+:[^\s@/:*]+@(?!sha\d+:)(?=[\w\[])"), "***@"),
-    (re.compile(r"hf_[A-Za-z0-9]{16,}"), "hf_***"),
+    (re.compile(r"hf_(?!transfer\b)[A-Za-z0-9]{8,}"), "hf_***"),  # also one that a field of 16 characters cut off; hf_transfer is a package
     (re.compile(r"(AKIA|ASIA)[A-Z0-9]{12,}"), r"\1***"),
     (re.compile(r"(gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{16,}"), r"\1***"),
     (re.compile(r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"), "***"),  # a JSON web token, such as a service account's
