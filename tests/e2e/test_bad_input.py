@@ -23,7 +23,7 @@ WRONG_TOKEN = {"outputs": {"destinations": [{"uri": "hf://acme/wrong-token", "cr
         ("missing-bucket", MISSING_BUCKET, "AccessDenied", "no-such-bucket"),
         ("missing-rows", MISSING_KEY, "InvalidData", "no-such-rows.jsonl"),
         ("broken-row", BROKEN_ROW, "InvalidData", "broken-row.jsonl, line 2"),
-        ("wrong-keys", WRONG_KEYS, "AccessDenied", "AWS_ACCESS_KEY_ID"),
+        ("wrong-keys", WRONG_KEYS, "AccessDenied", "AWS_SESSION_TOKEN"),
         ("wrong-token", WRONG_TOKEN, "AccessDenied", "HF_TOKEN"),
     ],
 )

@@ -91,7 +91,8 @@ def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
             f"{dropped} rows were dropped: nothing of their completion fits into training.maxLength ({ctx.spec.training.max_length} tokens)."
         )
     shown = rendering.preview(rendering.render(rows.rows[0], rows.form, _template(tokenizer), _eos(tokenizer), spec.source))
-    ctx.reporter.note(f"First example, what is trained between ⟦ and ⟧:\n{shown[:2000]}")
+    if not ctx.job.in_cluster:  # a pod's log goes to collectors, where no row belongs
+        ctx.reporter.note(f"First example, what is trained between ⟦ and ⟧:\n{shown[:2000]}")
     return Data(train, held_out, dropped, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", shown)
 
 
