@@ -1,5 +1,6 @@
 """Rows become tokens: labels only on what is trained, rows that are cut off are dropped and counted, the split and the digest are exact."""
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,13 @@ def test_a_run_shows_the_first_example_with_its_marks(tmp_path: Path) -> None:
     found = data.run(ctx, TOKENIZER)
     assert found.preview == "<|im_start|>user\n0 + 0?<|im_end|>\n<|im_start|>assistant\n⟦0 and 0 make 0.<|im_end|>⟧\n"
     assert any(found.preview in note for note in notes(ctx))
+
+
+def test_a_pods_log_holds_no_row(tmp_path: Path) -> None:
+    ctx = run_context(tmp_path, sums(10))
+    ctx = replace(ctx, job=ctx.job.model_copy(update={"in_cluster": True}))
+    assert "0 and 0 make 0" in data.run(ctx, TOKENIZER).preview
+    assert not any(" make " in note for note in notes(ctx))
 
 
 def test_the_same_rows_give_the_same_digest_and_other_rows_another(tmp_path: Path) -> None:
