@@ -1,6 +1,5 @@
 """Rows become tokens: labels only on what is trained, rows that are cut off are dropped and counted, the split and the digest are exact."""
 
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -198,10 +197,10 @@ def test_a_run_shows_the_first_example_with_its_marks(tmp_path: Path) -> None:
 
 
 def test_a_pods_log_holds_no_row(tmp_path: Path) -> None:
-    ctx = run_context(tmp_path, sums(10))
-    ctx = replace(ctx, job=ctx.job.model_copy(update={"in_cluster": True}))
-    assert "0 and 0 make 0" in data.run(ctx, TOKENIZER).preview
-    assert not any(" make " in note for note in notes(ctx))
+    ctx = context(tmp_path, run_spec(dataset="builtin://python-docs", training={"maxLength": 2048}), in_cluster=True)
+    found = data.run(ctx, TOKENIZER)
+    assert "⟦" in found.preview
+    assert not any("⟦" in note for note in notes(ctx))
 
 
 def test_the_same_rows_give_the_same_digest_and_other_rows_another(tmp_path: Path) -> None:
