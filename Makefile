@@ -67,8 +67,8 @@ format: setup ## formats the code and mends what lint can mend
 demo: setup ## fine-tunes a small model on this machine: one YAML in, one verified, quantized model out (.demo/)
 	@$(PY) -m finetune_trainer.cli run examples/laptop.yaml --workdir .demo
 
-crd: setup ## the CRD and the generated pages of docs/ from the code
-	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs && $(PY) -m finetune_operator.metrics
+crd: setup ## the CRD, the chart's RBAC rules and the generated pages of docs/ from the code
+	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs && $(PY) -m finetune_operator.metrics && $(PY) -m finetune_operator.permissions
 
 lock: $(UV) ## the pinned, hashed requirement files
 	@for target in operator trainer unsloth dev; do \

@@ -1,7 +1,6 @@
 """The only file that talks to the Kubernetes API: reads and writes JSON values, with a time limit on every request.
 
-RBAC it needs, and nothing more: finetunejobs get, list, watch; finetunejobs/status patch; batch jobs get, list, watch, create, patch,
-delete; pods get, list, watch; events list, create; leases get, create, update. No Secrets, no wildcard, no write to a spec of ours.
+What it asks for beyond permissions.py, the API server refuses.
 """
 
 import json

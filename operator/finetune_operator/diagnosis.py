@@ -3,10 +3,12 @@
 What the container wrote is untrusted: parsed strictly, cleaned, shortened. The exit code is the kubelet's word and wins over it.
 """
 
+import re
 from dataclasses import dataclass
 
 from finetune_api import names
 from finetune_api.exits import OOM_KILLED, REASONS, ExitCode
+from finetune_api.redaction import without_secrets
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.states import Reason
 from finetune_api.termination import TerminationMessage, parse
@@ -14,6 +16,8 @@ from finetune_api.termination import TerminationMessage, parse
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, condition_of
 
+LOG_TAIL_BYTES = 2048  # of a log, the kubelet takes no more into a termination message
+_FIRST_WORD = re.compile(r"\A\S+")
 _UNSTARTED = {"ContainerCreating", "PodInitializing"}
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable"}
 
@@ -132,9 +136,15 @@ def _sentence(code: int | None, said: TerminationMessage | None, text: str, stat
         )
     if said:
         return f"The trainer ended with exit code {code} in stage {said.stage.value} and did not say why; see the pod's log."
-    words = clean(" ".join(text.strip().splitlines()[-3:]), 600)
+    words = clean(" ".join(_whole_words(text).strip().splitlines()[-3:]), 600)
     return (
         f"The trainer ended with exit code {code}; its last words: {words}"
         if words
         else f"The trainer ended with exit code {code} and did not say why; see the pod's log."
     )
+
+
+def _whole_words(text: str) -> str:
+    """Last log lines without secrets, before they are cut further; of a text that the kubelet cut, not the first word, which may be half a secret."""
+    is_cut = len(text.encode(errors="replace")) >= LOG_TAIL_BYTES
+    return without_secrets(_FIRST_WORD.sub("", text, count=1) if is_cut else text)

@@ -1,12 +1,16 @@
 """The Helm chart: what it renders, what it refuses, and that the API server lets the operator do no more than it must."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from finetune_api import names
+from finetune_operator.permissions import JOBS, LEASE, build_rules
 from finetune_operator.settings import Settings
 from support.kubernetes import Cluster
+from support.network_policy import Peer, lets_in, lets_out, selects
 
 pytestmark = pytest.mark.cluster
 
@@ -44,17 +48,13 @@ def test_the_crd_can_be_left_to_someone_else(kube: Cluster) -> None:
 
 def test_the_lease_is_all_that_the_operator_may_write_in_its_own_namespace(kube: Cluster) -> None:
     (role,) = of_kind(render(kube), "Role")
-    assert [(rule["resources"], rule["verbs"]) for rule in role["rules"]] == [(["leases"], ["get", "create", "update"])]
+    assert role["rules"] == build_rules(LEASE)
 
 
-@pytest.mark.parametrize("options", [(), ("--set", "namespaces={ml,research}")])
-def test_no_rule_names_secrets_or_a_wildcard(kube: Cluster, options: tuple[str, ...]) -> None:
-    manifests = render(kube, *options)
-    rules = [rule for kind in ("ClusterRole", "Role") for role in of_kind(manifests, kind) for rule in role["rules"]]
-    assert rules
-    for rule in rules:
-        assert "secrets" not in rule["resources"]
-        assert "*" not in rule["resources"] + rule["verbs"] + rule["apiGroups"]
+@pytest.mark.parametrize(("kind", "options"), [("ClusterRole", ()), ("Role", ("--set", "namespaces={ml}"))])
+def test_what_jobs_need_is_what_the_table_says(kube: Cluster, kind: str, options: tuple[str, ...]) -> None:
+    (role,) = [item for item in of_kind(render(kube, *options), kind) if item["metadata"]["name"] == "ft"]
+    assert role["rules"] == build_rules(JOBS)
 
 
 def test_a_list_of_namespaces_needs_no_cluster_role(kube: Cluster) -> None:
@@ -100,6 +100,91 @@ def test_a_pod_monitor_finds_the_operators_pods_and_is_found_by_its_labels(kube:
     assert [(item["path"], item["port"] in ports) for item in monitor["spec"]["podMetricsEndpoints"]] == [("/metrics", True)]
 
 
+def policy_of(kube: Cluster, *options: str) -> Manifest:
+    (policy,) = of_kind(render(kube, *options), "NetworkPolicy")
+    return policy
+
+
+ML = {"kubernetes.io/metadata.name": "ml"}
+OTHER = {"kubernetes.io/metadata.name": "other"}
+API_SERVER = Peer("10.89.0.2")
+
+
+def trainer(namespace: dict[str, str]) -> Peer:
+    return Peer("10.88.0.9", {names.LABEL_JOB: "any", "app.kubernetes.io/name": "finetune-trainer"}, namespace)
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--set", "namespaces={ml,research}"), ("--set", "networkPolicy.apiServer.cidrs={10.89.0.2/32,fd00::1/128}")]
+)
+def test_the_api_server_takes_the_network_policy(kube: Cluster, namespace: str, options: tuple[str, ...]) -> None:
+    policy = policy_of(kube, *options)
+    policy["metadata"]["namespace"] = namespace
+    kube.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", input=yaml.safe_dump(policy))
+
+
+# The test cluster's network plugin enforces no policy, so that its rules are evaluated here.
+def test_the_network_policy_is_about_the_operators_pod_and_lets_in_the_health_port_alone(kube: Cluster) -> None:
+    manifests = render(kube)
+    (policy,), (deployment,) = of_kind(manifests, "NetworkPolicy"), of_kind(manifests, "Deployment")
+    template = deployment["spec"]["template"]
+    assert policy["metadata"]["namespace"] == deployment["metadata"]["namespace"]
+    assert selects(policy["spec"]["podSelector"], template["metadata"]["labels"])
+    assert not selects(policy["spec"]["podSelector"], trainer(ML).pod or {})
+    (container,) = template["spec"]["containers"]
+    assert lets_in(policy, API_SERVER, container, container["ports"][0]["containerPort"])
+    assert not lets_in(policy, API_SERVER, container, 9000)
+
+
+@pytest.mark.parametrize(
+    ("peer", "port", "protocol"),
+    [
+        (Peer("10.96.0.10", {"k8s-app": "kube-dns"}, {}), 53, "UDP"),
+        (Peer("10.96.0.10", {"k8s-app": "kube-dns"}, {}), 53, "TCP"),
+        (API_SERVER, 6443, "TCP"),
+        (Peer("10.96.0.1"), 443, "TCP"),
+        (trainer(ML), names.PROGRESS_PORT, "TCP"),
+    ],
+)
+def test_what_the_operator_needs_is_let_out(kube: Cluster, peer: Peer, port: int, protocol: str) -> None:
+    for options in ((), ("--set", "namespaces={ml}")):
+        assert lets_out(policy_of(kube, *options), peer, port, protocol)
+
+
+@pytest.mark.parametrize(
+    ("peer", "port"),
+    [
+        (trainer(ML), 22),
+        (trainer(OTHER), names.PROGRESS_PORT),
+        (Peer("10.88.0.8", {"app": "database"}, ML), names.PROGRESS_PORT),
+        (Peer("169.254.169.254"), 80),
+        (Peer("203.0.113.5"), names.PROGRESS_PORT),
+        (Peer("203.0.113.5"), 443),
+    ],
+)
+def test_nothing_else_is_let_out(kube: Cluster, peer: Peer, port: int) -> None:
+    policy = policy_of(kube, "--set", "namespaces={ml}", "--set", "networkPolicy.apiServer.cidrs={10.89.0.2/32}")
+    assert not lets_out(policy, peer, port)
+    assert lets_out(policy, API_SERVER, 6443)
+
+
+def test_the_policy_for_trainers_in_the_docs_is_taken_and_selects_them(kube: Cluster, namespace: str) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "security.md").read_text(encoding="utf-8"), re.DOTALL)
+    policy = yaml.safe_load(text)
+    policy["metadata"]["namespace"] = namespace
+    kube.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", input=yaml.safe_dump(policy))
+    (deployment,) = of_kind(render(kube), "Deployment")
+    pod = Peer("10.88.0.7", deployment["spec"]["template"]["metadata"]["labels"], {"kubernetes.io/metadata.name": "finetune-system"})
+    container = {"ports": [{"name": "progress", "containerPort": names.PROGRESS_PORT}]}
+    assert selects(policy["spec"]["podSelector"], trainer(ML).pod or {})
+    assert lets_in(policy, pod, container, names.PROGRESS_PORT)
+    assert not lets_in(policy, trainer(ML), container, names.PROGRESS_PORT)
+
+
+def test_the_network_policy_can_be_left_out(kube: Cluster) -> None:
+    assert not of_kind(render(kube, "--set", "networkPolicy.enabled=false"), "NetworkPolicy")
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
     [
@@ -108,6 +193,7 @@ def test_a_pod_monitor_finds_the_operators_pods_and_is_found_by_its_labels(kube:
         ("trainer.imge=x", "imge"),
         ("logLevel=LOUD", "logLevel"),
         ("podMonitor.enabled=1", "podMonitor"),
+        ("networkPolicy.apiServer.cidrs={api.example.com}", "cidrs"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(kube: Cluster, option: str, named: str) -> None:

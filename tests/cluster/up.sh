@@ -109,14 +109,28 @@ C
   export KUBECONFIG=$dir/admin.conf
 }
 
+# What service accounts of tests ask for, the operator's among them, goes to log/audit.log; the cluster's own components and the administrator do not.
+write_audit_policy() {
+  rm -f log/audit.log
+  cat > audit.yaml <<C
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+  - {level: None, userGroups: ["system:serviceaccounts:kube-system"]}
+  - {level: Metadata, userGroups: ["system:serviceaccounts"]}
+C
+}
+
 start_control_plane() {
+  write_audit_policy
   start etcd "$k8s" etcd --data-dir etcd --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379 \
     --listen-peer-urls http://127.0.0.1:2380 --unsafe-no-fsync --log-level error
   start apiserver "$k8s" kube-apiserver --etcd-servers http://127.0.0.1:2379 --bind-address "$node_address" --advertise-address "$node_address" \
     --secure-port 6443 --cert-dir cert --service-account-key-file sa.pub --service-account-signing-key-file sa.key \
     --service-account-issuer https://kubernetes.default.svc --token-auth-file tokens.csv --authorization-mode Node,RBAC \
     --service-cluster-ip-range "$service_network" --kubelet-preferred-address-types InternalIP --enable-aggregator-routing --allow-privileged \
-    ${CLUSTER_API_SERVER_FLAGS:-}
+    --audit-policy-file audit.yaml --audit-log-path log/audit.log --audit-log-maxsize 50 --audit-log-maxbackup 1 ${CLUSTER_API_SERVER_FLAGS:-}
   await apiserver "$k8s" kubectl get --raw /readyz
   start controllers "$k8s" kube-controller-manager --kubeconfig admin.conf --service-account-private-key-file sa.key --use-service-account-credentials \
     --root-ca-file cert/apiserver.crt --leader-elect=false --kube-api-qps 1000 --kube-api-burst 2000 --concurrent-job-syncs 32

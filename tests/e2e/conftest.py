@@ -5,11 +5,12 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 import pytest
 from finetune_trainer.sources import builtin
 from finetune_trainer.sources.python_docs import instruction_rows
+from support.canaries import HUB_SECRET, ROW, S3_SECRET
+from support.chart import CHART, RELEASE, set_json
 from support.hub_server import HubServer, running_hub
 from support.kubernetes import CACHE, Cluster
 from support.s3_server import S3Server
@@ -39,43 +40,42 @@ def hub(kube: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub
 
 
 @pytest.fixture(scope="session")
-def operator(kube: Cluster, images: dict[str, str], hub: HubServer, make_namespace: Callable[[str], str]) -> Iterator[str]:
+def system(make_namespace: Callable[[str], str]) -> str:
+    """The operator's own namespace."""
+    return make_namespace("finetune-system")
+
+
+@pytest.fixture(scope="session")
+def operator(kube: Cluster, images: dict[str, str], hub: HubServer, system: str, make_namespace: Callable[[str], str]) -> Iterator[str]:
     """The chart, installed as a user would, for one namespace of jobs; yields that namespace."""
-    jobs, system = make_namespace("jobs"), make_namespace("finetune-system")
+    jobs = make_namespace("jobs")
     repository, _, tag = images["operator"].rpartition(":")
     values = {
         "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
         "trainer": {"image": images["trainer"], "env": {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}},
         "namespaces": [jobs],
     }
-    chart = str(ROOT / "charts" / "finetune-operator")
     # The CRD outlives an uninstalled release, and other tests apply it with kubectl: a new release takes it over.
     options = ["--wait", "--timeout", "120s", "--take-ownership"]
-    installed = kube.helm("install", "ft", chart, "-n", system, *options, *_set_json(values), check=False)
+    installed = kube.helm("install", RELEASE, str(CHART), "-n", system, *options, *set_json(values), check=False)
     assert installed.returncode == 0, f"{installed.stderr}\n{kube.story(system)}"
     yield jobs
-    kube.helm("uninstall", "ft", "-n", system, check=False)
+    kube.helm("uninstall", RELEASE, "-n", system, check=False)
 
 
 @pytest.fixture(scope="session")
-def world(kube: Cluster, operator: str, s3: S3Server, hub: HubServer) -> World:
+def world(kube: Cluster, operator: str, system: str, s3: S3Server, hub: HubServer) -> World:
     """Model, dataset and Secrets, where the jobs look for them."""
     bucket = s3.make_bucket("models")
     client = s3.client()
     for path in sorted(builtin.fetch_model(CACHE).iterdir()):
         client.upload_file(str(path), bucket, f"smollm2/{path.name}")
-    rows = "".join(json.dumps(row) + "\n" for row in instruction_rows(topics, ROWS))
+    first, *others = instruction_rows(topics, ROWS)
+    rows = "".join(json.dumps(row) + "\n" for row in [first | {"output": f"{first['output']} {ROW}"}, *others])
     client.put_object(Bucket=bucket, Key="rows.jsonl", Body=rows.encode())
-    make_secret(kube, operator, "s3-keys", AWS_ACCESS_KEY_ID=s3.access_key, AWS_SECRET_ACCESS_KEY=s3.secret_key)
-    make_secret(kube, operator, "hub-token", HF_TOKEN=hub.token)
-    return World(kube, operator, s3, hub, bucket)
-
-
-def make_secret(kube: Cluster, namespace: str, name: str, **values: str) -> None:
-    """A Secret of literal values."""
-    literals = [f"--from-literal={key}={value}" for key, value in values.items()]
-    kube.kubectl("create", "secret", "generic", name, "-n", namespace, *literals)
-
-
-def _set_json(values: dict[str, Any]) -> list[str]:
-    return [word for key, value in values.items() for word in ("--set-json", f"{key}={json.dumps(value)}")]
+    client.put_object(Bucket=bucket, Key="broken-row.jsonl", Body=f'{{"prompt": "a", "completion": "b"}}\n{{"prompt": {ROW}\n'.encode())
+    kube.make_secret(operator, "s3-keys", {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key})
+    kube.make_secret(operator, "hub-token", {"HF_TOKEN": hub.token})
+    kube.make_secret(operator, "wrong-s3-keys", S3_SECRET)
+    kube.make_secret(operator, "wrong-hub-token", HUB_SECRET)
+    return World(kube, operator, system, s3, hub, bucket)

@@ -10,6 +10,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 MISSING_SECRET = {"model": {"credentials": {"secretName": "no-such-secret"}}}
 MISSING_BUCKET = {"model": {"source": "s3://no-such-bucket/smollm2"}}
 MISSING_KEY = {"dataset": {"source": "s3://{bucket}/no-such-rows.jsonl"}}
+BROKEN_ROW = {"dataset": {"source": "s3://{bucket}/broken-row.jsonl"}}
+# Canaries: test_whole_line.py looks for what these Secrets and the broken row hold.
+WRONG_KEYS = {"model": {"credentials": {"secretName": "wrong-s3-keys"}}}
+WRONG_TOKEN = {"outputs": {"destinations": [{"uri": "hf://acme/wrong-token", "credentials": {"secretName": "wrong-hub-token"}}]}}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +22,9 @@ MISSING_KEY = {"dataset": {"source": "s3://{bucket}/no-such-rows.jsonl"}}
         ("missing-secret", MISSING_SECRET, "AccessDenied", "no-such-secret"),
         ("missing-bucket", MISSING_BUCKET, "AccessDenied", "no-such-bucket"),
         ("missing-rows", MISSING_KEY, "InvalidData", "no-such-rows.jsonl"),
+        ("broken-row", BROKEN_ROW, "InvalidData", "broken-row.jsonl, line 2"),
+        ("wrong-keys", WRONG_KEYS, "AccessDenied", "AWS_SESSION_TOKEN"),
+        ("wrong-token", WRONG_TOKEN, "AccessDenied", "HF_TOKEN"),
     ],
 )
 def test_bad_input_ends_in_a_sentence_that_names_it(world: World, name: str, spec: dict[str, Any], reason: str, named: str) -> None:

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_operator.permissions import JOBS, LEASE
+from support import canaries
+from support.audit import requests_of, uses_of
+from support.chart import RELEASE
 from support.finetunejobs import JobInCluster
 from support.world import World
 
@@ -174,6 +178,15 @@ def test_a_model_is_shared_on_the_hub(world: World) -> None:
     assert {artifact["uri"].split("://")[0] for artifact in status["artifacts"]} == {"hf"}
 
 
+def test_no_secret_and_no_row_comes_out_anywhere(world: World, experiment: JobInCluster, production: JobInCluster) -> None:
+    """Statuses, Events, Jobs, termination messages and logs of every run so far, those of test_bad_input.py with them."""
+    watch = canaries.Watch([*canaries.ALL, world.s3.access_key, world.s3.secret_key, world.hub.token])
+    canaries.read_objects(watch, world.kube, world.namespace, pods=True)
+    watch.read("the operator's log", world.kube.kubectl("logs", "-n", world.system, f"deployment/{RELEASE}").stdout)
+    assert watch.texts >= 7
+    assert watch.found == []
+
+
 def test_a_deleted_job_is_not_trained_again(world: World, experiment: JobInCluster) -> None:
     world.kube.kubectl("delete", "jobs", "-n", world.namespace, "-l", f"finetune.dev/job={experiment.name}")
     another_job_is_seen_to_its_end(world, "after-a-deleted-job")
@@ -187,3 +200,11 @@ def test_a_deleted_finetunejob_takes_its_job_and_pods_along_and_leaves_the_model
     world.kube.wait("no Job is left", lambda: not production.owned("jobs"))
     world.kube.wait("no pod is left", lambda: not production.owned("pods"))
     assert keys(world, "production") == before
+
+
+def test_the_operator_asked_for_nothing_beyond_its_permissions(world: World, production: JobInCluster) -> None:
+    requests = requests_of(world.kube, world.system, RELEASE)
+    assert len(requests) > 50
+    assert uses_of(requests) <= {(item.group, item.resource, item.verb) for item in (*JOBS, *LEASE)}
+    assert [request for request in requests if not request.allowed or request.code == 403] == []
+    assert {request.namespace for request in requests if request.resource} == {world.namespace, world.system}

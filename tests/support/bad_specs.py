@@ -93,6 +93,29 @@ STRUCTURE: dict[str, BadSpec] = {
     ),
 }
 
+# What would reach out of the job's namespace, onto the node or past the operator's own pod.
+CONFINEMENT: dict[str, BadSpec] = {
+    "a Secret of another namespace": BadSpec(
+        {"model.credentials.secretName": "other/s3-keys"}, "spec.model.credentials.secretName", 'found "other/s3-keys", but the form'
+    ),
+    "a namespace beside a Secret": BadSpec(
+        {"model.credentials.namespace": "other"}, "spec.model.credentials.namespace", "unknown field; the fields here are secretName"
+    ),
+    "a claim of another namespace": BadSpec(
+        {"storage.cache.persistentVolumeClaim": "other/models"}, "spec.storage.cache.persistentVolumeClaim", "the form"
+    ),
+    "a service account of another namespace": BadSpec(
+        {"pod.serviceAccountName": "system:serviceaccount:other:admin"}, "spec.pod.serviceAccountName", "the form"
+    ),
+    "a pull secret of another namespace": BadSpec({"pod.imagePullSecrets": ["other/pull"]}, "spec.pod.imagePullSecrets[0]", "the form"),
+    "a namespace of its own": BadSpec({"namespace": "other"}, "spec.namespace", "unknown field"),
+    "a host path": BadSpec({"storage.workspace.hostPath": "/etc"}, "spec.storage.workspace.hostPath", "unknown field"),
+    "volumes": BadSpec({"pod.volumes": [{"hostPath": {"path": "/"}}]}, "spec.pod.volumes", "unknown field"),
+    "an environment": BadSpec({"pod.env": [{"name": "LD_PRELOAD", "value": "x"}]}, "spec.pod.env", "unknown field"),
+    "the host's network": BadSpec({"pod.hostNetwork": True}, "spec.pod.hostNetwork", "unknown field"),
+    "a security context": BadSpec({"pod.securityContext": {"runAsUser": 0}}, "spec.pod.securityContext", "unknown field"),
+}
+
 RULES: dict[str, BadSpec] = {
     "a model's bucket without a name": _rule({"model.source": "s3:///base"}, "spec.model.source", "a model in S3 is s3://bucket/prefix"),
     "a Hub model without an owner": _rule({"model.source": "hf://tiny"}, "spec.model.source", "hf://owner/name[@revision]"),
@@ -227,6 +250,7 @@ LAPTOP_ONLY: dict[str, BadSpec] = {
 # Refused by the server, and on a laptop too.
 BAD_SPECS: dict[str, BadSpec] = {
     **STRUCTURE,
+    **CONFINEMENT,
     **RULES,
     **{f"not yet: {path}": bad for path, bad in NOT_YET.items()},
 }

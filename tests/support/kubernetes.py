@@ -67,6 +67,11 @@ class Cluster:
         found = self.kubectl("get", *args, "-o", "json", "--ignore-not-found")
         return json.loads(found.stdout) if found.stdout.strip() else {}
 
+    def make_secret(self, namespace: str, name: str, values: dict[str, str]) -> None:
+        """A Secret of literal values."""
+        literals = [f"--from-literal={key}={value}" for key, value in values.items()]
+        self.kubectl("create", "secret", "generic", name, "-n", namespace, *literals)
+
     def wait(self, what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
         """Polls until the condition holds and returns what it returned; AssertionError naming `what` after the given seconds."""
         end = time.monotonic() + seconds

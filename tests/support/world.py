@@ -21,10 +21,16 @@ SHORT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class World:
-    """Everything that the tests act on."""
+    """Everything that the tests act on.
+
+    Attributes:
+        namespace: of the jobs.
+        system: the operator's.
+    """
 
     kube: Cluster
     namespace: str
+    system: str
     s3: S3Server
     hub: HubServer
     bucket: str

@@ -5,6 +5,8 @@ Used by pipeline.py and cli.py; load.py and verify.py ask it which errors speak 
 
 import errno
 
+from finetune_api.redaction import without_secrets
+
 from finetune_trainer.errors import CapacityError, FineTuneError, InfrastructureError
 
 DEBUG_LOG = "debug.log"
@@ -45,5 +47,5 @@ def speaks_of_memory(text: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of what a library says, short enough for a sentence."""
-    return (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
+    """The beginning of what a library says, short enough for a sentence, without what looks like a credential: nobody knows what it quotes."""
+    return (without_secrets(str(error)).strip().splitlines() or [""])[0][:300].rstrip(".")

@@ -12,19 +12,5 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- /* What the operator may do: the same rules in a ClusterRole and in Roles. No Secrets, no wildcard, no write to a spec. */ -}}
 {{- define "finetune-operator.rules" -}}
-- apiGroups: [finetune.dev]
-  resources: [finetunejobs]
-  verbs: [get, list, watch]
-- apiGroups: [finetune.dev]
-  resources: [finetunejobs/status]
-  verbs: [patch]
-- apiGroups: [batch]
-  resources: [jobs]
-  verbs: [get, list, watch, create, patch, delete]
-- apiGroups: [""]
-  resources: [pods]
-  verbs: [get, list, watch]
-- apiGroups: [""]
-  resources: [events]
-  verbs: [list, create]
+{{ .Files.Get "files/operator-rules.yaml" | trim }}
 {{- end }}

@@ -196,6 +196,13 @@ def test_a_run_shows_the_first_example_with_its_marks(tmp_path: Path) -> None:
     assert any(found.preview in note for note in notes(ctx))
 
 
+def test_a_pods_log_holds_no_row(tmp_path: Path) -> None:
+    ctx = context(tmp_path, run_spec(dataset="builtin://python-docs", training={"maxLength": 2048}), in_cluster=True)
+    found = data.run(ctx, TOKENIZER)
+    assert "⟦" in found.preview
+    assert not any("⟦" in note for note in notes(ctx))
+
+
 def test_the_same_rows_give_the_same_digest_and_other_rows_another(tmp_path: Path) -> None:
     digests = []
     for index, rows in enumerate((sums(10), sums(10), sums(11))):

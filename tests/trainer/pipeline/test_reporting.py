@@ -11,6 +11,7 @@ from finetune_api import termination
 from finetune_api.progress import ProgressReport
 from finetune_api.status import Progress, Stage
 from finetune_trainer.errors import DataError
+from finetune_trainer.failures import classify
 from finetune_trainer.reporting.reporter import LogScreen, RunReporter, TerminalScreen
 from finetune_trainer.reporting.server import Endpoint, serving
 from finetune_trainer.reporting.session import ENV_TERMINATION_LOG
@@ -31,6 +32,16 @@ def test_the_termination_message_follows_each_stage_and_tells_the_end() -> None:
     last = messages[-1]
     assert last is not None
     assert (last.exit_code, last.reason, last.message, last.step) == (11, "InvalidData", "Line 2 is not JSON.", 1)
+
+
+def test_an_error_that_nobody_foresaw_tells_no_credential_that_it_quotes() -> None:
+    written: list[str] = []
+    quoted = "GET https://me:hush-canary@hub.example.com/x: 500, sent Bearer hf_CanaryCanaryCanaryCanary01"
+    RunReporter("digest", write_termination=written.append).end(classify(RuntimeError(quoted)))
+    (message,) = [termination.parse(text) for text in written]
+    assert message is not None
+    assert "RuntimeError: GET https://***@hub.example.com/x: 500" in message.message
+    assert "anary" not in message.message
 
 
 def test_a_finished_run_leaves_its_results_in_the_termination_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

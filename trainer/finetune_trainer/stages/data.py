@@ -76,7 +76,8 @@ def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
         AccessError, DataError, InfrastructureError: one sentence each.
     """
     made = make(ctx, tokenizer)
-    ctx.reporter.note(f"First example, what is trained between ⟦ and ⟧:\n{made.preview[:2000]}")
+    if not ctx.job.in_cluster:  # a pod's log goes to collectors, where no row belongs
+        ctx.reporter.note(f"First example, what is trained between ⟦ and ⟧:\n{made.preview[:2000]}")
     return made
 
 
