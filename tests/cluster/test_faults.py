@@ -22,7 +22,18 @@ from support.fault_proxy import Fault, FaultProxy, fault_proxy
 from support.kubernetes import Cluster, running_cluster, what_is_missing
 from support.kwok import running_kwok
 from support.operator_process import install_crd
-from support.promises import FINAL, Recorder, broken_promises, name_of, owner_of, phase_of, recording, state_after, wrong_at_rest
+from support.promises import (
+    FINAL,
+    Recorder,
+    broken_promises,
+    is_training,
+    name_of,
+    owner_of,
+    phase_of,
+    recording,
+    state_after,
+    wrong_at_rest,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -122,7 +133,7 @@ class Field:
 
     def made_jobs(self) -> int:
         """How many training Jobs there ever were."""
-        return len({change.uid for change in self.recorder.history if change.kind == "jobs"})
+        return len({change.uid for change in self.recorder.history if change.kind == "jobs" and is_training(change.resource)})
 
     def ended_jobs(self) -> int:
         """How many of them came to an end of their own."""

@@ -51,7 +51,7 @@ class State:
     Attributes:
         live: kind -> UID -> object.
         ends: (UID of the FineTuneJob, name of the Job) -> Complete or Failed, also of Jobs that are gone.
-        stored: (UID of the FineTuneJob, name of the Job) of each run whose end its status has held.
+        stored: (UID of the FineTuneJob, name of the Job) of each training whose end, and each preflight whose result, its status has held.
         exits: UID of a pod -> (name of its Job, exit code).
     """
 
@@ -69,8 +69,8 @@ class State:
             self.live[change.kind][change.uid] = resource
         if change.kind == "jobs" and (end := end_of(resource)):
             self.ends[owner_of(resource), name_of(resource)] = end
-        if change.kind == "finetunejobs" and phase_of(resource) in FINAL:
-            self.stored.add((change.uid, str((resource["status"].get("run") or {}).get("jobName"))))
+        if change.kind == "finetunejobs":
+            self.stored |= {(change.uid, name) for name in _told_of(resource.get("status") or {})}
         if change.kind == "pods" and (code := exit_code(resource)) is not None:
             self.exits[change.uid] = (owner_name(resource), code)
 
@@ -112,6 +112,15 @@ def wrong_at_rest(state: State) -> list[str]:
     for resource in state.live["finetunejobs"].values():
         problems += [f"{name_of(resource)}: {problem}" for problem in _wrong(state, resource)]
     return problems
+
+
+def _told_of(status: Json) -> Iterator[str]:
+    """Names of the Jobs whose end a status holds."""
+    name = str((status.get("run") or {}).get("jobName"))
+    if status.get("phase") in FINAL:
+        yield name
+    if status.get("phase") in FINAL or status.get("preflight"):
+        yield names.preflight_job_name(name)
 
 
 # What is read from an object.
@@ -216,6 +225,16 @@ def _never_two_jobs(state: State, before: Json | None, change: Change) -> Iterat
             yield f"DUPLICATE: made while Job {name_of(other)} of the same FineTuneJob has not ended"
 
 
+def _checked_before_a_gpu_is_asked_for(state: State, before: Json | None, change: Change) -> Iterator[str]:
+    job, owner = change.resource, state.live["finetunejobs"].get(owner_of(change.resource))
+    wants_gpu = is_training(job) and "nvidia.com/gpu" in job["spec"]["template"]["spec"]["containers"][0]["resources"].get("limits", {})
+    if before is not None or change.removed or owner is None or not wants_gpu:
+        return
+    skips = owner["spec"].get("runPolicy", {}).get("preflight") == "Skip"
+    if not skips and (owner_of(job), names.preflight_job_name(name_of(job))) not in state.stored:
+        yield "UNCHECKED: it asks for a GPU before a preflight's result is stored"
+
+
 def _never_trained_again(state: State, before: Json | None, change: Change) -> Iterator[str]:
     end = state.ends.get((owner_of(change.resource), name_of(change.resource)))
     if before is None and not change.removed and end:
@@ -254,7 +273,13 @@ def _never_two_trainers(state: State, before: Json | None, change: Change) -> It
 
 _RULES: dict[str, tuple[Rule, ...]] = {
     "finetunejobs": (_status_is_well_formed, _transition_times_are_true, _an_end_stays, _an_end_is_true),
-    "jobs": (_never_two_jobs, _never_trained_again, _no_ttl_before_the_end_is_stored, _nothing_is_stopped_without_a_reason),
+    "jobs": (
+        _never_two_jobs,
+        _checked_before_a_gpu_is_asked_for,
+        _never_trained_again,
+        _no_ttl_before_the_end_is_stored,
+        _nothing_is_stopped_without_a_reason,
+    ),
     "pods": (_never_two_trainers,),
 }
 

@@ -35,7 +35,7 @@ def conditions(phase: str, generation: int, time: str) -> list[Json]:
 def told(resource: Json, phase: str, time: str = EARLY, **more: object) -> Json:
     """The FineTuneJob with a status of this phase for the run that its spec asks for."""
     generation, run = resource["metadata"]["generation"], read_subject(resource).run
-    status = {"phase": phase, "message": "So it is.", "observedGeneration": generation, "run": run.wire()}
+    status = {"phase": phase, "message": "So it is.", "observedGeneration": generation, "run": run.wire(), "preflight": {"passedAt": EARLY}}
     return {**resource, "status": {**status, "conditions": conditions(phase, generation, time), **more}}
 
 
@@ -101,6 +101,11 @@ def test_a_second_job_beside_one_at_work_is_seen_also_while_the_first_is_being_d
     second = ("jobs", job_of(EDITED, "job-2"))
     assert "DUPLICATE" in only_problem(*GOOD[:5], changed, second)
     assert "DUPLICATE" in only_problem(*GOOD[:5], changed, ("jobs", merged(JOB, LEAVING)), second)
+
+
+def test_a_gpu_that_is_asked_for_unchecked_is_seen() -> None:
+    status = {key: value for key, value in told(TINY, "Pending")["status"].items() if key != "preflight"}
+    assert "UNCHECKED" in only_problem(("finetunejobs", {**TINY, "status": status}), ("jobs", JOB))
 
 
 def test_two_trainers_at_work_are_seen() -> None:
