@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -251,6 +252,9 @@ def _working(made: World) -> Iterator[None]:
     try:
         yield
         made.operator.require_no_traceback()
+    except TooSlowError:
+        print(f"The operator's last words:\n{made.operator.log[-2000:]}", file=sys.stderr, flush=True)
+        raise
     finally:
         made.operator.kill()
 
@@ -287,6 +291,7 @@ def _as_service_account(kube: Cluster, name: str) -> Cluster:
     seen = Cluster(kube.folder / name, kube.number)
     seen.folder.mkdir()
     seen.kubeconfig.write_text(yaml.safe_dump(config))
+    kube.wait(f"what {name} may do", lambda: seen.kubectl("get", "finetunejobs,jobs,pods", "-A", check=False).returncode == 0)
     return seen
 
 

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,7 +84,7 @@ class Sizes:
         return 120 + 0.2 * jobs
 
 
-async def one_at_a_time(sizes: Sizes) -> list[Figure]:
+async def one_at_a_time(sizes: Sizes) -> AsyncIterator[Figure]:
     """Apply to Job on an idle operator; the next is applied when the one before has succeeded."""
     count = sizes.limit(SINGLE)
     async with world(sizes.number, run_seconds=0.5) as made:
@@ -95,14 +95,13 @@ async def one_at_a_time(sizes: Sizes) -> list[Figure]:
             await made.seen.until(f"the end of {name}", lambda name=name: made.seen.phases.get(name) == "Succeeded", 60)
         await made.audit.quiet()
         delays = made.seen.delays(wanted)
-        return [
-            sizes.figure("apply to Job, idle, one at a time: p50", 1000 * percentile(delays, 50), "ms", 25, SINGLE),
-            sizes.figure("apply to Job, idle, one at a time: p99", 1000 * percentile(delays, 99), "ms", 80, SINGLE),
-            *writes_per_job(sizes, made, mark, count, "one at a time", SINGLE),
-        ]
+        yield sizes.figure("apply to Job, idle, one at a time: p50", 1000 * percentile(delays, 50), "ms", 25, SINGLE)
+        yield sizes.figure("apply to Job, idle, one at a time: p99", 1000 * percentile(delays, 99), "ms", 80, SINGLE)
+        for item in writes_per_job(sizes, made, mark, count, "one at a time", SINGLE):
+            yield item
 
 
-async def at_once(sizes: Sizes) -> list[Figure]:
+async def at_once(sizes: Sizes) -> AsyncIterator[Figure]:
     """1,000 applied at once, until all have succeeded."""
     count = sizes.limit(AT_ONCE)
     async with world(sizes.number) as made:
@@ -110,20 +109,18 @@ async def at_once(sizes: Sizes) -> list[Figure]:
         wanted = [f"exit-0-burst-{index}" for index in range(count)]
         await made.apply(wanted)
         await made.seen.until("every Job", lambda: len(made.seen.jobs) > count, sizes.patience(count))
-        used = cpu_between(cpu, made.cpu_seconds())
+        delays, used = made.seen.delays(wanted), cpu_between(cpu, made.cpu_seconds())
+        detail = f"p50 {percentile(delays, 50):.1f} s; CPU seconds {used}"
+        yield sizes.figure("apply to Job, 1,000 at once: p99", percentile(delays, 99), "s", 10, AT_ONCE, detail)
         await made.seen.until("every success", lambda: made.seen.count("Succeeded") > count, sizes.patience(count))
         ended = time.perf_counter() - started
+        yield Figure("1,000 at once: until all have succeeded", ended, "s", detail=f"{count} jobs that run for 1 s")
         await made.audit.quiet()
-        delays = made.seen.delays(wanted)
-        detail = f"p50 {percentile(delays, 50):.1f} s; CPU seconds {used}"
-        return [
-            sizes.figure("apply to Job, 1,000 at once: p99", percentile(delays, 99), "s", 10, AT_ONCE, detail),
-            Figure("1,000 at once: until all have succeeded", ended, "s", detail=f"{count} jobs that run for 1 s"),
-            *writes_per_job(sizes, made, mark, count, "at once", AT_ONCE),
-        ]
+        for item in writes_per_job(sizes, made, mark, count, "at once", AT_ONCE):
+            yield item
 
 
-async def preflight(sizes: Sizes) -> list[Figure]:
+async def preflight(sizes: Sizes) -> AsyncIterator[Figure]:
     """Jobs that want a GPU, each checked by a Job without one first."""
     count = sizes.limit(PREFLIGHTS)
     async with world(sizes.number) as made:
@@ -131,10 +128,12 @@ async def preflight(sizes: Sizes) -> list[Figure]:
         await made.apply([f"exit-0-gpu-{index}" for index in range(count)], gpus=1)
         await made.seen.until("every success", lambda: made.seen.count("Succeeded") > count, sizes.patience(count))
         await made.audit.quiet()
-        return writes_per_job(sizes, made, mark, count, f"with a GPU, {len(made.seen.preflights)} preflight Jobs", PREFLIGHTS, bar=8)
+        how = f"with a GPU, {len(made.seen.preflights)} preflight Jobs"
+        for item in writes_per_job(sizes, made, mark, count, how, PREFLIGHTS, bar=8):
+            yield item
 
 
-async def finished(sizes: Sizes) -> list[Figure]:
+async def finished(sizes: Sizes) -> AsyncIterator[Figure]:
     """What the operator's memory grows by with each job that has ended; a first quarter warms it up."""
     count = sizes.limit(FINISHED)
     async with world(sizes.number, run_seconds=0.5) as made:
@@ -142,7 +141,7 @@ async def finished(sizes: Sizes) -> list[Figure]:
         after, seconds = await _memory_after(made, sizes, "more", count, 1 + count // 4)
         growth = (after - before) / count
         detail = f"{before / MEGABYTE:.0f} to {after / MEGABYTE:.0f} MB; succeeded after {warm_seconds:.0f} s and {seconds:.0f} s"
-        return [sizes.figure("memory per finished object", growth / KIBIBYTE, "KiB", 10, FINISHED, detail)]
+        yield sizes.figure("memory per finished object", growth / KIBIBYTE, "KiB", 10, FINISHED, detail)
 
 
 async def _memory_after(made: World, sizes: Sizes, stem: str, count: int, there: int) -> tuple[int, float]:
@@ -154,7 +153,7 @@ async def _memory_after(made: World, sizes: Sizes, stem: str, count: int, there:
     return made.memory_bytes(), seconds
 
 
-async def foreign(sizes: Sizes) -> list[Figure]:
+async def foreign(sizes: Sizes) -> AsyncIterator[Figure]:
     """What 20,000 pods of others, made and running, change the operator's memory by."""
     count = min(FOREIGN, 2 * sizes.jobs)
     async with world(sizes.number, nodes=2) as made:
@@ -166,10 +165,10 @@ async def foreign(sizes: Sizes) -> list[Figure]:
         change, size = (made.memory_bytes() - before) / MEGABYTE, f"size {count} of {FOREIGN}" if count < FOREIGN else ""
         detail = "; ".join(part for part in (f"CPU seconds {cpu_between(cpu, made.cpu_seconds())}", size) if part)
         holds = None if size else change < 10
-        return [Figure("memory change by 20,000 foreign pods", change, "MB", 10, holds, detail)]
+        yield Figure("memory change by 20,000 foreign pods", change, "MB", 10, holds, detail)
 
 
-async def flood(sizes: Sizes) -> list[Figure]:
+async def flood(sizes: Sizes) -> AsyncIterator[Figure]:
     """10,000 that run for ever: the time, against a bare client's; then memory, a restart, and idle minutes among them."""
     count = sizes.limit(FLOOD)
     bare_apply, bare_writes = await _bare(sizes, count)
@@ -182,19 +181,16 @@ async def flood(sizes: Sizes) -> list[Figure]:
         used = cpu_between(cpu, made.cpu_seconds())
         ended = max(*made.seen.jobs.values(), *made.seen.statuses.values()) - started
         detail = f"p99 apply to Job {percentile(made.seen.delays(wanted), 99):.1f} s; CPU seconds {used}"
-        figures = [
-            Figure("10,000 applied: until every Job and first status", ended, "s", detail=detail),
-            Figure("a bare client: the same applied, and its writes", bare_apply + bare_writes, "s", detail=f"writes {bare_writes:.1f} s"),
-            sizes.figure("10,000 applied, bare client = 1", ended / (bare_apply + bare_writes), "ratio", 2, FLOOD),
-            Figure("the same against the writes alone", ended / bare_writes, "ratio"),
-        ]
-        tell(figures)
+        yield Figure("10,000 applied: until every Job and first status", ended, "s", detail=detail)
+        yield Figure("a bare client: the same applied, and its writes", bare_apply + bare_writes, "s", detail=f"writes {bare_writes:.1f} s")
+        yield sizes.figure("10,000 applied, bare client = 1", ended / (bare_apply + bare_writes), "ratio", 2, FLOOD)
+        yield Figure("the same against the writes alone", ended / bare_writes, "ratio")
         await made.seen.until("every pod at work", lambda: made.seen.count("Running") >= count, sizes.patience(count))
         await made.audit.quiet()
-        figures.append(_unfinished_memory(sizes, made))
-        figures += await _restart(sizes, made)
-        figures.append(await _idle(sizes, made))
-        return figures
+        yield _unfinished_memory(sizes, made)
+        for item in await _restart(sizes, made):
+            yield item
+        yield await _idle(sizes, made)
 
 
 async def _bare(sizes: Sizes, count: int) -> tuple[float, float]:
@@ -272,7 +268,7 @@ async def _idle(sizes: Sizes, made: World) -> Figure:
     return sizes.figure("idle: writes apart from the Lease", others, "writes", 0, FLOOD, detail)
 
 
-PARTS: dict[str, Callable[[Sizes], Awaitable[list[Figure]]]] = {
+PARTS: dict[str, Callable[[Sizes], AsyncIterator[Figure]]] = {
     "one-at-a-time": one_at_a_time,
     "at-once": at_once,
     "preflight": preflight,
@@ -316,10 +312,9 @@ def cpu_between(before: dict[str, float], after: dict[str, float]) -> str:
     return ", ".join(f"{names.get(name, name)} {after[name] - before[name]:.1f}" for name in after if name in before)
 
 
-def tell(figures: list[Figure]) -> None:
-    """As they come."""
-    for item in figures:
-        print(f"{item.figure}: {shown(item.value)} {item.unit}" + (f" ({item.detail})" if item.detail else ""), file=sys.stderr, flush=True)
+def tell(item: Figure) -> None:
+    """As it comes."""
+    print(f"{item.figure}: {shown(item.value)} {item.unit}" + (f" ({item.detail})" if item.detail else ""), file=sys.stderr, flush=True)
 
 
 def shown(value: float) -> str:
@@ -352,17 +347,16 @@ async def measure(parts: list[str], sizes: Sizes) -> tuple[list[Figure], bool]:
     """The figures of these parts, and whether every part came to its end."""
     figures, whole = [], True
     for part in parts:
-        print(f"--- {part}", file=sys.stderr, flush=True)
+        print(f"--- {part} (load of the machine before it: {os.getloadavg()[0]:.1f})", file=sys.stderr, flush=True)
         started = time.perf_counter()
         try:
-            found = await PARTS[part](sizes)
-        except (TooSlowError, AssertionError) as error:
-            print(f"{part} was given up: {error}", file=sys.stderr, flush=True)
+            async for item in PARTS[part](sizes):
+                tell(item)
+                figures.append(item)
+        except* (TooSlowError, AssertionError) as group:
+            print(f"{part} was given up: {'; '.join(map(str, group.exceptions))}", file=sys.stderr, flush=True)
             whole = False
-            continue
-        tell(found)
         print(f"({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
-        figures += found
     return figures, whole
 
 
