@@ -60,6 +60,8 @@ class Cluster:
     async def connect(cls, count_request: Callable[[str, str], None]) -> "Cluster":
         """With the pod's service account in a cluster, else with the kubeconfig of KUBECONFIG or the user's home."""
         configuration = client.Configuration()
+        # kopf's watches take no proxy from the environment either, and asking for one costs a thread at each request.
+        configuration.client_session_kwargs = {"trust_env": False}
         if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
             config.load_incluster_config(configuration)
         else:

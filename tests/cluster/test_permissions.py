@@ -77,6 +77,7 @@ def driven(site: Site) -> Site:
     first, second = site.served
     finished = site.apply(first, "exit-0", runPolicy={"ttlSecondsAfterFinished": 3600})
     replaced = site.apply(second, "wait-replaced")
+    site.apply(second, "wait-mount", dataset={"source": "configmap://nowhere/rows.jsonl"})
     stuck = site.apply(second, "wait-nowhere", **NOWHERE)
     finished.wait_for_phase("Succeeded", 60)
     replaced.wait_for_phase("Running", 60)
