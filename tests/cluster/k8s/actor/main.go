@@ -1,5 +1,6 @@
 // A stand-in for the trainer where a test is about the operator: the job's name says how the pod is to end.
-// exit-N...: with that code and a termination message; oom...: needs more memory than it has; wait...: trains until SIGTERM, then says "checkpointed".
+// exit-N...: with that code and a termination message; oom...: needs more memory than it has; wait...: trains until SIGTERM, then says "checkpointed";
+// fill...: the same, after it wrote more than its workspace may hold; deaf...: trains and does not hear SIGTERM; crash...: dies with words on stderr alone.
 package main
 
 import (
@@ -16,7 +17,10 @@ type job struct {
 	Name string `json:"name"`
 }
 
-var reasons = map[int]string{0: "Succeeded", 11: "InvalidData", 16: "InfrastructureError", 17: "NotPublished", 18: "Checkpointed"}
+var reasons = map[int]string{
+	0: "Succeeded", 10: "InvalidSpec", 11: "InvalidData", 12: "AccessDenied", 13: "InsufficientCapacity", 14: "ProofFailed",
+	15: "QualityGateFailed", 16: "InfrastructureError", 17: "NotPublished", 18: "Checkpointed",
+}
 
 func say(message map[string]any) {
 	message["version"] = 1
@@ -57,8 +61,19 @@ func main() {
 			}
 			kept = append(kept, block)
 		}
+	case "crash":
+		fmt.Fprintln(os.Stderr, "loading the model\nfatal: the tokenizer has no end token")
+		os.Exit(3)
+	case "deaf":
+		say(map[string]any{"stage": "Training"})
+		for {
+			<-stop
+		}
 	default:
 		say(map[string]any{"stage": "Training"})
+		if kind == "fill" {
+			os.WriteFile("/workspace/model", make([]byte, 32<<20), 0o644)
+		}
 		<-stop
 		end(18)
 	}
