@@ -17,8 +17,8 @@ from finetune_operator.subject import Json, condition_of, is_being_deleted
 _UNSTARTED = {"ContainerCreating", "PodInitializing"}
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable"}
 
-_DELETED = (
-    "The pod was deleted, and the trainer was killed because it did not end within its grace period; "
+DELETED = (  # for status.message
+    "The pod was deleted, and the trainer was killed (exit code 137), most likely because it did not end within its grace period; "
     "set runPolicy.rerun to go on from the last checkpoint."
 )
 
@@ -89,7 +89,7 @@ def ending_of(pod: Json, spec: FineTuneJobSpec) -> Ending:
             Reason.DISRUPTED, f"The pod was disrupted ({_disruption(disruption)}); the run continues from its last checkpoint.", code, said
         )
     if code == OOM_KILLED and terminated.get("reason") != "OOMKilled" and is_being_deleted(pod):
-        return Ending(Reason.POD_DELETED, _DELETED, code, said)
+        return Ending(Reason.POD_DELETED, DELETED, code, said)
     if terminated.get("reason") == "OOMKilled" or code == OOM_KILLED:
         return Ending(Reason.OOM_KILLED, _out_of_memory(terminated, said, spec), code, said)
     return Ending(_reason(code), _sentence(code, said, text, status), code, said)

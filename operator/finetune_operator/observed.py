@@ -6,7 +6,7 @@ It carries over what the stored status knows of the same run, since pods come an
 from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar
 
-from finetune_api.exits import REASONS, ExitCode
+from finetune_api.exits import OOM_KILLED, REASONS, ExitCode
 from finetune_api.fields import ApiModel
 from finetune_api.spec import Artifact, FineTuneJobSpec
 from finetune_api.states import Reason
@@ -15,7 +15,16 @@ from finetune_api.termination import TerminationMessage
 
 from finetune_operator.attempts import added_gpu_seconds, merge_attempts
 from finetune_operator.conditions import Standing, Verdict, build_conditions
-from finetune_operator.diagnosis import Ending, container_state, ending_of, is_ended, is_node_lost, node_lost_sentence, waiting_sentence
+from finetune_operator.diagnosis import (
+    DELETED,
+    Ending,
+    container_state,
+    ending_of,
+    is_ended,
+    is_node_lost,
+    node_lost_sentence,
+    waiting_sentence,
+)
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, Subject, World, condition_of, is_being_deleted
 
@@ -115,10 +124,18 @@ def _failure(failed: Json, spec: FineTuneJobSpec, base: FineTuneJobStatus, last:
     if given == Reason.DEADLINE_EXCEEDED:
         return Reason.DEADLINE_EXCEEDED, _deadline_sentence(spec, base)
     if last is None or last.exit_code == ExitCode.SUCCEEDED:
-        return Reason.JOB_FAILED, clean(f"The Job failed: {failed.get('message') or given or 'no reason given'}")
+        return _failure_without_pod(str(failed.get("message") or given or "no reason given"), base)
     if given == "BackoffLimitExceeded" and spec.run_policy.backoff_limit:
         return last.reason, clean(f"{last.sentence} (Given up after {spec.run_policy.backoff_limit} retries.)")
     return last.reason, last.sentence
+
+
+def _failure_without_pod(message: str, base: FineTuneJobStatus) -> tuple[str, str]:
+    """A pod that ends by itself stays as long as its Job: one that is gone, and was not seen to end, was deleted."""
+    was_deleted = any(attempt.end is None for attempt in base.attempts)
+    if was_deleted and f"exit code {OOM_KILLED} " in message:
+        return Reason.POD_DELETED, DELETED
+    return Reason.JOB_FAILED, clean(f"The Job failed: {message}")
 
 
 def _deadline_sentence(spec: FineTuneJobSpec, base: FineTuneJobStatus) -> str:
