@@ -155,9 +155,9 @@ NODE = {
 }
 
 
-def node_status() -> str:
-    """A node's status as its kubelet writes it, once."""
-    condition = {"type": "Ready", "status": "True", "reason": "Test", "message": "", "lastHeartbeatTime": None, "lastTransitionTime": None}
+def node_status(ready: str) -> str:
+    """A node's status as its kubelet writes it."""
+    condition = {"type": "Ready", "status": ready, "reason": "Test", "message": "", "lastHeartbeatTime": None, "lastTransitionTime": None}
     room = {"cpu": "4", "memory": "8Gi", "pods": "10", "ephemeral-storage": "100Gi"}
     return json.dumps({"status": {"capacity": room, "allocatable": room, "conditions": [condition]}})
 
@@ -172,9 +172,9 @@ def running_status() -> str:
 
 @pytest.fixture(scope="module")
 def lost(kube: Cluster, operator: OperatorProcess, watches: Watches, make_namespace: Callable[[str], str]) -> Iterator[JobInCluster]:
-    """A job on a node that is only an object: no kubelet stands behind it, which the node controller finds out 50 s later."""
+    """A job that runs on a node which is only an object: no kubelet stands behind it."""
     kube.kubectl("create", "-f", "-", input=json.dumps(NODE))
-    kube.kubectl("patch", "node", "node2", "--subresource=status", "--type=merge", "-p", node_status())
+    kube.kubectl("patch", "node", "node2", "--subresource=status", "--type=merge", "-p", node_status("True"))
     kube.wait("a node without taints", lambda: not kube.get("node", "node2")["spec"].get("taints"))
     made = small_job(kube, make_namespace("lost"), "wait-lost", scheduling={"nodeSelector": {"finetune.dev/test": "lost"}}, **NO_RETRIES)
     made.apply()
@@ -229,7 +229,19 @@ def test_a_node_that_went_away_is_named_and_another_pod_comes_when_it_is_given_u
         conditions = item["status"].get("conditions", ())
         return item["metadata"]["namespace"] == lost.namespace and any(c["type"] == "Ready" and c["status"] == "False" for c in conditions)
 
-    said = kube.wait("the node controller's word", lambda: watches[PODS].first(unready), 90)
+    (pod,) = lost.owned("pods")
+    named = ("pod", pod["metadata"]["name"], "-n", lost.namespace)
+    # What the node controller does 50 s after the last word of a kubelet.
+    kube.kubectl("patch", "node", "node2", "--subresource=status", "--type=merge", "-p", node_status("Unknown"))
+    kube.kubectl(
+        "patch",
+        *named,
+        "--subresource=status",
+        "--type=strategic",
+        "-p",
+        '{"status": {"conditions": [{"type": "Ready", "status": "False"}]}}',
+    )
+    said = kube.wait("the node controller's word", lambda: watches[PODS].first(unready))
     told = says(lost.name, "NodeLost", ("node2",))
     seconds = kube.wait("the message", lambda: watches["finetunejobs"].first(told), STATUS_SECONDS * BUSY).at - said.at
     print(f"a lost node: told {seconds:.1f} s after the cluster said so (promised: {STATUS_SECONDS} s)")

@@ -39,11 +39,13 @@ class Seen:
 
 
 class Watch:
-    """A watch of all objects of one kind in the cluster, from now on."""
+    """A watch of all objects of one kind in the cluster, from now on; opened anew where it ends, as it does when a CRD changes."""
 
     def __init__(self, kube: Cluster, path: str) -> None:
-        self._process = subprocess.Popen(kube.kubectl_command("get", "--raw", f"{path}?watch=1"), stdout=subprocess.PIPE, text=True)
+        self._command = kube.kubectl_command("get", "--raw", f"{path}?watch=1")
         self._seen: list[Seen] = []
+        self._is_stopped = False
+        self._process = self._open()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -58,16 +60,26 @@ class Watch:
 
     def stop(self) -> None:
         """Ends the watch."""
-        self._process.terminate()
-        self._process.wait()
-        self._reader.join()
+        self._is_stopped = True
+        while self._reader.is_alive():
+            self._process.terminate()
+            self._reader.join(0.1)
+
+    def _open(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
-            for line in lines:
-                event = json.loads(line)
-                self._seen.append(Seen(time.monotonic(), event["type"], event["object"]))
+        while not self._is_stopped:
+            assert self._process.stdout is not None
+            with self._process.stdout as lines:
+                for line in lines:
+                    event = json.loads(line)
+                    if event["type"] != "ERROR":
+                        self._seen.append(Seen(time.monotonic(), event["type"], event["object"]))
+            self._process.wait()
+            if not self._is_stopped:
+                self._process = self._open()
+        self._process.wait()
 
 
 @dataclass
