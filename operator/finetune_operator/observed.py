@@ -132,7 +132,7 @@ def _failure(failed: Json, spec: FineTuneJobSpec, base: FineTuneJobStatus, last:
 
 def _failure_without_pod(message: str, base: FineTuneJobStatus) -> tuple[str, str]:
     """A pod that ends by itself stays as long as its Job: one that is gone, and was not seen to end, was deleted."""
-    was_deleted = any(attempt.end is None for attempt in base.attempts)
+    was_deleted = any(attempt.end is None or attempt.reason == Reason.POD_DELETED for attempt in base.attempts[-1:])
     if was_deleted and f"exit code {OOM_KILLED} " in message:
         return Reason.POD_DELETED, DELETED
     return Reason.JOB_FAILED, clean(f"The Job failed: {message}")

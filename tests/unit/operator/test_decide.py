@@ -351,10 +351,14 @@ def test_a_killed_pod_that_was_being_deleted_did_not_run_out_of_memory() -> None
     assert "memory" not in status["message"]
 
 
-def test_a_killed_pod_that_is_gone_and_was_not_seen_to_end_was_deleted() -> None:
+@pytest.mark.parametrize("was_seen_to_end", [False, True])
+def test_a_killed_pod_that_is_gone_was_deleted(was_seen_to_end: bool) -> None:
     raw = build_finetunejob()
     job = job_for(raw)
     pod = build_pod(job, phase="Running", state=RUNNING)
+    if was_seen_to_end:
+        pod = build_pod(job, phase="Failed", state=build_ended_state(137))
+        pod["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
     raw["status"] = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
     words = {"message": "Container trainer for pod ml/pod-1 failed with exit code 137 matching FailJob rule at index 3"}
     status = status_after(raw, decide(world_of(raw, job_for(raw, condition=failed() | words)), NOW, SETTINGS))
