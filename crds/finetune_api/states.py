@@ -26,6 +26,7 @@ class Reason(StrEnum):
     NO_PROGRESS = "NoProgress"
     RETRYING = "Retrying"
     STOPPING = "Stopping"
+    NODE_LOST = "NodeLost"
     SUSPENDING = "Suspending"
     # Ready is False and nothing is under way.
     SUSPENDED = "Suspended"
@@ -34,6 +35,7 @@ class Reason(StrEnum):
     NOT_ALLOWED = "NotAllowed"
     NAME_TAKEN = "NameTaken"
     OOM_KILLED = "OOMKilled"
+    POD_DELETED = "PodDeleted"
     EVICTED = "Evicted"
     DISRUPTED = "Disrupted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
@@ -90,7 +92,12 @@ STATES: dict[str, State] = {
         "look at the pod's log and node; deleting the pod makes another one that resumes",
     ),
     Reason.RETRYING: State(_PENDING, "a pod ended in a failure that may pass; the Job waits before it makes the next one", "nothing, or mend what the message names"),
-    Reason.STOPPING: State("Running", "the pod is being stopped, by a person, an eviction or a drain; another one goes on from its checkpoint", "nothing"),
+    Reason.STOPPING: State("Pending, Running", "the pod is being stopped, by a person, an eviction or a drain, and another one goes on from its checkpoint; or for good, as the message says", "nothing"),
+    Reason.NODE_LOST: State(
+        "Running",
+        "the pod's node does not answer; Kubernetes starts no other pod before it knows that this one has ended",
+        "bring the node back, or delete its Node object: another pod resumes from the last checkpoint",
+    ),
     Reason.SUSPENDING: State("Running", "runPolicy.suspend is true; the trainer saves its step and stops", "nothing"),
     Reason.SUSPENDED: State("Suspended", "runPolicy.suspend is true", "set it to false to go on"),
     Reason.INVALID_SPEC: State("Pending, Failed", "the spec is wrong, in a way that only the operator or the trainer sees", "mend the field that the message names"),
@@ -105,6 +112,7 @@ STATES: dict[str, State] = {
     REASONS[ExitCode.NOT_PUBLISHED]: State(_FAILED, "trained and verified, but an upload failed, also after the retries", "mend the destination, then set runPolicy.rerun"),
     REASONS[ExitCode.CHECKPOINTED]: State("Pending, Running", "the trainer was told to stop and saved its step; another pod goes on", "nothing"),
     Reason.OOM_KILLED: State(_FAILED, "the pod needed more memory than its limit, which a retry would need as well", "raise resources.memory, or lower training.maxLength"),
+    Reason.POD_DELETED: State(_FAILED, "the pod was deleted, and its trainer was killed because it did not end in time", "set runPolicy.rerun: another pod resumes from the last checkpoint"),
     Reason.EVICTED: State("Pending, Failed", "the kubelet evicted the pod, mostly for disk space", "raise storage.workspace.size"),
     Reason.DISRUPTED: State("Pending, Failed", "a preemption, a drain or a lost node ended the pod; not counted as a failure", "nothing"),
     Reason.DEADLINE_EXCEEDED: State(_FAILED, "runPolicy.activeDeadlineSeconds is over", "raise it and set runPolicy.rerun"),

@@ -45,7 +45,7 @@ _KEPT: dict[Kind, Json] = {
     ),
     Kind.POD: _fields(
         metadata=_CHILD,
-        spec=_fields(containers=_fields("name", "image")),
+        spec=_fields("nodeName", containers=_fields("name", "image")),
         status=_fields("phase", "reason", "message", "podIP", conditions=_CONDITION, containerStatuses=_fields("name", "state")),
     ),
 }

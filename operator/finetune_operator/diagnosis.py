@@ -14,12 +14,17 @@ from finetune_api.states import Reason
 from finetune_api.termination import TerminationMessage, parse
 
 from finetune_operator.redaction import clean
-from finetune_operator.subject import Json, condition_of
+from finetune_operator.subject import Json, condition_of, is_being_deleted
 
 LOG_TAIL_BYTES = 2048  # of a log, the kubelet takes no more into a termination message
 _FIRST_WORD = re.compile(r"\A\S+")
 _UNSTARTED = {"ContainerCreating", "PodInitializing"}
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable"}
+
+DELETED = (  # for status.message
+    "The pod was deleted, and the trainer was killed (exit code 137), most likely because it did not end within its grace period; "
+    "set runPolicy.rerun to go on from the last checkpoint."
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,20 @@ def is_starting(pod: Json) -> bool:
     return container_state(pod, "running") is None and container_state(pod, "terminated") is None
 
 
+def is_node_lost(pod: Json) -> bool:
+    """Whether the pod's node stopped answering: the node controller takes Ready away, where a kubelet would take ContainersReady away first."""
+    return bool(_condition(pod, "Ready", "False") and condition_of(pod, "ContainersReady")) and not is_ended(pod)
+
+
+def node_lost_sentence(pod: Json) -> str:
+    """For status.message, of a pod whose node is lost."""
+    node = pod["spec"].get("nodeName", "")
+    return clean(
+        f"Node {node} of the running pod does not answer; the run goes on when the node is back. If it is gone for good, "
+        f"delete the Node object {node}: another pod resumes from the last checkpoint."
+    )
+
+
 def ending_of(pod: Json, spec: FineTuneJobSpec) -> Ending:
     """How an ended pod ended."""
     terminated = container_state(pod, "terminated") or {}
@@ -78,6 +97,8 @@ def ending_of(pod: Json, spec: FineTuneJobSpec) -> Ending:
         return Ending(
             Reason.DISRUPTED, f"The pod was disrupted ({_disruption(disruption)}); the run continues from its last checkpoint.", code, said
         )
+    if code == OOM_KILLED and terminated.get("reason") != "OOMKilled" and is_being_deleted(pod):
+        return Ending(Reason.POD_DELETED, DELETED, code, said)
     if terminated.get("reason") == "OOMKilled" or code == OOM_KILLED:
         return Ending(Reason.OOM_KILLED, _out_of_memory(terminated, said, spec), code, said)
     return Ending(_reason(code), _sentence(code, said, text, status), code, said)

@@ -6,7 +6,7 @@ It carries over what the stored status knows of the same run, since pods come an
 from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar
 
-from finetune_api.exits import REASONS, ExitCode
+from finetune_api.exits import OOM_KILLED, REASONS, ExitCode
 from finetune_api.fields import ApiModel
 from finetune_api.spec import Artifact, FineTuneJobSpec
 from finetune_api.states import Reason
@@ -15,7 +15,17 @@ from finetune_api.termination import TerminationMessage
 
 from finetune_operator.attempts import added_gpu_seconds, merge_attempts
 from finetune_operator.conditions import Standing, Verdict, build_conditions
-from finetune_operator.diagnosis import Ending, container_state, ending_of, is_ended, is_starting, waiting_sentence
+from finetune_operator.diagnosis import (
+    DELETED,
+    Ending,
+    container_state,
+    ending_of,
+    is_ended,
+    is_node_lost,
+    is_starting,
+    node_lost_sentence,
+    waiting_sentence,
+)
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, Subject, World, condition_of, is_being_deleted, is_finished
 
@@ -65,16 +75,17 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
     assert job is not None  # noqa: S101
     base = carried_status(subject)
     last = _last_ending(world, spec)
-    verdict = _verdict(world, job, spec, last)
     attempts = merge_attempts(base.attempts, pods, spec)
     base = base.model_copy(
         update={
             "attempts": attempts,
             "gpu_seconds": base.gpu_seconds + added_gpu_seconds(base.attempts, attempts, spec.resources.gpus),
             "start_time": base.start_time or next((item.start for item in attempts if item.start), None),
-            "completion_time": _completion_time(job) if verdict.phase in (Phase.SUCCEEDED, Phase.FAILED) else None,
         }
     )
+    verdict = _verdict(world, job, base, last)
+    if verdict.phase in (Phase.SUCCEEDED, Phase.FAILED):
+        base = base.model_copy(update={"completion_time": _completion_time(job)})
     base = _with_live(base, world, verdict, now)
     if verdict.reason == Reason.RUNNING:
         verdict = _moving(world, base, verdict, now - stuck_after)
@@ -89,7 +100,7 @@ def preflight_status(world: World, job: Json, now: datetime) -> FineTuneJobStatu
     assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
     base = carried_status(subject).model_copy(update={"stage": Stage.PREFLIGHT})
     last = _last_ending(world, spec)
-    verdict = _verdict(world, job, spec, last)
+    verdict = _verdict(world, job, base, last)
     if verdict.phase is Phase.SUCCEEDED:
         said = _cleaned(last.said) if last and last.said else None
         passed = Preflight(passed_at=_completion_time(job) or timestamp(now), message=said.message if said else "")
@@ -109,13 +120,19 @@ def _last_ending(world: World, spec: FineTuneJobSpec) -> Ending | None:
     return ending_of(ended[-1], spec) if ended else None
 
 
-def _verdict(world: World, job: Json, spec: FineTuneJobSpec, last: Ending | None) -> Verdict:
+def _verdict(world: World, job: Json, base: FineTuneJobStatus, last: Ending | None) -> Verdict:
+    spec = world.subject.spec
+    assert spec is not None  # noqa: S101 as in observed_status
     if condition_of(job, "Complete"):
         return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], _success_sentence(spec))
     failed = condition_of(job, "Failed")
     if failed:
-        reason, sentence = _failure(failed, spec, last)
+        reason, sentence = _failure(failed, spec, base, last)
         return Verdict(Phase.FAILED, Standing.STALLED, reason, sentence)
+    doomed = condition_of(job, "FailureTarget")
+    if doomed:  # it has failed, and says so once its pods have ended
+        _, sentence = _failure(doomed, spec, base, last)
+        return Verdict(Phase.RUNNING if base.start_time else Phase.PENDING, Standing.RECONCILING, Reason.STOPPING, sentence)
     active = [pod for pod in world.attended_pods if not is_ended(pod)]
     if spec.run_policy.suspend:
         return _suspended(active)
@@ -128,19 +145,32 @@ def _success_sentence(spec: FineTuneJobSpec) -> str:
     return clean(f"Trained{proven} and published to {places}.")
 
 
-def _failure(failed: Json, spec: FineTuneJobSpec, last: Ending | None) -> tuple[str, str]:
+def _failure(failed: Json, spec: FineTuneJobSpec, base: FineTuneJobStatus, last: Ending | None) -> tuple[str, str]:
     given = str(failed.get("reason") or "")
     if given == Reason.DEADLINE_EXCEEDED:
-        limit = spec.run_policy.active_deadline_seconds
-        return (
-            Reason.DEADLINE_EXCEEDED,
-            f"The run was stopped after its deadline of {limit} s; raise runPolicy.activeDeadlineSeconds and set runPolicy.rerun.",
-        )
+        return Reason.DEADLINE_EXCEEDED, _deadline_sentence(spec, base)
     if last is None or last.exit_code == ExitCode.SUCCEEDED:
-        return Reason.JOB_FAILED, clean(f"The Job failed: {failed.get('message') or given or 'no reason given'}")
+        return _failure_without_pod(str(failed.get("message") or given or "no reason given"), base)
     if given == "BackoffLimitExceeded" and spec.run_policy.backoff_limit:
         return last.reason, clean(f"{last.sentence} (Given up after {spec.run_policy.backoff_limit} retries.)")
     return last.reason, last.sentence
+
+
+def _failure_without_pod(message: str, base: FineTuneJobStatus) -> tuple[str, str]:
+    """A pod that ends by itself stays as long as its Job: one that is gone, and was not seen to end, was deleted."""
+    was_deleted = any(attempt.end is None or attempt.reason == Reason.POD_DELETED for attempt in base.attempts[-1:])
+    if was_deleted and f"exit code {OOM_KILLED} " in message:
+        return Reason.POD_DELETED, DELETED
+    return Reason.JOB_FAILED, clean(f"The Job failed: {message}")
+
+
+def _deadline_sentence(spec: FineTuneJobSpec, base: FineTuneJobStatus) -> str:
+    """What the run waited for at its deadline is known only as long as its pod is there: once said, it stays said."""
+    over = f"The run was stopped after its deadline of {spec.run_policy.active_deadline_seconds} s"
+    if base.message.startswith(over):
+        return base.message
+    waited = f", before its pod had started ({clean(base.message, 700).rstrip('.')})" if base.start_time is None and base.message else ""
+    return clean(f"{over}{waited}; raise runPolicy.activeDeadlineSeconds and set runPolicy.rerun.")
 
 
 def _suspended(active: list[Json]) -> Verdict:
@@ -181,6 +211,8 @@ def changed_at(world: World) -> datetime:
 
 
 def _active(pod: Json, warnings: tuple[str, ...]) -> Verdict:
+    if is_node_lost(pod):
+        return Verdict(Phase.RUNNING, Standing.RECONCILING, Reason.NODE_LOST, node_lost_sentence(pod))
     if is_being_deleted(pod):
         return Verdict(
             Phase.RUNNING,

@@ -77,7 +77,6 @@ def driven(site: Site) -> Site:
     first, second = site.served
     finished = site.apply(first, "exit-0", runPolicy={"ttlSecondsAfterFinished": 3600})
     replaced = site.apply(second, "wait-replaced")
-    site.apply(second, "wait-mount", dataset={"source": "configmap://nowhere/rows.jsonl"})
     stuck = site.apply(second, "wait-nowhere", **NOWHERE)
     finished.wait_for_phase("Succeeded", 60)
     replaced.wait_for_phase("Running", 60)
@@ -87,6 +86,8 @@ def driven(site: Site) -> Site:
     replaced.wait_until("another run", lambda status: status.get("run", {}).get("jobName") != before["metadata"]["name"], 60)
     replaced.wait_for_phase("Running", 60)
     stuck.wait_until("the scheduler's word", lambda status: "node" in status.get("message", ""), 60)
+    site.chart.kube.kubectl("create", "quota", "none", "--hard=pods=0", "-n", first)
+    site.apply(first, "wait-quota").wait_until("the quota", lambda status: "quota" in status.get("message", ""), 60)
     return site
 
 

@@ -1,6 +1,6 @@
 """FineTuneJobs as tests see them: examples shortened to what two cores train in a minute, applied with kubectl, awaited by their status.
 
-Used by tests/e2e. Nothing here reads what the operator or the trainer keep to themselves: only what a user sees.
+Used by tests/cluster and tests/e2e. Nothing here reads what the operator or the trainer keep to themselves: only what a user sees.
 """
 
 import json
@@ -48,6 +48,11 @@ class JobInCluster:
         """What kubectl apply says, such as "finetunejob.finetune.dev/x created"."""
         return self.kube.kubectl("apply", "-n", self.namespace, "-f", "-", input=json.dumps(self.manifest)).stdout.strip()
 
+    def edit(self, **changes: Any) -> None:
+        """Applies changes to the spec."""
+        self.manifest = merged(self.manifest, {"spec": changes})
+        self.apply()
+
     def read(self) -> Job:
         """The object as it stands; empty when it is gone."""
         return self.kube.get("finetunejob", self.name, "-n", self.namespace)
@@ -56,10 +61,28 @@ class JobInCluster:
         """Its status; empty before the operator saw it."""
         return dict(self.read().get("status", {}))
 
+    def condition(self, kind: str) -> Job:
+        """A condition of its status; empty when it does not stand there."""
+        return next((item for item in self.status().get("conditions", ()) if item["type"] == kind), {})
+
     def owned(self, kind: str) -> list[Job]:
         """The objects of this kind that carry this job's label."""
         listed = self.kube.get(kind, "-n", self.namespace, "-l", f"finetune.dev/job={self.name}")
         return list(listed.get("items", []))
+
+    def job_uids(self) -> list[str]:
+        """UIDs of the Jobs that carry its label."""
+        return [item["metadata"]["uid"] for item in self.owned("jobs")]
+
+    def running_pod(self) -> Job:
+        """Its pod, once one runs that is not being stopped."""
+
+        def running() -> list[Job]:
+            return [
+                pod for pod in self.owned("pods") if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
+            ]
+
+        return dict(self.kube.wait(f"a running pod of {self.name}", running)[0])
 
     def wait_until(self, what: str, condition: Callable[[Job], Any], seconds: float = RUN_SECONDS) -> Any:
         """Waits for the condition on the status; when it does not come, or the run ends otherwise, says all that is known."""
@@ -83,6 +106,18 @@ class JobInCluster:
             return status if status.get("phase") == phase else None
 
         return dict(self.wait_until(f"phase {phase}", condition, seconds))
+
+    def wait_for_reason(self, reason: str, seconds: float = 60) -> Job:
+        """The status once its conditions give this reason, also where the run has ended with it."""
+
+        def reached() -> Job | None:
+            status = self.status()
+            return status if reason in {item["reason"] for item in status.get("conditions", ())} else None
+
+        try:
+            return dict(self.kube.wait(f"the reason {reason}", reached, seconds))
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.story()}") from None
 
     def story(self) -> str:
         """Status, the state of node and namespace, and the end of the pods' logs."""

@@ -55,8 +55,11 @@ class Cluster:
 
     def kubectl(self, *args: str, input: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:  # noqa: A002
         """Runs kubectl; on failure (with check) the error holds what kubectl said."""
-        command = [str(BIN / "k8s"), "kubectl", "--kubeconfig", str(self.kubeconfig), *args]
-        return _run(command, input=input, check=check)
+        return _run(self.kubectl_command(*args), input=input, check=check)
+
+    def kubectl_command(self, *args: str) -> list[str]:
+        """The words of a kubectl, for a caller that runs it beside itself."""
+        return [str(BIN / "k8s"), "kubectl", "--kubeconfig", str(self.kubeconfig), *args]
 
     def helm(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs helm against the cluster."""

@@ -7,10 +7,13 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from cluster.image import write_image
+from support.finetunejobs import JobInCluster, merged
 from support.kubernetes import BIN, Cluster
 from support.s3_server import free_port
+from support.specs import job, minimal_spec
 
 CRD = Path(__file__).parents[2] / "crds" / "finetunejobs.finetune.dev.yaml"
 ACTOR = "localhost/actor:1"  # tests/cluster/k8s/actor: ends as the job's name says
@@ -28,6 +31,11 @@ def get_ready(kube: Cluster, folder: Path) -> None:
     install_crd(kube)
     write_image(ACTOR, folder / "actor.tar", ["/actor"], {str(BIN / "actor"): "/actor"})
     kube.import_archive(folder / "actor.tar")
+
+
+def small_job(kube: Cluster, namespace: str, name: str, **changes: Any) -> JobInCluster:
+    """A job for the stand-in, with changes to its spec; not applied yet."""
+    return JobInCluster(kube, namespace, job(merged(minimal_spec() | SMALL, changes), name))
 
 
 class OperatorProcess:

@@ -48,7 +48,7 @@ def history(*steps: tuple[str, Json] | tuple[str, Json, str]) -> list[Change]:
 
 
 LASTING = {"runPolicy": {"ttlSecondsAfterFinished": 86400}}
-TINY = build_finetunejob(LASTING)
+TINY = build_finetunejob(merged(LASTING, {"runPolicy": {"preflight": "Auto"}}))
 EDITED = build_finetunejob({"lora": {"rank": 8}, **LASTING}, generation=2)
 JOB = job_of(TINY)
 POD = build_pod(JOB, phase="Running", state={"running": {}})

@@ -348,6 +348,66 @@ def test_a_job_that_ran_past_its_deadline_names_the_field() -> None:
     assert "runPolicy.activeDeadlineSeconds" in status["message"]
 
 
+def test_a_job_that_stops_at_its_deadline_does_not_promise_another_pod() -> None:
+    raw = build_finetunejob({"runPolicy": {"activeDeadlineSeconds": 60}})
+    job = job_for(raw, condition={"type": "FailureTarget", "reason": "DeadlineExceeded"})
+    pod = build_pod(job, phase="Running", state=RUNNING)
+    pod["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    assert (status["phase"], ready_reason(status)) == ("Running", "Stopping")
+    assert "its deadline of 60 s" in status["message"]
+
+
+def test_a_deadline_tells_what_kept_the_pod_from_starting_also_when_the_pod_is_gone() -> None:
+    raw = build_finetunejob({"runPolicy": {"activeDeadlineSeconds": 60}})
+    waiting = {"waiting": {"reason": "ErrImagePull", "message": "not found"}}
+    raw["status"] = status_after(raw, decide(world_of(raw, job_for(raw), pods=(build_pod(job_for(raw), state=waiting),)), NOW, SETTINGS))
+    doomed = job_for(raw, condition={"type": "FailureTarget", "reason": "DeadlineExceeded"})
+    raw["status"] = stopping = status_after(raw, decide(world_of(raw, doomed), NOW, SETTINGS))
+    over = status_after(raw, decide(world_of(raw, job_for(raw, condition=failed("DeadlineExceeded"))), NOW, SETTINGS))
+    assert (stopping["phase"], over["phase"]) == ("Pending", "Failed")
+    assert (
+        "before its pod had started (The image registry.example.com/trainer:1 can't be pulled (ErrImagePull): not found" in over["message"]
+    )
+    assert over["message"] == stopping["message"]
+
+
+def test_a_killed_pod_that_was_being_deleted_did_not_run_out_of_memory() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw, condition=failed())
+    pod = build_pod(job, phase="Failed", state=build_ended_state(137))
+    pod["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    assert ready_reason(status) == "PodDeleted"
+    assert "memory" not in status["message"]
+
+
+@pytest.mark.parametrize("was_seen_to_end", [False, True])
+def test_a_killed_pod_that_is_gone_was_deleted(was_seen_to_end: bool) -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    pod = build_pod(job, phase="Running", state=RUNNING)
+    if was_seen_to_end:
+        pod = build_pod(job, phase="Failed", state=build_ended_state(137))
+        pod["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
+    raw["status"] = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    words = {"message": "Container trainer for pod ml/pod-1 failed with exit code 137 matching FailJob rule at index 3"}
+    status = status_after(raw, decide(world_of(raw, job_for(raw, condition=failed() | words)), NOW, SETTINGS))
+    assert ready_reason(status) == "PodDeleted"
+    assert "deleted" in status["message"]
+
+
+def test_a_pod_whose_node_does_not_answer_names_the_node() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    lost = ({"type": "Ready", "status": "False"}, {"type": "ContainersReady", "status": "True"})
+    pod = build_pod(job, phase="Running", state=RUNNING, conditions=lost)
+    pod["spec"] = pod["spec"] | {"nodeName": "gpu-7"}
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    assert (status["phase"], ready_reason(status)) == ("Running", "NodeLost")
+    assert "gpu-7" in status["message"]
+
+
 def test_the_job_of_another_run_is_deleted_before_the_new_one_is_created() -> None:
     old = job_for(build_finetunejob({"training": {"seed": 7}}), uid="old")
     new = build_finetunejob()

@@ -1,6 +1,8 @@
 // A stand-in for the trainer where a test is about the operator: the job's name says how the pod is to end.
-// exit-N...: with that code and a termination message; oom...: needs more memory than it has; wait...: trains until SIGTERM, then says "checkpointed".
+// As preflight, it passes, unless it is called refuse...
 // leak-N...: tells its Secrets in every text of its termination message, and ends with that code; leak-logs: prints them instead, and says nothing.
+// exit-N...: with that code and a termination message; oom...: needs more memory than it has; wait...: trains until SIGTERM, then says "checkpointed";
+// fill...: the same, after it wrote more than its workspace may hold; deaf...: trains and does not hear SIGTERM; crash...: dies with words on stderr alone.
 package main
 
 import (
@@ -18,7 +20,10 @@ type job struct {
 	Name string `json:"name"`
 }
 
-var reasons = map[int]string{0: "Succeeded", 11: "InvalidData", 16: "InfrastructureError", 17: "NotPublished", 18: "Checkpointed"}
+var reasons = map[int]string{
+	0: "Succeeded", 10: "InvalidSpec", 11: "InvalidData", 12: "AccessDenied", 13: "InsufficientCapacity", 14: "ProofFailed",
+	15: "QualityGateFailed", 16: "InfrastructureError", 17: "NotPublished", 18: "Checkpointed",
+}
 
 func say(message map[string]any) {
 	message["version"] = 1
@@ -70,6 +75,15 @@ func leak(code int) {
 	os.Exit(code)
 }
 
+func preflight(kind string) {
+	message := map[string]any{"stage": "Preflight", "exitCode": 0, "reason": reasons[0], "message": "Kernels were not checked."}
+	if kind == "refuse" {
+		message["exitCode"], message["reason"], message["message"] = 12, reasons[12], "The stand-in may not write there."
+	}
+	say(message)
+	os.Exit(message["exitCode"].(int))
+}
+
 func main() {
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGTERM)
@@ -78,6 +92,9 @@ func main() {
 		end(10)
 	}
 	kind, rest, _ := strings.Cut(description.Name, "-")
+	if len(os.Args) > 1 && os.Args[1] == "preflight" {
+		preflight(kind)
+	}
 	switch kind {
 	case "exit":
 		code, _ := strconv.Atoi(strings.Split(rest, "-")[0])
@@ -101,8 +118,19 @@ func main() {
 			}
 			kept = append(kept, block)
 		}
+	case "crash":
+		fmt.Fprintln(os.Stderr, "loading the model\nfatal: the tokenizer has no end token")
+		os.Exit(3)
+	case "deaf":
+		say(map[string]any{"stage": "Training"})
+		for {
+			<-stop
+		}
 	default:
 		say(map[string]any{"stage": "Training"})
+		if kind == "fill" {
+			os.WriteFile("/workspace/model", make([]byte, 32<<20), 0o644)
+		}
 		<-stop
 		end(18)
 	}
