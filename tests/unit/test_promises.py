@@ -47,7 +47,7 @@ def history(*steps: tuple[str, Json] | tuple[str, Json, str]) -> list[Change]:
     return [Change(number, step[0], deepcopy(step[1]), removed=len(step) == 3) for number, step in enumerate(steps, 1)]
 
 
-LASTING = {"runPolicy": {"ttlSecondsAfterFinished": 86400}}
+LASTING = {"runPolicy": {"ttlSecondsAfterFinished": 86400, "preflight": "Auto"}}
 TINY = build_finetunejob(LASTING)
 EDITED = build_finetunejob({"lora": {"rank": 8}, **LASTING}, generation=2)
 JOB = job_of(TINY)
