@@ -236,15 +236,17 @@ def _checked_before_a_gpu_is_asked_for(state: State, before: Json | None, change
 
 
 def _never_trained_again(state: State, before: Json | None, change: Change) -> Iterator[str]:
-    end = state.ends.get((owner_of(change.resource), name_of(change.resource)))
-    if before is None and not change.removed and end:
+    run = (owner_of(change.resource), name_of(change.resource))
+    end = state.ends.get(run)
+    # A preflight is small: its TTL stands from the start, and it runs again where its result was not stored before.
+    if before is None and not change.removed and end and (is_training(change.resource) or run in state.stored):
         yield f"RE-TRAINING: made although a Job of this run was {end} before"
 
 
 def _no_ttl_before_the_end_is_stored(state: State, before: Json | None, change: Change) -> Iterator[str]:
     job = change.resource
     had = before is not None and "ttlSecondsAfterFinished" in before["spec"]
-    if had or "ttlSecondsAfterFinished" not in job["spec"]:
+    if had or not is_training(job) or "ttlSecondsAfterFinished" not in job["spec"]:
         return
     if owner_of(job) in state.live["finetunejobs"] and (owner_of(job), name_of(job)) not in state.stored:
         yield "LOST: it has a TTL before its FineTuneJob's status holds its end"
