@@ -3,6 +3,7 @@
 from datetime import datetime
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.states import Reason
 from finetune_api.status import Attempt
 
 from finetune_operator.diagnosis import container_state, ending_of, is_ended
@@ -16,8 +17,9 @@ def merge_attempts(stored: tuple[Attempt, ...], pods: tuple[Json, ...], spec: Fi
     """The last 10 pods that started, oldest first; what is known of a pod that is gone stays."""
     merged = {attempt.pod_uid: attempt for attempt in stored}
     for pod in pods:
-        attempt = _attempt(pod, spec)
-        if attempt and not _is_over(merged.get(attempt.pod_uid)):
+        known = merged.get(str(pod["metadata"]["uid"]))
+        attempt = None if _is_over(known) else _attempt(pod, spec, known)
+        if attempt:
             merged[attempt.pod_uid] = attempt
     ordered = sorted(merged.values(), key=lambda attempt: (attempt.start or attempt.end or "", attempt.pod_uid))
     return tuple(ordered[-KEPT:])
@@ -33,16 +35,20 @@ def _is_over(attempt: Attempt | None) -> bool:
     return attempt is not None and attempt.end is not None
 
 
-def _attempt(pod: Json, spec: FineTuneJobSpec) -> Attempt | None:
+def _attempt(pod: Json, spec: FineTuneJobSpec, known: Attempt | None) -> Attempt | None:
+    """None of a pod that has not started, or was disrupted before it did."""
     running, terminated = container_state(pod, "running"), container_state(pod, "terminated")
     uid = str(pod["metadata"]["uid"])
     started = (running or terminated or {}).get("startedAt")
-    started = None if started == _NEVER else started
-    if terminated and is_ended(pod):
-        ending = ending_of(pod, spec)
-        end = terminated.get("finishedAt") or started
-        return Attempt(pod_uid=uid, start=started, end=end, exit_code=ending.exit_code, reason=ending.reason)
-    return Attempt(pod_uid=uid, start=started) if started else None
+    started = (known.start if known else None) if started in (None, _NEVER) else started
+    if not is_ended(pod) or not (terminated or started):
+        return Attempt(pod_uid=uid, start=started) if started else None
+    ending = ending_of(pod, spec)
+    if ending.reason == Reason.DISRUPTED and not started:
+        return None
+    # The container of an evicted pod may be said to end after its pod.
+    end = (terminated or {}).get("finishedAt") or (started if terminated else None)
+    return Attempt(pod_uid=uid, start=started, end=end, exit_code=ending.exit_code, reason=ending.reason)
 
 
 def _seconds(attempt: Attempt) -> int:

@@ -17,7 +17,7 @@ from kubernetes.aio import client, config
 from finetune_operator.cache import Kind
 from finetune_operator.subject import Json, Key
 
-REQUEST_SECONDS = 30.0
+REQUEST_SECONDS = 15.0
 _PAGE = 250
 _MERGE = "application/merge-patch+json"
 _JOBS = "/apis/batch/v1/namespaces/{}/jobs"

@@ -16,7 +16,7 @@ from finetune_api.status import FineTuneJobStatus, Phase
 from finetune_operator.announcements import CREATED, Announcement, announcements, build_event
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields, build_preflight_job
-from finetune_operator.diagnosis import container_state, is_ended, is_starting, waiting_sentence
+from finetune_operator.diagnosis import container_state, ending_of, has_filled_its_disk, is_ended, is_starting, waiting_sentence
 from finetune_operator.observed import (
     SETTLING_SECONDS,
     carried_status,
@@ -32,6 +32,7 @@ from finetune_operator.settings import Settings
 from finetune_operator.subject import FINAL, Json, Trainer, World, condition_of, is_being_deleted, is_finished
 
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
+EVICTED_LIMIT = 3  # evictions for the pod's own use of its disk
 NEW_POD_SECONDS = 5.0  # a pod that takes longer to start has its events read
 
 
@@ -197,22 +198,23 @@ def create_what_is_missing(situation: Situation) -> Plan | None:
 
 def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
     """A trainer that ends as "checkpointed" again and again, with nothing that disrupts it, would restart for ever."""
-    world, job = situation.world, situation.world.current
-    if job is None or is_finished(job):
-        return None
-    undisturbed = [pod for pod in world.attended_pods if is_ended(pod) and not condition_of(pod, "DisruptionTarget")]
+    undisturbed = [pod for pod in _ended_pods(situation) if not condition_of(pod, "DisruptionTarget")]
     endings = [container_state(pod, "terminated") or {} for pod in undisturbed]
     if sum(ending.get("exitCode") == ExitCode.CHECKPOINTED for ending in endings) < CHECKPOINTED_LIMIT:
         return None
     sentence = (
         f"The trainer stopped {CHECKPOINTED_LIMIT} times by itself after saving a checkpoint; see the pods' logs, then set runPolicy.rerun."
     )
-    verdict = Verdict(Phase.FAILED, Standing.STALLED, Reason.CHECKPOINTED_TOO_OFTEN, sentence)
-    seen = observed_status(world, situation.now, situation.settings.stuck_after).model_copy(
-        update={"completion_time": timestamp(situation.now)}
-    )
-    status = status_of(world.subject, seen, verdict, situation.now)
-    return Plan(_fenced(_write(situation, status), _delete([job])))
+    return _stop(situation, Reason.CHECKPOINTED_TOO_OFTEN, sentence)
+
+
+def stop_what_fills_its_disk(situation: Situation) -> Plan | None:
+    """An eviction for the pod's own disk use is a disruption to Kubernetes, which ignores it without end; the next pod would write as much."""
+    evicted = [pod for pod in _ended_pods(situation) if has_filled_its_disk(pod)]
+    spec = situation.world.subject.spec
+    if len(evicted) < EVICTED_LIMIT or spec is None:
+        return None
+    return _stop(situation, Reason.EVICTED, f"{ending_of(evicted[-1], spec).sentence} (Given up after {EVICTED_LIMIT} evictions.)")
 
 
 def report_what_is_seen(situation: Situation) -> Plan | None:
@@ -238,6 +240,7 @@ POLICIES: tuple[Policy, ...] = (
     check_before_a_gpu_is_asked_for,
     create_what_is_missing,
     stop_what_only_checkpoints,
+    stop_what_fills_its_disk,
     report_what_is_seen,
 )
 
@@ -300,6 +303,22 @@ def merge_patch(before: Json, after: Json) -> Json:
         elif old != value or key not in before:
             patch[key] = value
     return patch
+
+
+def _ended_pods(situation: Situation) -> list[Json]:
+    """Of a current Job that goes on."""
+    job = situation.world.current
+    return [pod for pod in situation.world.attended_pods if is_ended(pod)] if job is not None and not is_finished(job) else []
+
+
+def _stop(situation: Situation, reason: Reason, sentence: str) -> Plan:
+    """Ends a run that Kubernetes would let go on."""
+    world, job = situation.world, situation.world.current
+    verdict = Verdict(Phase.FAILED, Standing.STALLED, reason, clean(sentence))
+    seen = observed_status(world, situation.now, situation.settings.stuck_after).model_copy(
+        update={"completion_time": timestamp(situation.now)}
+    )
+    return Plan(_fenced(_write(situation, status_of(world.subject, seen, verdict, situation.now)), _delete([job] if job else [])))
 
 
 def _write(situation: Situation, status: FineTuneJobStatus) -> tuple[Action, ...]:

@@ -18,6 +18,7 @@ from finetune_operator.subject import Json, condition_of, is_being_deleted
 
 LOG_TAIL_BYTES = 2048  # of a log, the kubelet takes no more into a termination message
 _FIRST_WORD = re.compile(r"\A\S+")
+_FILLED = "EmptyDir"
 _UNSTARTED = {"ContainerCreating", "PodInitializing"}
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable"}
 
@@ -129,8 +130,14 @@ def _condition(pod: Json, kind: str, status: str) -> Json | None:
     return next((item for item in conditions if item.get("type") == kind and item.get("status") == status), None)
 
 
+def has_filled_its_disk(pod: Json) -> bool:
+    """Whether an ended pod was evicted for what it wrote itself; the words are the kubelet's."""
+    status = pod.get("status") or {}
+    return status.get("reason") == "Evicted" and _FILLED in str(status.get("message") or "")
+
+
 def _evicted(message: str) -> str:
-    mend = "raise storage.workspace.size" if "EmptyDir" in message else "ask for more space or memory, or another node"
+    mend = "raise storage.workspace.size" if _FILLED in message else "ask for more space or memory, or another node"
     return clean(f"The pod was evicted: {clean(message, 600).rstrip('.') or 'no reason given'}; {mend}.")
 
 

@@ -28,18 +28,19 @@ class LeadershipLostError(Exception):
     """The Lease could not be renewed in time, or another one has it: this process must stop acting."""
 
 
-async def lead(api: client.ApiClient, namespace: str, name: str, work: Callable[[], Awaitable[None]]) -> None:
+async def lead(api: client.ApiClient, namespace: str, name: str, identity: str, work: Callable[[], Awaitable[None]]) -> None:
     """Waits for the Lease, works, and gives the Lease back.
 
     Args:
         namespace: where the Lease lies.
         name: the Lease's.
+        identity: who takes it; empty for a name of this process alone.
         work: runs as long as the operator may; it is cancelled when the Lease is lost.
 
     Raises:
         LeadershipLostError: the Lease was lost; the process should end and be restarted.
     """
-    lock = PatientLock(name, namespace, f"{socket.gethostname()}-{secrets.token_hex(4)}", api)
+    lock = PatientLock(name, namespace, identity or f"{socket.gethostname()}-{secrets.token_hex(4)}", api)
     leading = asyncio.Event()
 
     async def begin() -> None:

@@ -45,7 +45,8 @@ async def run(settings: Settings) -> None:
         stack.push_async_callback(cluster.close)
         await stack.enter_async_context(serving(heartbeat, metrics.registry, settings.health_port))
         if settings.lease_namespace:
-            await lead(cluster.api, settings.lease_namespace, settings.lease_name, lambda: operate(cluster, settings, heartbeat, metrics))
+            lease = (settings.lease_namespace, settings.lease_name, settings.lease_identity)
+            await lead(cluster.api, *lease, lambda: operate(cluster, settings, heartbeat, metrics))
         else:
             await operate(cluster, settings, heartbeat, metrics)
 

@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     """Shell-style patterns of what spec.pod.serviceAccountName may name."""
     resync_seconds: Annotated[float, Field(gt=0)] = 60
     """Every so often each unfinished job is looked at again, whether or not an event came."""
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 16
     """Jobs that are worked on at the same time."""
     no_progress_minutes: Annotated[float, Field(gt=0)] = 30
     """A training that makes no optimizer step for so long gets the reason NoProgress. Nothing is stopped."""
@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     """Namespace of the Lease that says which of several operators acts. Empty: this is the only one."""
     lease_name: str = "finetune-operator"
     """Name of that Lease."""
+    lease_identity: str = ""
+    """Who takes the Lease: the pod's name, so that a container that is restarted need not wait for its own Lease to end. Empty: each process is new."""
     health_port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """Port of /healthz, /readyz and /metrics."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -97,7 +97,8 @@ def fill(kube: Cluster, operator: OperatorProcess, finetunejobs: Watch, make_nam
 def disrupted(kube: Cluster, fill: JobInCluster, make_namespace: Callable[[str], str]) -> Iterator[dict[str, Disrupted]]:
     """All of it at once, since a Job waits 10 s before it makes another pod; the drain, which closes the node, comes last."""
     namespace, ways = make_namespace("disrupted"), {"evicted": evict, "deleted": delete, "preempted": preempt, "drained": drain}
-    jobs = {way: small_job(kube, namespace, f"wait-{way}", resources={"gpus": int(way == "preempted")}, **NO_RETRIES) for way in ways}
+    policy = {"runPolicy": NO_RETRIES["runPolicy"] | {"preflight": "Skip"}}
+    jobs = {way: small_job(kube, namespace, f"wait-{way}", resources={"gpus": int(way == "preempted")}, **policy) for way in ways}
     kube.kubectl("create", "-n", namespace, "-f", "-", input="\n---\n".join(json.dumps(job.manifest) for job in jobs.values()))
     yield {way: run_and(job, ways[way]) for way, job in jobs.items()}
     kube.kubectl("uncordon", "node1")

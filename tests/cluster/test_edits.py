@@ -20,7 +20,7 @@ from support.watching import Watch
 
 pytestmark = pytest.mark.cluster
 
-OPERATOR_SETTINGS = {"ALLOWED_IMAGES": '["*"]', "ALLOWED_SERVICE_ACCOUNTS": '["*"]', "CONCURRENCY": "16"}
+OPERATOR_SETTINGS = {"ALLOWED_IMAGES": '["*"]', "ALLOWED_SERVICE_ACCOUNTS": '["*"]'}
 Json = dict[str, Any]
 Make = Callable[..., JobInCluster]
 
@@ -59,7 +59,7 @@ EDITS: dict[str, tuple[Any, Json]] = {
     "outputs.destinations.0.credentials.secretName": ("s3-keys", {}),
     "outputs.destinations.0.endpoint": ("https://s3.example.com", {}),
     "outputs.destinations.0.private": (True, {"outputs.destinations.0.uri": "hf://acme/tiny"}),
-    "resources.gpus": (1, {}),
+    "resources.gpus": (1, {"runPolicy.preflight": "Skip"}),
     "resources.memory": ("128Mi", {}),
     "resources.cpu": ("20m", {}),
     "scheduling.nodeSelector": ({"zone": "a"}, {}),
@@ -79,6 +79,7 @@ EDITS: dict[str, tuple[Any, Json]] = {
     "storage.checkpoints.uri": ("s3://models/checkpoints", {}),
     "storage.checkpoints.credentials.secretName": ("s3-keys", {"storage.checkpoints.uri": "s3://models/checkpoints"}),
     "storage.checkpoints.endpoint": ("https://s3.example.com", {"storage.checkpoints.uri": "s3://models/checkpoints"}),
+    "runPolicy.preflight": ("Skip", {}),
     "runPolicy.rerun": ("again", {}),
     "runPolicy.suspend": (False, {}),
     "runPolicy.backoffLimit": (7, {}),

@@ -88,6 +88,7 @@ def driven(site: Site) -> Site:
     stuck.wait_until("the scheduler's word", lambda status: "node" in status.get("message", ""), 60)
     site.chart.kube.kubectl("create", "quota", "none", "--hard=pods=0", "-n", first)
     site.apply(first, "wait-quota").wait_until("the quota", lambda status: "quota" in status.get("message", ""), 60)
+    site.chart.kube.kubectl("delete", "quota", "none", "-n", first)
     return site
 
 

@@ -1,4 +1,4 @@
-"""Bad input on the cluster: the run ends at once, and the status says in one sentence what is wrong and what to do."""
+"""Bad input on the cluster: the run ends before a GPU is asked for, and the status says in one sentence what is wrong and what to do."""
 
 from typing import Any
 
@@ -30,11 +30,14 @@ WRONG_TOKEN = {"outputs": {"destinations": [{"uri": "hf://acme/wrong-token", "cr
 def test_bad_input_ends_in_a_sentence_that_names_it(world: World, name: str, spec: dict[str, Any], reason: str, named: str) -> None:
     if "dataset" in spec:
         spec = {"dataset": {"source": spec["dataset"]["source"].format(bucket=world.bucket)}}
-    job = world.job("experiment", {"metadata": {"name": name}, "spec": spec})
+    job = world.job("experiment", {"metadata": {"name": name}, "spec": {**spec, "resources": {"gpus": 1}}})
     job.apply()
     status = job.wait_for_phase("Failed", 90)
     (ready,) = [item for item in status["conditions"] if item["type"] == "Ready"]
     assert ready["reason"] == reason
     assert named in status["message"]
     assert "Traceback" not in status["message"]
-    assert len(status["attempts"]) == 1
+    requested = [item["spec"]["containers"][0]["resources"]["limits"] for item in job.owned("pods")]
+    assert requested
+    assert not [limits for limits in requested if "nvidia.com/gpu" in limits]
+    assert [item["metadata"]["name"] for item in job.owned("jobs")] == [f"{status['run']['jobName']}-pre"]

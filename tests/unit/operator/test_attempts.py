@@ -84,3 +84,17 @@ def test_a_run_without_a_gpu_took_no_gpu_seconds() -> None:
 def test_a_clock_that_ran_backwards_takes_nothing_away() -> None:
     backwards = Attempt(pod_uid="x", start="2026-01-01T12:00:00Z", end="2026-01-01T11:00:00Z")
     assert added_gpu_seconds((), (backwards,), 1) == 0
+
+
+def test_a_pod_that_was_disrupted_before_it_began_is_no_attempt() -> None:
+    unknown = {"terminated": {"exitCode": 137, "reason": "ContainerStatusUnknown", "startedAt": None, "finishedAt": None}}
+    disrupted = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
+    assert merge((), build_pod(JOB, phase="Failed", state=unknown, conditions=(disrupted,))) == ()
+
+
+def test_an_evicted_pod_whose_container_is_not_told_of_yet_keeps_its_start_and_has_its_reason() -> None:
+    begun = merge((), build_pod(JOB, phase="Running", state={"running": {"startedAt": "2026-01-01T11:59:00Z"}}))
+    (evicted,) = merge(begun, build_pod(JOB, phase="Failed", reason="Evicted"))
+    assert (evicted.start, evicted.end, evicted.reason) == ("2026-01-01T11:59:00Z", None, "Evicted")
+    (over,) = merge((evicted,), build_pod(JOB, phase="Failed", state=build_ended_state(137), reason="Evicted"))
+    assert (over.end, over.exit_code, over.reason) == ("2026-01-01T12:00:00Z", 137, "Evicted")

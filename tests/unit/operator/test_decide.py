@@ -12,6 +12,7 @@ from finetune_api.status import Progress, Stage
 from finetune_operator import decide as decide_module
 from finetune_operator.decide import (
     CHECKPOINTED_LIMIT,
+    EVICTED_LIMIT,
     Announce,
     CreateJob,
     DeleteJob,
@@ -125,6 +126,8 @@ def rows() -> dict[str, Row]:
     checkpointed = tuple(
         build_pod(job, name=f"pod-{index}", phase="Failed", state=build_ended_state(18)) for index in range(CHECKPOINTED_LIMIT)
     )
+    filled = {"reason": "Evicted", "message": 'Usage of EmptyDir volume "workspace" exceeds the limit "50Gi".'}
+    filling = tuple(build_pod(job, name=f"pod-{index}", state=RUNNING, **(filled | {"phase": "Failed"})) for index in range(EVICTED_LIMIT))
     succeeded = build_pod(job, phase="Succeeded", state=build_ended_state(0))
     complete = job_for(new, condition=COMPLETE)
     checked = build_finetunejob({"runPolicy": {"preflight": "Auto"}})
@@ -174,6 +177,9 @@ def rows() -> dict[str, Row]:
         "no Job yet": Row("create_what_is_missing", world_of(new), ["WriteStatus", "CreateJob"], "Pending", "JobCreated"),
         "too many checkpoints": Row(
             "stop_what_only_checkpoints", world_of(new, job, pods=checkpointed), ["WriteStatus", "DeleteJob"], "Failed", "CheckpointedTooOften"
+        ),
+        "a disk that is filled again and again": Row(
+            "stop_what_fills_its_disk", world_of(new, job, pods=filling), ["WriteStatus", "DeleteJob"], "Failed", "Evicted"
         ),
         "a Job without a pod": Row("report_what_is_seen", world_of(new, job), ["WriteStatus"], "Pending", "JobCreated"),
         "a Job that can't make its pod": Row(
