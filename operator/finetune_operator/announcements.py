@@ -11,6 +11,7 @@ from datetime import datetime
 
 from finetune_api import names
 from finetune_api.spec import API_VERSION, KIND
+from finetune_api.states import Reason
 from finetune_api.status import FineTuneJobStatus, Phase
 
 from finetune_operator.observed import timestamp
@@ -31,7 +32,7 @@ class Announcement:
     @property
     def kind(self) -> str:
         """How Kubernetes sorts it."""
-        return "Warning" if self.reason == Phase.FAILED else "Normal"
+        return "Warning" if self.reason in (Phase.FAILED, Reason.INVALID_SPEC) else "Normal"
 
 
 def announcements(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[Announcement]:
@@ -51,7 +52,8 @@ def announcements(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterat
 
 def build_event(subject: Subject, announcement: Announcement, now: datetime) -> Json:
     """The event as the API server takes it."""
-    digest = hashlib.sha256(f"{subject.uid}/{subject.run.run_digest}/{announcement.reason}".encode()).hexdigest()[:16]
+    run = subject.run.run_digest if subject.spec else subject.generation
+    digest = hashlib.sha256(f"{subject.uid}/{run}/{announcement.reason}".encode()).hexdigest()[:16]
     stem = subject.key.name[: _NAME_LIMIT - 1 - len(digest)].rstrip("-.")
     about = {"apiVersion": API_VERSION, "kind": KIND, "namespace": subject.key.namespace, "name": subject.key.name, "uid": subject.uid}
     return {

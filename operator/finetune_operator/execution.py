@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import aiohttp
+from finetune_api.states import Reason
 
+from finetune_operator.announcements import Announcement, build_event
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.decide import Action, Announce, CreateJob, DeleteJob, PatchJob, Plan, Situation, WriteStatus, report_a_refused_job
+from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Subject, World, is_controlled_by, read_subject
 
@@ -36,8 +39,7 @@ class Executor:
         namespace = subject.key.namespace
         match action:
             case WriteStatus(patch):
-                stored = await self.cluster.patch_status(subject.key, subject.metadata["resourceVersion"], patch)
-                self.cache.see(Kind.FINETUNEJOB, stored)
+                await self._write(subject, patch)
             case CreateJob(manifest):
                 await self._create_or_report(subject, manifest)
             case PatchJob(name, patch):
@@ -46,6 +48,17 @@ class Executor:
                 await self._see_unless_gone(self.cluster.delete_job(namespace, name, uid))
             case Announce(event):
                 await self._announce(subject, event)
+
+    async def _write(self, subject: Subject, patch: Json) -> None:
+        """A spec from before the CRD's rules may make every status be refused: then an event is all that can be said."""
+        try:
+            stored = await self.cluster.patch_status(subject.key, subject.metadata["resourceVersion"], patch)
+        except ApiError as error:
+            if error.status == 422:
+                said = Announcement(Reason.INVALID_SPEC, clean(f"The API server takes no status for this object: {error.message}", 900))
+                await self._announce(subject, build_event(subject, said, self.now()))
+            raise
+        self.cache.see(Kind.FINETUNEJOB, stored)
 
     async def _announce(self, subject: Subject, event: Json) -> None:
         """An event is for people who look on: that it can't be made delays nothing."""

@@ -1,6 +1,6 @@
 """Looks at the world around one FineTuneJob: from the cache where that is enough, from the API server where being wrong would cost something."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -61,17 +61,18 @@ class Observer:
         subject = read_subject(raw)
         if subject.spec is None:
             return World(subject)
-        jobs = await self._list(Kind.JOB, key)
-        world = _world(subject, jobs, await self._list(Kind.POD, key))
+        jobs, pods = await self._list(Kind.JOB, key), await self._list(Kind.POD, key)
+        world = _world(subject, jobs, pods)
         if subject.is_latched or world.current is not None:
             return world
-        for name in (subject.run.job_name, names.preflight_job_name(subject.run.job_name)):
-            found = await self.cluster.read_job(key.namespace, name)
-            if found and is_controlled_by(found, subject.uid):  # perhaps someone took its label off; it is our Job all the same
-                world = replace(world, jobs=(*(job for job in world.jobs if job["metadata"]["name"] != name), found))
-            elif found:
-                world = replace(world, namesake=found)
-        return world
+        hidden = [
+            found
+            for name in (subject.run.job_name, names.preflight_job_name(subject.run.job_name))
+            if (found := await self.cluster.read_job(key.namespace, name)) and found["metadata"]["uid"] not in _uids(world.jobs)
+        ]
+        # One whose label someone took off is our Job all the same.
+        namesakes = [job for job in hidden if not is_controlled_by(job, subject.uid)]
+        return replace(_world(subject, (*jobs, *hidden), pods), namesake=namesakes[0] if namesakes else None)
 
     async def _list(self, kind: Kind, key: Key) -> tuple[Json, ...]:
         found: list[Json] = []
@@ -80,7 +81,7 @@ class Observer:
             version = page.version
         for item in found:
             self.cache.see(kind, item)
-        self.cache.only(kind, (item["metadata"]["uid"] for item in found), version, key)
+        self.cache.only(kind, _uids(found), version, key)
         return tuple(found)
 
 
@@ -107,11 +108,16 @@ def _world(subject: Subject, labelled: tuple[Json, ...], pods: tuple[Json, ...])
     return World(subject, jobs, pods=own, leftovers=tuple(pod for pod in pods if not is_ended(pod) and pod not in own))
 
 
+def _uids(items: Iterable[Json]) -> set[str]:
+    return {str(item["metadata"]["uid"]) for item in items}
+
+
 def _newest_first(events: list[Json], since: datetime) -> tuple[str, ...]:
-    """Texts of the events that were seen since then."""
+    """Texts of the events that were seen since then; the scheduler's are old ones, since a pod without a node says so itself."""
 
     def seen(event: Json) -> str:
         return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or "")
 
-    recent = [event for event in events if seen(event) and datetime.fromisoformat(seen(event)) >= since]
+    told = [event for event in events if event.get("reason") != "FailedScheduling"]
+    recent = [event for event in told if seen(event) and datetime.fromisoformat(seen(event)) >= since]
     return tuple(str(event.get("message") or event.get("reason") or "") for event in sorted(recent, key=seen, reverse=True))

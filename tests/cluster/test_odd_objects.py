@@ -63,7 +63,7 @@ def succeeded_meanwhile(make: Make, name: str, seconds: float = 30) -> None:
 def test_specs_of_another_schema_are_told_so_and_start_nothing(
     loose_schema: Callable[[], None], kube: Cluster, namespace: str, make: Make
 ) -> None:
-    """Of one that the rules can't even be evaluated on, the API server refuses every write, the status too; it delays no other."""
+    """Of one that the rules can't even be evaluated on, the API server refuses every write, the status too: an event says so, and it delays no other."""
     odd = {"exit-0-word": {"training": {"epochs": "three"}}, "exit-0-huge": {"lora": {"rank": 100000}}, "exit-0-list": {"model": []}}
     word, huge, unwritable = (small_job(kube, namespace, name, **changes) for name, changes in odd.items())
     manifests = [job.manifest for job in (word, huge, unwritable)]
@@ -72,6 +72,7 @@ def test_specs_of_another_schema_are_told_so_and_start_nothing(
     succeeded_meanwhile(make, "exit-0-beside-odd-specs")
     assert "training.epochs" in word.wait_for_reason("InvalidSpec")["message"]
     assert "lora.rank" in huge.wait_for_reason("InvalidSpec")["message"]
+    kube.wait("an event where no status is taken", lambda: "takes no status" in json.dumps(unwritable.events()))
     assert {item["metadata"]["labels"]["finetune.dev/job"] for item in kube.get("jobs", "-n", namespace)["items"]} == {
         "exit-0-beside-odd-specs"
     }
@@ -145,6 +146,7 @@ def test_a_job_without_its_label_is_still_ours(running: dict[str, JobInCluster])
     )
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
     assert made.running_pod()["metadata"]["uid"] == pod["metadata"]["uid"]
+    made.wait_until("the truth", lambda status: status["observedGeneration"] == 2 and status["phase"] == "Running", 30)
 
 
 def test_a_job_without_its_owner_is_a_strangers(running: dict[str, JobInCluster]) -> None:

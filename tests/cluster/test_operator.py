@@ -74,10 +74,7 @@ def test_a_run_that_succeeds(make: Make) -> None:
 
 
 def events_of(made: JobInCluster) -> set[str]:
-    listed = made.kube.get(
-        "events", "-n", made.namespace, "--field-selector", f"involvedObject.kind=FineTuneJob,involvedObject.name={made.name}"
-    )
-    return {item["reason"] for item in listed.get("items", [])}
+    return {item["reason"] for item in made.events()}
 
 
 def test_events_tell_the_story_of_a_run(make: Make) -> None:

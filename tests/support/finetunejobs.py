@@ -65,6 +65,11 @@ class JobInCluster:
         """A condition of its status; empty when it does not stand there."""
         return next((item for item in self.status().get("conditions", ()) if item["type"] == kind), {})
 
+    def events(self) -> list[Job]:
+        """The events about it."""
+        about = f"involvedObject.kind=FineTuneJob,involvedObject.name={self.name}"
+        return list(self.kube.get("events", "-n", self.namespace, "--field-selector", about).get("items", []))
+
     def owned(self, kind: str) -> list[Job]:
         """The objects of this kind that carry this job's label."""
         listed = self.kube.get(kind, "-n", self.namespace, "-l", f"finetune.dev/job={self.name}")
