@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_operator import subject
-from finetune_operator.decide import Announce, CreateJob, WriteStatus, decide
+from finetune_operator.decide import decide
+from finetune_operator.plan import Announce, CreateJob, WriteStatus
 from finetune_operator.settings import Settings
 from load import (
     FINETUNEJOBS,

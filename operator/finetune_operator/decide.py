@@ -1,6 +1,6 @@
 """What to do about one FineTuneJob: an ordered list of small policies, of which the first that answers makes the plan. Pure and total.
 
-The list is the specification. A plan is data; reconcile.py executes its actions in order and stops at the first that fails, so that
+The list is the specification. A plan is data; execution.py executes its actions in order and stops at the first that fails, so that
 "status first, then the TTL" is said by the order alone.
 """
 
@@ -14,74 +14,24 @@ from finetune_api.states import Reason
 from finetune_api.status import FineTuneJobStatus, Phase
 
 from finetune_operator.announcements import CREATED, Announcement, announcements, build_event
+from finetune_operator.attention import NEW_POD_SECONDS, again_seconds, is_unfinished
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields, build_preflight_job
-from finetune_operator.diagnosis import container_state, ending_of, has_filled_its_disk, is_ended, is_starting, waiting_sentence
+from finetune_operator.diagnosis import container_state, ending_of, has_filled_its_disk, is_ended
 from finetune_operator.observed import (
-    SETTLING_SECONDS,
-    carried_status,
-    changed_at,
-    is_settling,
     observed_status,
     preflight_status,
     status_of,
     timestamp,
 )
+from finetune_operator.plan import Action, Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus, merge_patch
 from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
-from finetune_operator.subject import FINAL, Json, Trainer, World, condition_of, is_being_deleted, is_finished
+from finetune_operator.subject import Json, World, carried_status, condition_of, is_being_deleted, is_finished
+from finetune_operator.verdict import is_settling
 
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
 EVICTED_LIMIT = 3  # evictions for the pod's own use of its disk
-NEW_POD_SECONDS = 5.0  # a pod that takes longer to start has its events read
-
-
-@dataclass(frozen=True)
-class CreateJob:
-    """Make the training Job; that it exists already is success when it is this very one."""
-
-    manifest: Json
-
-
-@dataclass(frozen=True)
-class DeleteJob:
-    """Delete a Job in the foreground: its pods first, so that no GPU is held by an orphan."""
-
-    name: str
-    uid: str
-
-
-@dataclass(frozen=True)
-class PatchJob:
-    """Merge-patch a Job."""
-
-    name: str
-    patch: Json
-
-
-@dataclass(frozen=True)
-class WriteStatus:
-    """Merge-patch the FineTuneJob's status; it carries the resourceVersion that it was computed from."""
-
-    patch: Json
-
-
-@dataclass(frozen=True)
-class Announce:
-    """Make an event; one that can't be made is not missed."""
-
-    event: Json
-
-
-Action = CreateJob | DeleteJob | PatchJob | WriteStatus | Announce
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Actions in order, and when to look again without an event (None: only at the resync)."""
-
-    actions: tuple[Action, ...] = ()
-    again_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,14 +130,14 @@ def check_before_a_gpu_is_asked_for(situation: Situation) -> Plan | None:
     if job is None:
         return _creation(situation, build_preflight_job(world.subject, situation.settings))
     if is_settling(world, situation.now):
-        return Plan(_live(situation), _again(situation))
+        return Plan(_live(situation), again_seconds(situation.world, situation.now))
     status = preflight_status(world, job, situation.now)
     if status.preflight:
         create = CreateJob(build_job(world.subject, situation.settings))
         return Plan(_fenced(_write(situation, status), (create,)))
     if status.phase is Phase.FAILED:
         return Plan(_write(situation, status))
-    return Plan((*_live(situation), *_write(situation, status)), _again(situation))
+    return Plan((*_live(situation), *_write(situation, status)), again_seconds(situation.world, situation.now))
 
 
 def create_what_is_missing(situation: Situation) -> Plan | None:
@@ -221,11 +171,11 @@ def report_what_is_seen(situation: Situation) -> Plan | None:
     """The Job exists: live fields follow the spec, the status follows the pods."""
     world = situation.world
     if is_settling(world, situation.now):
-        return Plan(_live(situation), _again(situation))
+        return Plan(_live(situation), again_seconds(situation.world, situation.now))
     status = observed_status(world, situation.now, situation.settings.stuck_after)
     if status.phase in (Phase.SUCCEEDED, Phase.FAILED):
         return Plan((*_write(situation, status), *_ttl(situation)))
-    return Plan((*_live(situation), *_write(situation, status)), _again(situation))
+    return Plan((*_live(situation), *_write(situation, status)), again_seconds(situation.world, situation.now))
 
 
 Policy = Callable[[Situation], Plan | None]
@@ -255,54 +205,6 @@ def report_a_refused_job(situation: Situation, refusal: str, *, for_good: bool) 
     standing = Standing.STALLED if for_good else Standing.RECONCILING
     sentence = f"The API server refuses the Job: {clean(refusal, 800).rstrip('.')}; correct the spec, the quota or the policy."
     return Plan(_pending(situation, standing, Reason.JOB_REFUSED, sentence))
-
-
-def is_unfinished(raw: Json) -> bool:
-    """Whether the periodic re-list puts this FineTuneJob back on the queue."""
-    status = raw.get("status") or {}
-    return status.get("phase") not in FINAL or status.get("observedGeneration") != raw["metadata"].get("generation")
-
-
-def ends(world: World, plan: Plan) -> bool:
-    """Whether nothing is left to do for the job once the plan is executed, until someone edits it."""
-    subject = world.subject
-    if not is_unfinished(subject.raw) or (subject.spec is not None and subject.is_latched):
-        return True
-    return any(isinstance(action, WriteStatus) and action.patch.get("phase") in FINAL for action in plan.actions)
-
-
-def trainer_of(world: World) -> Trainer | None:
-    """The trainer that can be asked how far it is; None when none runs."""
-    active = [pod for pod in world.attended_pods if not is_ended(pod) and container_state(pod, "running") is not None]
-    if world.current is None or not active or not active[-1]["status"].get("podIP"):
-        return None
-    started = (container_state(active[-1], "running") or {}).get("startedAt")
-    seconds = datetime.fromisoformat(str(started)).timestamp() if started else 0.0
-    return Trainer(str(active[-1]["metadata"]["uid"]), str(active[-1]["status"]["podIP"]), seconds)
-
-
-def unexplained(world: World, now: datetime) -> str | None:
-    """UID of the object whose events may say why no pod runs: a Job without a pod, or a pod that takes long to start."""
-    job, active = world.attended, [pod for pod in world.attended_pods if not is_ended(pod)]
-    if job is None or is_finished(job) or is_being_deleted(job) or (now - changed_at(world)).total_seconds() < NEW_POD_SECONDS:
-        return None
-    if not active:
-        return None if job["spec"].get("suspend") else str(job["metadata"]["uid"])
-    is_silent = is_starting(active[-1]) and waiting_sentence(active[-1], ())[0] == Reason.CONTAINER_CREATING
-    return str(active[-1]["metadata"]["uid"]) if is_silent else None
-
-
-def merge_patch(before: Json, after: Json) -> Json:
-    """The merge patch (RFC 7386) that makes `after` of `before`; lists are replaced whole."""
-    patch: Json = dict.fromkeys(before.keys() - after.keys())
-    for key, value in after.items():
-        old = before.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            nested = merge_patch(old, value)
-            patch |= {key: nested} if nested else {}
-        elif old != value or key not in before:
-            patch[key] = value
-    return patch
 
 
 def _ended_pods(situation: Situation) -> list[Json]:
@@ -395,15 +297,3 @@ def _pending(situation: Situation, standing: Standing, reason: Reason, sentence:
     subject = situation.world.subject
     verdict = Verdict(Phase.PENDING, standing, reason, clean(sentence))
     return _write(situation, status_of(subject, carried_status(subject), verdict, situation.now))
-
-
-def _again(situation: Situation) -> float | None:
-    """A pod that starts is looked at when it should have started, and then ever more seldom, since its events bring no event to us."""
-    world, now = situation.world, situation.now
-    active = [pod for pod in world.attended_pods if not is_ended(pod)]
-    if (active and not is_starting(active[-1])) or (world.subject.spec and world.subject.spec.run_policy.suspend):
-        return None
-    age_seconds = (now - changed_at(world)).total_seconds()
-    if age_seconds < SETTLING_SECONDS:
-        return SETTLING_SECONDS - age_seconds
-    return max(NEW_POD_SECONDS + 1 - age_seconds, min(60.0, age_seconds / 2), 1.0)

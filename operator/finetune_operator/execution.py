@@ -11,7 +11,8 @@ from finetune_api.states import Reason
 from finetune_operator.announcements import Announcement, build_event
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import ApiError, Cluster
-from finetune_operator.decide import Action, Announce, CreateJob, DeleteJob, PatchJob, Plan, Situation, WriteStatus, report_a_refused_job
+from finetune_operator.decide import Situation, report_a_refused_job
+from finetune_operator.plan import Action, Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus
 from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Subject, World, is_controlled_by, read_subject

@@ -5,17 +5,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from finetune_api import names
-from finetune_api.states import Reason
 
+from finetune_operator.attention import must_be_read, unexplained
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import Cluster
-from finetune_operator.decide import unexplained
 from finetune_operator.diagnosis import is_ended
-from finetune_operator.observed import changed_at
 from finetune_operator.progress import ProgressPoller
-from finetune_operator.subject import Json, Key, Subject, World, condition_of, is_being_deleted, is_controlled_by, is_finished, read_subject
-
-_NEVER_MADE = (Reason.JOB_REFUSED, Reason.NOT_ALLOWED, Reason.INVALID_SPEC)
+from finetune_operator.subject import Json, Key, Subject, World, is_being_deleted, is_controlled_by, read_subject
+from finetune_operator.verdict import changed_at
 
 
 @dataclass(frozen=True)
@@ -83,22 +80,6 @@ class Observer:
             self.cache.see(kind, item)
         self.cache.only(kind, _uids(found), version, key)
         return tuple(found)
-
-
-def must_be_read(world: World) -> bool:
-    """Whether what the watches have shown is too little to decide on.
-
-    A run that was begun has a Job, so that a missing one is deleted or hidden; and a Job that says it has ended may be heard of before its last pod,
-    whose words the status must have before the end is latched.
-    """
-    subject, job = world.subject, world.attended
-    if subject.spec is None or subject.is_latched:
-        return False
-    if job is None:
-        stored = subject.stored
-        return not world.jobs and stored.run is not None and not any(item.reason in _NEVER_MADE for item in stored.conditions)
-    has_its_last_words = condition_of(job, "Complete") and any(pod["status"].get("phase") == "Succeeded" for pod in world.attended_pods)
-    return is_finished(job) and not has_its_last_words
 
 
 def _world(subject: Subject, labelled: tuple[Json, ...], pods: tuple[Json, ...]) -> World:

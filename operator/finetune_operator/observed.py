@@ -6,9 +6,9 @@ It carries over what the stored status knows of the same run, since pods come an
 from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar
 
-from finetune_api.exits import OOM_KILLED, REASONS, ExitCode
+from finetune_api.exits import REASONS, ExitCode
 from finetune_api.fields import ApiModel
-from finetune_api.spec import Artifact, FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.states import Reason
 from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Preflight, Progress, Stage
 from finetune_api.termination import TerminationMessage
@@ -16,38 +16,22 @@ from finetune_api.termination import TerminationMessage
 from finetune_operator.attempts import added_gpu_seconds, merge_attempts
 from finetune_operator.conditions import Standing, Verdict, build_conditions
 from finetune_operator.diagnosis import (
-    DELETED,
     Ending,
     container_state,
-    ending_of,
-    is_ended,
-    is_node_lost,
-    is_starting,
-    node_lost_sentence,
-    waiting_sentence,
 )
 from finetune_operator.redaction import clean
-from finetune_operator.subject import Json, Subject, World, condition_of, is_being_deleted, is_finished
+from finetune_operator.subject import Json, Subject, World, carried_status, condition_of
+from finetune_operator.verdict import last_ending, success_sentence, verdict_of
 
 Said = TypeVar("Said", bound=ApiModel)
 Facts = dict[ConditionType, tuple[Literal["True", "False", "Unknown"], str, str]]
 _AFTER_TRAINING = (Stage.EVALUATING, Stage.CONVERTING, Stage.VERIFYING, Stage.PUBLISHING)
 PROGRESS_WRITE_SECONDS = 10
-SETTLING_SECONDS = 2.0  # a state that is over sooner gets no status of its own: fewer writes a job
-_PASSING = (Reason.JOB_CREATED, Reason.RUNNING, Reason.RETRYING)
 
 
 def timestamp(now: datetime) -> str:
     """A point in time as the API writes it."""
     return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def carried_status(subject: Subject) -> FineTuneJobStatus:
-    """What the stored status knows of the run that the spec asks for; blank for a new run."""
-    stored = subject.stored
-    if stored.run and stored.run.run_digest == subject.run.run_digest:
-        return stored
-    return FineTuneJobStatus(run=subject.run, conditions=stored.conditions)
 
 
 def status_of(subject: Subject, base: FineTuneJobStatus, verdict: Verdict, now: datetime, facts: Facts | None = None) -> FineTuneJobStatus:
@@ -74,7 +58,7 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
     assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
     assert job is not None  # noqa: S101
     base = carried_status(subject)
-    last = _last_ending(world, spec)
+    last = last_ending(world, spec)
     attempts = merge_attempts(base.attempts, pods, spec)
     base = base.model_copy(
         update={
@@ -83,7 +67,7 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
             "start_time": base.start_time or next((item.start for item in attempts if item.start), None),
         }
     )
-    verdict = _verdict(world, job, base, last)
+    verdict = verdict_of(world, job, base, last)
     if verdict.phase in (Phase.SUCCEEDED, Phase.FAILED):
         base = base.model_copy(update={"completion_time": _completion_time(job)})
     base = _with_live(base, world, verdict, now)
@@ -99,8 +83,8 @@ def preflight_status(world: World, job: Json, now: datetime) -> FineTuneJobStatu
     subject, spec = world.subject, world.subject.spec
     assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
     base = carried_status(subject).model_copy(update={"stage": Stage.PREFLIGHT})
-    last = _last_ending(world, spec)
-    verdict = _verdict(world, job, base, last)
+    last = last_ending(world, spec)
+    verdict = verdict_of(world, job, base, last)
     if verdict.phase is Phase.SUCCEEDED:
         said = _cleaned(last.said) if last and last.said else None
         passed = Preflight(passed_at=_completion_time(job) or timestamp(now), message=said.message if said else "")
@@ -113,126 +97,6 @@ def preflight_status(world: World, job: Json, now: datetime) -> FineTuneJobStatu
             verdict.phase, verdict.standing, verdict.reason, "Preflight checks spec, data and access before a GPU is asked for."
         )
     return status_of(subject, base, verdict, now)
-
-
-def _last_ending(world: World, spec: FineTuneJobSpec) -> Ending | None:
-    ended = sorted((pod for pod in world.attended_pods if is_ended(pod)), key=_finished_at)
-    return ending_of(ended[-1], spec) if ended else None
-
-
-def _verdict(world: World, job: Json, base: FineTuneJobStatus, last: Ending | None) -> Verdict:
-    spec = world.subject.spec
-    assert spec is not None  # noqa: S101 as in observed_status
-    if condition_of(job, "Complete"):
-        return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], _success_sentence(spec))
-    failed = condition_of(job, "Failed")
-    if failed:
-        reason, sentence = _failure(failed, spec, base, last)
-        return Verdict(Phase.FAILED, Standing.STALLED, reason, sentence)
-    doomed = condition_of(job, "FailureTarget")
-    if doomed:  # it has failed, and says so once its pods have ended
-        _, sentence = _failure(doomed, spec, base, last)
-        return Verdict(Phase.RUNNING if base.start_time else Phase.PENDING, Standing.RECONCILING, Reason.STOPPING, sentence)
-    active = [pod for pod in world.attended_pods if not is_ended(pod)]
-    if spec.run_policy.suspend:
-        return _suspended(active)
-    return _active(active[-1], world.warnings) if active else _podless(world.warnings, last)
-
-
-def _success_sentence(spec: FineTuneJobSpec) -> str:
-    proven = ", verified" if Artifact.QUANTIZED in spec.wanted_artifacts else ""
-    places = ", ".join(item.uri for item in spec.outputs.destinations)
-    return clean(f"Trained{proven} and published to {places}.")
-
-
-def _failure(failed: Json, spec: FineTuneJobSpec, base: FineTuneJobStatus, last: Ending | None) -> tuple[str, str]:
-    given = str(failed.get("reason") or "")
-    if given == Reason.DEADLINE_EXCEEDED:
-        return Reason.DEADLINE_EXCEEDED, _deadline_sentence(spec, base)
-    if last is None or last.exit_code == ExitCode.SUCCEEDED:
-        return _failure_without_pod(str(failed.get("message") or given or "no reason given"), base)
-    if given == "BackoffLimitExceeded" and spec.run_policy.backoff_limit:
-        return last.reason, clean(f"{last.sentence} (Given up after {spec.run_policy.backoff_limit} retries.)")
-    return last.reason, last.sentence
-
-
-def _failure_without_pod(message: str, base: FineTuneJobStatus) -> tuple[str, str]:
-    """A pod that ends by itself stays as long as its Job: one that is gone, and was not seen to end, was deleted."""
-    was_deleted = any(attempt.end is None or attempt.reason == Reason.POD_DELETED for attempt in base.attempts[-1:])
-    if was_deleted and f"exit code {OOM_KILLED} " in message:
-        return Reason.POD_DELETED, DELETED
-    return Reason.JOB_FAILED, clean(f"The Job failed: {message}")
-
-
-def _deadline_sentence(spec: FineTuneJobSpec, base: FineTuneJobStatus) -> str:
-    """What the run waited for at its deadline is known only as long as its pod is there: once said, it stays said."""
-    over = f"The run was stopped after its deadline of {spec.run_policy.active_deadline_seconds} s"
-    if base.message.startswith(over):
-        return base.message
-    waited = f", before its pod had started ({clean(base.message, 700).rstrip('.')})" if base.start_time is None and base.message else ""
-    return clean(f"{over}{waited}; raise runPolicy.activeDeadlineSeconds and set runPolicy.rerun.")
-
-
-def _suspended(active: list[Json]) -> Verdict:
-    if active:
-        return Verdict(
-            Phase.RUNNING,
-            Standing.RECONCILING,
-            Reason.SUSPENDING,
-            "The trainer saves its last step and stops, because runPolicy.suspend is true.",
-        )
-    return Verdict(Phase.SUSPENDED, Standing.IDLE, Reason.SUSPENDED, "Suspended; set runPolicy.suspend to false to go on.")
-
-
-def is_settling(world: World, now: datetime) -> bool:
-    """Whether the next moment says more than this one, and what is stored is true enough until then.
-
-    A pod is about to run, or its Job to say what becomes of the pod that has ended: a state that is over in a moment is not worth a write.
-    """
-    stored, job, spec = carried_status(world.subject), world.attended, world.subject.spec
-    active = [pod for pod in world.attended_pods if not is_ended(pod)]
-    if job is None or spec is None or is_finished(job) or spec.run_policy.suspend or world.warnings:
-        return False
-    if active and (is_being_deleted(active[-1]) or not is_starting(active[-1])):
-        return False
-    goes_on = stored.observed_generation == world.subject.generation and any(
-        item.type is ConditionType.RECONCILING and item.reason in _PASSING for item in stored.conditions
-    )
-    return goes_on and (now - changed_at(world)).total_seconds() < SETTLING_SECONDS
-
-
-def changed_at(world: World) -> datetime:
-    """When the attended Job was last given or left without a pod: its own creation or that of its newest pod, or the end of its last one."""
-    active = [pod for pod in world.attended_pods if not is_ended(pod)]
-    made = (item["metadata"].get("creationTimestamp") for item in (world.attended, *active) if item)
-    ends = ((container_state(pod, "terminated") or {}).get("finishedAt") for pod in world.attended_pods)
-    moments = (datetime.fromisoformat(str(moment)) for moment in (*made, *ends) if moment)
-    return max(moments, default=datetime.min.replace(tzinfo=UTC))
-
-
-def _active(pod: Json, warnings: tuple[str, ...]) -> Verdict:
-    if is_node_lost(pod):
-        return Verdict(Phase.RUNNING, Standing.RECONCILING, Reason.NODE_LOST, node_lost_sentence(pod))
-    if is_being_deleted(pod):
-        return Verdict(
-            Phase.RUNNING,
-            Standing.RECONCILING,
-            Reason.STOPPING,
-            "The pod is being stopped; the run continues from its last checkpoint in a new one.",
-        )
-    if container_state(pod, "running") is not None or container_state(pod, "terminated") is not None:
-        return Verdict(Phase.RUNNING, Standing.RECONCILING, Reason.RUNNING, "The trainer is at work.")
-    return Verdict(Phase.PENDING, Standing.RECONCILING, *waiting_sentence(pod, warnings))
-
-
-def _podless(warnings: tuple[str, ...], last: Ending | None) -> Verdict:
-    if warnings:
-        return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.POD_NOT_CREATED, clean(f"The Job can't make its pod: {warnings[0]}"))
-    if last and last.exit_code == ExitCode.SUCCEEDED:
-        return Verdict(Phase.RUNNING, Standing.RECONCILING, Reason.RUNNING, "The trainer has ended well; waiting for its Job to say so.")
-    if last:
-        return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.RETRYING, clean(f"Waiting to try again, after: {last.sentence}"))
-    return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod.")
 
 
 def _with_live(base: FineTuneJobStatus, world: World, verdict: Verdict, now: datetime) -> FineTuneJobStatus:
@@ -308,7 +172,7 @@ def _facts(spec: FineTuneJobSpec, base: FineTuneJobStatus, verdict: Verdict, las
     if gate:
         facts[ConditionType.QUALITY_PASSED] = gate
     if succeeded:
-        facts[ConditionType.PUBLISHED] = ("True", Reason.PUBLISHED, _success_sentence(spec))
+        facts[ConditionType.PUBLISHED] = ("True", Reason.PUBLISHED, success_sentence(spec))
     elif last and last.exit_code == ExitCode.NOT_PUBLISHED:
         facts[ConditionType.PUBLISHED] = ("False", REASONS[ExitCode.NOT_PUBLISHED], last.sentence)
     return facts
@@ -342,11 +206,6 @@ def _known_facts(base: FineTuneJobStatus) -> Facts:
     milestones = (ConditionType.TRAINED, ConditionType.VERIFIED, ConditionType.QUALITY_PASSED, ConditionType.PUBLISHED)
     has_run = base.phase is not None
     return {item.type: (item.status, item.reason, item.message) for item in base.conditions if has_run and item.type in milestones}
-
-
-def _finished_at(pod: Json) -> str:
-    terminated = container_state(pod, "terminated") or {}
-    return str(terminated.get("finishedAt") or pod["metadata"].get("creationTimestamp") or "")
 
 
 def _completion_time(job: Json) -> str | None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from finetune_operator.attention import ends, trainer_of
 from finetune_operator.cluster import ApiError
-from finetune_operator.decide import decide, ends, trainer_of
+from finetune_operator.decide import decide
 from finetune_operator.execution import REFUSALS, Executor
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import Observer

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable
 
 import aiohttp
 
+from finetune_operator.attention import is_unfinished
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import ApiError, Cluster, Listing
-from finetune_operator.decide import is_unfinished
 from finetune_operator.metrics import NO_PHASE
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Key

@@ -145,6 +145,14 @@ class World:
         return tuple(sorted(own, key=lambda pod: str(pod["metadata"].get("creationTimestamp", ""))))
 
 
+def carried_status(subject: Subject) -> FineTuneJobStatus:
+    """What the stored status knows of the run that the spec asks for; blank for a new run."""
+    stored = subject.stored
+    if stored.run and stored.run.run_digest == subject.run.run_digest:
+        return stored
+    return FineTuneJobStatus(run=subject.run, conditions=stored.conditions)
+
+
 def read_subject(raw: Json) -> Subject:
     """Total: any stored object becomes a subject."""
     return Subject(raw, *_read_spec(json.dumps(raw.get("spec"))))

@@ -1,8 +1,9 @@
 """announcements.py: at most four events a run, each once, each of a state that is stored."""
 
 from finetune_operator.announcements import Announcement, build_event
-from finetune_operator.decide import Announce, WriteStatus, decide
+from finetune_operator.decide import decide
 from finetune_operator.desired import build_job
+from finetune_operator.plan import Announce, WriteStatus
 from finetune_operator.subject import Json, World, read_subject
 from support.simulated_cluster import NOW, SETTINGS, SimulatedCluster, build_ended_state, build_finetunejob, build_pod, build_stored_job
 

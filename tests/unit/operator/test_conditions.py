@@ -8,8 +8,9 @@ import pytest
 from finetune_api.exits import ExitCode
 from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase, Stage
 from finetune_operator.conditions import Standing, Verdict, build_conditions
-from finetune_operator.decide import WriteStatus, decide
+from finetune_operator.decide import decide
 from finetune_operator.desired import build_job
+from finetune_operator.plan import WriteStatus
 from finetune_operator.subject import Json, World, read_subject
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,0 +1,75 @@
+"""Where a decision needs a second look: what must be read from the API server, whose events, which trainer to ask, and when to come back. Pure."""
+
+from datetime import datetime
+
+from finetune_api.states import Reason
+
+from finetune_operator.diagnosis import container_state, is_ended, is_starting, waiting_sentence
+from finetune_operator.plan import Plan, WriteStatus
+from finetune_operator.subject import FINAL, Json, Trainer, World, condition_of, is_being_deleted, is_finished
+from finetune_operator.verdict import SETTLING_SECONDS, changed_at
+
+NEW_POD_SECONDS = 5.0  # a pod that takes longer to start has its events read
+_NEVER_MADE = (Reason.JOB_REFUSED, Reason.NOT_ALLOWED, Reason.INVALID_SPEC)
+
+
+def must_be_read(world: World) -> bool:
+    """Whether what the watches have shown is too little to decide on.
+
+    A run that was begun has a Job, so that a missing one is deleted or hidden; and a Job that says it has ended may be heard of before its last pod,
+    whose words the status must have before the end is latched.
+    """
+    subject, job = world.subject, world.attended
+    if subject.spec is None or subject.is_latched:
+        return False
+    if job is None:
+        stored = subject.stored
+        return not world.jobs and stored.run is not None and not any(item.reason in _NEVER_MADE for item in stored.conditions)
+    has_its_last_words = condition_of(job, "Complete") and any(pod["status"].get("phase") == "Succeeded" for pod in world.attended_pods)
+    return is_finished(job) and not has_its_last_words
+
+
+def unexplained(world: World, now: datetime) -> str | None:
+    """UID of the object whose events may say why no pod runs: a Job without a pod, or a pod that takes long to start."""
+    job, active = world.attended, [pod for pod in world.attended_pods if not is_ended(pod)]
+    if job is None or is_finished(job) or is_being_deleted(job) or (now - changed_at(world)).total_seconds() < NEW_POD_SECONDS:
+        return None
+    if not active:
+        return None if job["spec"].get("suspend") else str(job["metadata"]["uid"])
+    is_silent = is_starting(active[-1]) and waiting_sentence(active[-1], ())[0] == Reason.CONTAINER_CREATING
+    return str(active[-1]["metadata"]["uid"]) if is_silent else None
+
+
+def again_seconds(world: World, now: datetime) -> float | None:
+    """A pod that starts is looked at when it should have started, and then ever more seldom, since its events bring no event to us."""
+    active = [pod for pod in world.attended_pods if not is_ended(pod)]
+    if (active and not is_starting(active[-1])) or (world.subject.spec and world.subject.spec.run_policy.suspend):
+        return None
+    age_seconds = (now - changed_at(world)).total_seconds()
+    if age_seconds < SETTLING_SECONDS:
+        return SETTLING_SECONDS - age_seconds
+    return max(NEW_POD_SECONDS + 1 - age_seconds, min(60.0, age_seconds / 2), 1.0)
+
+
+def trainer_of(world: World) -> Trainer | None:
+    """The trainer that can be asked how far it is; None when none runs."""
+    active = [pod for pod in world.attended_pods if not is_ended(pod) and container_state(pod, "running") is not None]
+    if world.current is None or not active or not active[-1]["status"].get("podIP"):
+        return None
+    started = (container_state(active[-1], "running") or {}).get("startedAt")
+    seconds = datetime.fromisoformat(str(started)).timestamp() if started else 0.0
+    return Trainer(str(active[-1]["metadata"]["uid"]), str(active[-1]["status"]["podIP"]), seconds)
+
+
+def is_unfinished(raw: Json) -> bool:
+    """Whether the periodic re-list puts this FineTuneJob back on the queue."""
+    status = raw.get("status") or {}
+    return status.get("phase") not in FINAL or status.get("observedGeneration") != raw["metadata"].get("generation")
+
+
+def ends(world: World, plan: Plan) -> bool:
+    """Whether nothing is left to do for the job once the plan is executed, until someone edits it."""
+    subject = world.subject
+    if not is_unfinished(subject.raw) or (subject.spec is not None and subject.is_latched):
+        return True
+    return any(isinstance(action, WriteStatus) and action.patch.get("phase") in FINAL for action in plan.actions)

@@ -1,0 +1,154 @@
+"""Job and pods in, verdict out: where a run stands, and the sentence that says so. Pure; observed.py makes a status of it."""
+
+from datetime import UTC, datetime
+
+from finetune_api.exits import OOM_KILLED, REASONS, ExitCode
+from finetune_api.spec import Artifact, FineTuneJobSpec
+from finetune_api.states import Reason
+from finetune_api.status import ConditionType, FineTuneJobStatus, Phase
+
+from finetune_operator.conditions import Standing, Verdict
+from finetune_operator.diagnosis import (
+    DELETED,
+    Ending,
+    container_state,
+    ending_of,
+    is_ended,
+    is_node_lost,
+    is_starting,
+    node_lost_sentence,
+    waiting_sentence,
+)
+from finetune_operator.redaction import clean
+from finetune_operator.subject import Json, World, carried_status, condition_of, is_being_deleted, is_finished
+
+SETTLING_SECONDS = 2.0  # a state that is over sooner gets no status of its own: fewer writes a job
+_PASSING = (Reason.JOB_CREATED, Reason.RUNNING, Reason.RETRYING)
+
+
+def verdict_of(world: World, job: Json, base: FineTuneJobStatus, last: Ending | None) -> Verdict:
+    """Where a run stands by its attended Job and that Job's pods."""
+    spec = world.subject.spec
+    assert spec is not None  # noqa: S101 as in observed_status
+    if condition_of(job, "Complete"):
+        return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], success_sentence(spec))
+    failed = condition_of(job, "Failed")
+    if failed:
+        reason, sentence = _failure(failed, spec, base, last)
+        return Verdict(Phase.FAILED, Standing.STALLED, reason, sentence)
+    doomed = condition_of(job, "FailureTarget")
+    if doomed:  # it has failed, and says so once its pods have ended
+        _, sentence = _failure(doomed, spec, base, last)
+        return Verdict(Phase.RUNNING if base.start_time else Phase.PENDING, Standing.RECONCILING, Reason.STOPPING, sentence)
+    active = [pod for pod in world.attended_pods if not is_ended(pod)]
+    if spec.run_policy.suspend:
+        return _suspended(active)
+    return _active(active[-1], world.warnings) if active else _podless(world.warnings, last)
+
+
+def is_settling(world: World, now: datetime) -> bool:
+    """Whether the next moment says more than this one, and what is stored is true enough until then.
+
+    A pod is about to run, or its Job to say what becomes of the pod that has ended: a state that is over in a moment is not worth a write.
+    """
+    stored, job, spec = carried_status(world.subject), world.attended, world.subject.spec
+    active = [pod for pod in world.attended_pods if not is_ended(pod)]
+    if job is None or spec is None or is_finished(job) or spec.run_policy.suspend or world.warnings:
+        return False
+    if active and (is_being_deleted(active[-1]) or not is_starting(active[-1])):
+        return False
+    goes_on = stored.observed_generation == world.subject.generation and any(
+        item.type is ConditionType.RECONCILING and item.reason in _PASSING for item in stored.conditions
+    )
+    return goes_on and (now - changed_at(world)).total_seconds() < SETTLING_SECONDS
+
+
+def changed_at(world: World) -> datetime:
+    """When the attended Job was last given or left without a pod: its own creation or that of its newest pod, or the end of its last one."""
+    active = [pod for pod in world.attended_pods if not is_ended(pod)]
+    made = (item["metadata"].get("creationTimestamp") for item in (world.attended, *active) if item)
+    ends = ((container_state(pod, "terminated") or {}).get("finishedAt") for pod in world.attended_pods)
+    moments = (datetime.fromisoformat(str(moment)) for moment in (*made, *ends) if moment)
+    return max(moments, default=datetime.min.replace(tzinfo=UTC))
+
+
+def last_ending(world: World, spec: FineTuneJobSpec) -> Ending | None:
+    """How the last pod of the attended Job ended, as far as one has."""
+    ended = sorted((pod for pod in world.attended_pods if is_ended(pod)), key=_finished_at)
+    return ending_of(ended[-1], spec) if ended else None
+
+
+def success_sentence(spec: FineTuneJobSpec) -> str:
+    """For status.message."""
+    proven = ", verified" if Artifact.QUANTIZED in spec.wanted_artifacts else ""
+    places = ", ".join(item.uri for item in spec.outputs.destinations)
+    return clean(f"Trained{proven} and published to {places}.")
+
+
+def _failure(failed: Json, spec: FineTuneJobSpec, base: FineTuneJobStatus, last: Ending | None) -> tuple[str, str]:
+    given = str(failed.get("reason") or "")
+    if given == Reason.DEADLINE_EXCEEDED:
+        return Reason.DEADLINE_EXCEEDED, _deadline_sentence(spec, base)
+    if last is None or last.exit_code == ExitCode.SUCCEEDED:
+        return _failure_without_pod(str(failed.get("message") or given or "no reason given"), base)
+    if given == "BackoffLimitExceeded" and spec.run_policy.backoff_limit:
+        return last.reason, clean(f"{last.sentence} (Given up after {spec.run_policy.backoff_limit} retries.)")
+    return last.reason, last.sentence
+
+
+def _failure_without_pod(message: str, base: FineTuneJobStatus) -> tuple[str, str]:
+    """A pod that ends by itself stays as long as its Job: one that is gone, and was not seen to end, was deleted."""
+    was_deleted = any(attempt.end is None or attempt.reason == Reason.POD_DELETED for attempt in base.attempts[-1:])
+    if was_deleted and f"exit code {OOM_KILLED} " in message:
+        return Reason.POD_DELETED, DELETED
+    return Reason.JOB_FAILED, clean(f"The Job failed: {message}")
+
+
+def _deadline_sentence(spec: FineTuneJobSpec, base: FineTuneJobStatus) -> str:
+    """What the run waited for at its deadline is known only as long as its pod is there: once said, it stays said."""
+    over = f"The run was stopped after its deadline of {spec.run_policy.active_deadline_seconds} s"
+    if base.message.startswith(over):
+        return base.message
+    waited = f", before its pod had started ({clean(base.message, 700).rstrip('.')})" if base.start_time is None and base.message else ""
+    return clean(f"{over}{waited}; raise runPolicy.activeDeadlineSeconds and set runPolicy.rerun.")
+
+
+def _suspended(active: list[Json]) -> Verdict:
+    if active:
+        return Verdict(
+            Phase.RUNNING,
+            Standing.RECONCILING,
+            Reason.SUSPENDING,
+            "The trainer saves its last step and stops, because runPolicy.suspend is true.",
+        )
+    return Verdict(Phase.SUSPENDED, Standing.IDLE, Reason.SUSPENDED, "Suspended; set runPolicy.suspend to false to go on.")
+
+
+def _active(pod: Json, warnings: tuple[str, ...]) -> Verdict:
+    if is_node_lost(pod):
+        return Verdict(Phase.RUNNING, Standing.RECONCILING, Reason.NODE_LOST, node_lost_sentence(pod))
+    if is_being_deleted(pod):
+        return Verdict(
+            Phase.RUNNING,
+            Standing.RECONCILING,
+            Reason.STOPPING,
+            "The pod is being stopped; the run continues from its last checkpoint in a new one.",
+        )
+    if container_state(pod, "running") is not None or container_state(pod, "terminated") is not None:
+        return Verdict(Phase.RUNNING, Standing.RECONCILING, Reason.RUNNING, "The trainer is at work.")
+    return Verdict(Phase.PENDING, Standing.RECONCILING, *waiting_sentence(pod, warnings))
+
+
+def _podless(warnings: tuple[str, ...], last: Ending | None) -> Verdict:
+    if warnings:
+        return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.POD_NOT_CREATED, clean(f"The Job can't make its pod: {warnings[0]}"))
+    if last and last.exit_code == ExitCode.SUCCEEDED:
+        return Verdict(Phase.RUNNING, Standing.RECONCILING, Reason.RUNNING, "The trainer has ended well; waiting for its Job to say so.")
+    if last:
+        return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.RETRYING, clean(f"Waiting to try again, after: {last.sentence}"))
+    return Verdict(Phase.PENDING, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod.")
+
+
+def _finished_at(pod: Json) -> str:
+    terminated = container_state(pod, "terminated") or {}
+    return str(terminated.get("finishedAt") or pod["metadata"].get("creationTimestamp") or "")
