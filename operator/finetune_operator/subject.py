@@ -123,14 +123,13 @@ class World:
 
     @property
     def current(self) -> Json | None:
-        """The owned Job of the run that the spec asks for."""
-        return next((job for job in self.jobs if job["metadata"]["name"] == self.subject.run.job_name), None)
+        """The owned Job of the run that the spec asks for; None for a spec that can't be read, which asks for none."""
+        return self._job(self.subject.run.job_name) if self.subject.spec else None
 
     @property
     def preflight(self) -> Json | None:
         """The owned Job that goes before the current one."""
-        name = names.preflight_job_name(self.subject.run.job_name)
-        return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
+        return self._job(names.preflight_job_name(self.subject.run.job_name)) if self.subject.spec else None
 
     @property
     def attended(self) -> Json | None:
@@ -143,6 +142,9 @@ class World:
         attended = self.attended
         own = [pod for pod in self.pods if attended is not None and is_controlled_by(pod, attended["metadata"]["uid"])]
         return tuple(sorted(own, key=lambda pod: str(pod["metadata"].get("creationTimestamp", ""))))
+
+    def _job(self, name: str) -> Json | None:
+        return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
 
 
 def carried_status(subject: Subject) -> FineTuneJobStatus:

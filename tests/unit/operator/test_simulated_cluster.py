@@ -303,3 +303,14 @@ def test_a_refused_job_is_said_once_and_made_when_it_is_let() -> None:
     cluster.reconcile()
     assert "quota" not in cluster.finetunejob["status"]["message"]
     assert len(cluster.jobs) == 1
+
+
+def test_a_spec_of_another_schema_is_told_so_by_a_pass_that_comes_to_its_end() -> None:
+    cluster = SimulatedCluster()
+    cluster.apply({"training": {"epochs": "three"}})
+    process = cluster.start_process()
+    assert cluster.reconcile(process)
+    assert not cluster.reconcile(process)
+    assert not process.reconciler.doubtful
+    assert cluster.finetunejob is not None
+    assert "training.epochs" in cluster.finetunejob["status"]["message"]
