@@ -31,6 +31,7 @@ from finetune_operator.subject import Json, World, carried_status, condition_of,
 from finetune_operator.verdict import is_settling
 
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
+FIRST_LOOK_SECONDS = NEW_POD_SECONDS + 1  # at a new Job, of which no event may come: our own doing is no news to us
 EVICTED_LIMIT = 3  # evictions for the pod's own use of its disk
 
 
@@ -134,7 +135,7 @@ def check_before_a_gpu_is_asked_for(situation: Situation) -> Plan | None:
     status = preflight_status(world, job, situation.now)
     if status.preflight:
         create = CreateJob(build_job(world.subject, situation.settings))
-        return Plan(_fenced(_write(situation, status), (create,)))
+        return Plan(_fenced(_write(situation, status), (create,)), FIRST_LOOK_SECONDS)
     if status.phase is Phase.FAILED:
         return Plan(_write(situation, status))
     return Plan((*_live(situation), *_write(situation, status)), again_seconds(situation.world, situation.now))
@@ -288,8 +289,9 @@ def _creation(situation: Situation, manifest: Json) -> Plan:
     create = (CreateJob(manifest), Announce(build_event(subject, created, situation.now)))
     base = carried_status(subject)
     if base.phase is not None and any(item.reason == Reason.JOB_REFUSED for item in base.conditions):
-        return Plan(_fenced((), create))
-    return Plan(_fenced(_pending(situation, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod."), create))
+        return Plan(_fenced((), create), FIRST_LOOK_SECONDS)
+    said = _pending(situation, Standing.RECONCILING, Reason.JOB_CREATED, "Waiting for the Job to make its pod.")
+    return Plan(_fenced(said, create), FIRST_LOOK_SECONDS)
 
 
 def _pending(situation: Situation, standing: Standing, reason: Reason, sentence: str) -> tuple[Action, ...]:

@@ -22,7 +22,7 @@ from finetune_operator.diagnosis import (
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, World, carried_status, condition_of, is_being_deleted, is_finished
 
-SETTLING_SECONDS = 2.0  # a state that is over sooner gets no status of its own: fewer writes a job
+SETTLING_SECONDS = 3.0  # a state that is over sooner gets no status of its own: fewer writes a job
 _PASSING = (Reason.JOB_CREATED, Reason.RUNNING, Reason.RETRYING)
 
 
@@ -55,6 +55,8 @@ def is_settling(world: World, now: datetime) -> bool:
     active = [pod for pod in world.attended_pods if not is_ended(pod)]
     if job is None or spec is None or is_finished(job) or spec.run_policy.suspend or world.warnings:
         return False
+    if active and is_being_deleted(active[-1]) and is_starting(active[-1]):
+        return stored.phase is Phase.PENDING  # what it waited for is what its Job's end will be told by
     if active and (is_being_deleted(active[-1]) or not is_starting(active[-1])):
         return False
     goes_on = stored.observed_generation == world.subject.generation and any(

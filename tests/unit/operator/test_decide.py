@@ -661,8 +661,8 @@ def test_what_gives_no_event_is_looked_at_again_and_ever_more_seldom() -> None:
     def again(seconds: float, *pods: Json) -> float | None:
         return decide(world_of(raw, job, pods=pods), NOW + timedelta(seconds=seconds), SETTINGS).again_seconds
 
-    assert [again(seconds, build_pod(job)) for seconds in (0, 0.5, 3, 30, 3600)] == [2.0, 1.5, 3.0, 15.0, 60.0]
-    assert [again(seconds) for seconds in (0, 5, 3600)] == [2.0, 2.5, 60.0]
+    assert [again(seconds, build_pod(job)) for seconds in (0, 0.5, 3, 30, 3600)] == [3.0, 2.5, 3.0, 15.0, 60.0]
+    assert [again(seconds) for seconds in (0, 5, 3600)] == [3.0, 2.5, 60.0]
     assert again(0, build_pod(job, phase="Running", state=RUNNING)) is None
 
 
@@ -705,8 +705,22 @@ def test_a_pod_whose_job_has_yet_to_judge_its_end_costs_no_write() -> None:
     for code, said in ((0, "Running"), (16, "Retrying")):
         pod = build_pod(job_for(raw), phase="Failed" if code else "Succeeded", state=build_ended_state(code))
         soon, later = (decide(world_of(raw, job_for(raw), pods=(pod,)), NOW + timedelta(seconds=seconds), SETTINGS) for seconds in (1, 3))
-        assert (soon.actions, soon.again_seconds) == ((), 1.0)
+        assert (soon.actions, soon.again_seconds) == ((), 2.0)
         assert ready_reason(status_after(raw, later)) == said
+
+
+def test_a_pod_that_never_ran_and_is_being_stopped_keeps_saying_what_it_waits_for() -> None:
+    raw = build_finetunejob()
+    job, pod = job_for(raw), build_pod(job_for(raw), state={"waiting": {"reason": "ImagePullBackOff", "message": "not found"}})
+    later = NOW + timedelta(seconds=10)
+    raw |= {"status": status_after(raw, decide(world_of(raw, job, pods=(pod,)), later, SETTINGS))}
+    pod["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:12Z"
+    assert decide(world_of(raw, job, pods=(pod,)), later, SETTINGS).actions == ()
+    assert ready_reason(raw["status"]) == "ImagePullFailed"
+
+
+def test_a_new_job_is_looked_at_without_an_event() -> None:
+    assert decide(world_of(build_finetunejob()), NOW, SETTINGS).again_seconds == 6.0
 
 
 def test_a_pod_that_starts_soon_costs_no_write() -> None:
