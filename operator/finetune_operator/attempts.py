@@ -6,11 +6,10 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.states import Reason
 from finetune_api.status import Attempt
 
-from finetune_operator.diagnosis import container_state, ending_of, is_ended
+from finetune_operator.diagnosis import NEVER, container_state, ending_of, is_ended
 from finetune_operator.subject import Json
 
 KEPT = 10
-_NEVER = "1970-01-01T00:00:00Z"  # what a kubelet writes for a container that could not be started
 
 
 def merge_attempts(stored: tuple[Attempt, ...], pods: tuple[Json, ...], spec: FineTuneJobSpec) -> tuple[Attempt, ...]:
@@ -40,7 +39,7 @@ def _attempt(pod: Json, spec: FineTuneJobSpec, known: Attempt | None) -> Attempt
     running, terminated = container_state(pod, "running"), container_state(pod, "terminated")
     uid = str(pod["metadata"]["uid"])
     started = (running or terminated or {}).get("startedAt")
-    started = (known.start if known else None) if started in (None, _NEVER) else started
+    started = (known.start if known else None) if started in (None, NEVER) else started
     if not is_ended(pod) or not (terminated or started):
         return Attempt(pod_uid=uid, start=started) if started else None
     ending = ending_of(pod, spec)

@@ -17,6 +17,7 @@ from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, condition_of, is_being_deleted
 
 LOG_TAIL_BYTES = 2048  # of a log, the kubelet takes no more into a termination message
+NEVER = "1970-01-01T00:00:00Z"  # what a kubelet writes for a container that could not be started
 _FIRST_WORD = re.compile(r"\A\S+")
 _FILLED = "EmptyDir"
 _UNSTARTED = {"ContainerCreating", "PodInitializing"}
@@ -64,7 +65,7 @@ def is_ended(pod: Json) -> bool:
 
 def is_starting(pod: Json) -> bool:
     """Whether its container has not run yet."""
-    return container_state(pod, "running") is None and container_state(pod, "terminated") is None
+    return container_state(pod, "running") is None and (container_state(pod, "terminated") or {}).get("startedAt") in (None, NEVER)
 
 
 def is_node_lost(pod: Json) -> bool:

@@ -53,11 +53,11 @@ def is_settling(world: World, now: datetime) -> bool:
     """
     stored, job, spec = carried_status(world.subject), world.attended, world.subject.spec
     active = [pod for pod in world.attended_pods if not is_ended(pod)]
-    if job is None or spec is None or is_finished(job) or spec.run_policy.suspend or world.warnings:
+    if job is None or spec is None or is_finished(job) or condition_of(job, "FailureTarget") or spec.run_policy.suspend:
         return False
     if active and is_being_deleted(active[-1]) and is_starting(active[-1]):
         return stored.phase is Phase.PENDING  # what it waited for is what its Job's end will be told by
-    if active and (is_being_deleted(active[-1]) or not is_starting(active[-1])):
+    if world.warnings or (active and (is_being_deleted(active[-1]) or not is_starting(active[-1]))):
         return False
     goes_on = stored.observed_generation == world.subject.generation and any(
         item.type is ConditionType.RECONCILING and item.reason in _PASSING for item in stored.conditions
