@@ -16,15 +16,17 @@ _NEVER_MADE = (Reason.JOB_REFUSED, Reason.NOT_ALLOWED, Reason.INVALID_SPEC)
 def must_be_read(world: World) -> bool:
     """Whether what the watches have shown is too little to decide on.
 
-    A run that was begun has a Job, so that a missing one is deleted or hidden; and a Job that says it has ended may be heard of before its last pod,
-    whose words the status must have before the end is latched.
+    What a run waits for may be gone already, since a deletion is what a watch can fail to tell. A run that was begun has a Job, so that a missing one is
+    deleted or hidden. And a Job that says it has ended may be heard of before its last pod, whose words the status must have before the end is latched.
     """
     subject, job = world.subject, world.attended
     if subject.spec is None or subject.is_latched:
         return False
+    if world.current is None and (world.leftovers or any(item is not job for item in world.jobs)):
+        return True
     if job is None:
         stored = subject.stored
-        return not world.jobs and stored.run is not None and not any(item.reason in _NEVER_MADE for item in stored.conditions)
+        return stored.run is not None and not any(item.reason in _NEVER_MADE for item in stored.conditions)
     has_its_last_words = condition_of(job, "Complete") and any(pod["status"].get("phase") == "Succeeded" for pod in world.attended_pods)
     return is_finished(job) and not has_its_last_words
 

@@ -99,7 +99,7 @@ def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
         return None
     name = in_the_way[0]["metadata"]["name"]
     sentence = f"Waiting until Job {name} and its pods are gone."
-    return Plan(_fenced(_pending(situation, Standing.RECONCILING, Reason.REPLACING, sentence), _delete(in_the_way)))
+    return Plan(_fenced(_pending(situation, Standing.RECONCILING, Reason.REPLACING, sentence), _delete(in_the_way)), NEW_POD_SECONDS)
 
 
 def stall_on_a_namesake(situation: Situation) -> Plan | None:

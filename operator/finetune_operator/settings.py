@@ -23,7 +23,7 @@ class Settings(BaseSettings):
     """Shell-style patterns of images that spec.pod.image may name."""
     allowed_service_accounts: tuple[str, ...] = ()
     """Shell-style patterns of what spec.pod.serviceAccountName may name."""
-    resync_seconds: Annotated[float, Field(gt=0)] = 60
+    resync_seconds: Annotated[float, Field(gt=0)] = 45
     """Every so often each unfinished job is looked at again, whether or not an event came."""
     concurrency: Annotated[int, Field(ge=1, le=256)] = 16
     """Jobs that are worked on at the same time."""

@@ -85,7 +85,7 @@ class Field:
     def deployment(self, back_off: Callable[[int], float], **settings: str) -> Deployment:
         """An operator behind the proxy, with the settings that a user gets."""
         kubeconfig = self.proxy.write_kubeconfig(self.folder / "kubeconfig")
-        return Deployment(self.kube, self.folder / "log", kubeconfig, back_off, **{"RESYNC_SECONDS": "60", **settings})
+        return Deployment(self.kube, self.folder / "log", kubeconfig, back_off, **{"RESYNC_SECONDS": "45", **settings})
 
     async def becomes(self, what: str, condition: Callable[[], Awaitable[list[str]]], seconds: float) -> float:
         """Polls until a list of problems is empty and returns the seconds that it took; AssertionError with what is left."""

@@ -300,8 +300,10 @@ def _wrong(state: State, resource: Json) -> Iterator[str]:
         yield f"the status speaks of generation {status.get('observedGeneration')} of {resource['metadata']['generation']}"
     if (status.get("run") or {}).get("jobName") != wanted:
         yield f"the status speaks of the run {(status.get('run') or {}).get('jobName')}, the spec of {wanted}"
-    jobs = [job for job in state.live["jobs"].values() if owner_of(job) == uid and is_training(job)]
-    if not end and not jobs:
+    owned = [job for job in state.live["jobs"].values() if owner_of(job) == uid]
+    jobs = [job for job in owned if is_training(job)]
+    is_held_at_preflight = run_policy.get("suspend") and any(not is_training(job) and not end_of(job) for job in owned)
+    if not end and not jobs and not is_held_at_preflight:
         yield "STUCK: it has no Job"
     for job in jobs:
         if end_of(job) and job["spec"].get("ttlSecondsAfterFinished") != run_policy.get("ttlSecondsAfterFinished"):
