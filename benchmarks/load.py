@@ -24,7 +24,7 @@ from finetune_api.spec import GROUP, PLURAL, VERSION
 from support.api_client import MERGE, ApiClient, connected
 from support.kubernetes import Cluster, running_cluster
 from support.kwok import running_kwok
-from support.operator_process import OperatorProcess, install_crd
+from support.operator_process import A_USERS_RESYNC, OperatorProcess, install_crd
 from support.specs import job, minimal_spec
 
 NAMESPACE = "default"
@@ -225,7 +225,7 @@ async def world(number: int, *, operator: bool = True, nodes: int = 1, run_secon
             install_crd(kube)
             kube.kubectl("create", "namespace", SYSTEM)
             as_operator = _as_service_account(kube, "operator")
-            process = OperatorProcess(as_operator, folder / "operator.log", RESYNC_SECONDS="60", LEASE_NAMESPACE=SYSTEM)
+            process = OperatorProcess(as_operator, folder / "operator.log", RESYNC_SECONDS=A_USERS_RESYNC, LEASE_NAMESPACE=SYSTEM)
             async with connected(_as_service_account(kube, "bare").kubeconfig, "bench", PARALLEL + 2) as api:
                 made = World(kube, api, process, AuditLog(folder / "log" / "writes.log"), Follower())
                 async with _following(made):

@@ -131,14 +131,14 @@ def check_before_a_gpu_is_asked_for(situation: Situation) -> Plan | None:
     if job is None:
         return _creation(situation, build_preflight_job(world.subject, situation.settings))
     if is_settling(world, situation.now):
-        return Plan(_live(situation), again_seconds(situation.world, situation.now))
+        return Plan(_live(situation), again_seconds(world, situation.now))
     status = preflight_status(world, job, situation.now)
     if status.preflight:
         create = CreateJob(build_job(world.subject, situation.settings))
         return Plan(_fenced(_write(situation, status), (create,)), FIRST_LOOK_SECONDS)
     if status.phase is Phase.FAILED:
         return Plan(_write(situation, status))
-    return Plan((*_live(situation), *_write(situation, status)), again_seconds(situation.world, situation.now))
+    return Plan((*_live(situation), *_write(situation, status)), again_seconds(world, situation.now))
 
 
 def create_what_is_missing(situation: Situation) -> Plan | None:
@@ -172,11 +172,11 @@ def report_what_is_seen(situation: Situation) -> Plan | None:
     """The Job exists: live fields follow the spec, the status follows the pods."""
     world = situation.world
     if is_settling(world, situation.now):
-        return Plan(_live(situation), again_seconds(situation.world, situation.now))
+        return Plan(_live(situation), again_seconds(world, situation.now))
     status = observed_status(world, situation.now, situation.settings.stuck_after)
     if status.phase in (Phase.SUCCEEDED, Phase.FAILED):
         return Plan((*_write(situation, status), *_ttl(situation)))
-    return Plan((*_live(situation), *_write(situation, status)), again_seconds(situation.world, situation.now))
+    return Plan((*_live(situation), *_write(situation, status)), again_seconds(world, situation.now))
 
 
 Policy = Callable[[Situation], Plan | None]

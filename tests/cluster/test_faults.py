@@ -21,7 +21,7 @@ from support.deployment import Deployment, as_a_kubelet, soon
 from support.fault_proxy import Fault, FaultProxy, fault_proxy
 from support.kubernetes import Cluster, running_cluster, what_is_missing
 from support.kwok import running_kwok
-from support.operator_process import install_crd
+from support.operator_process import A_USERS_RESYNC, install_crd
 from support.promises import (
     FINAL,
     Recorder,
@@ -85,7 +85,7 @@ class Field:
     def deployment(self, back_off: Callable[[int], float], **settings: str) -> Deployment:
         """An operator behind the proxy, with the settings that a user gets."""
         kubeconfig = self.proxy.write_kubeconfig(self.folder / "kubeconfig")
-        return Deployment(self.kube, self.folder / "log", kubeconfig, back_off, **{"RESYNC_SECONDS": "45", **settings})
+        return Deployment(self.kube, self.folder / "log", kubeconfig, back_off, **{"RESYNC_SECONDS": A_USERS_RESYNC, **settings})
 
     async def becomes(self, what: str, condition: Callable[[], Awaitable[list[str]]], seconds: float) -> float:
         """Polls until a list of problems is empty and returns the seconds that it took; AssertionError with what is left."""

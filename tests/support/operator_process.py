@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.image import write_image
+from finetune_operator.settings import Settings
 from support.finetunejobs import JobInCluster, merged
 from support.kubernetes import BIN, Cluster
 from support.s3_server import free_port
@@ -36,6 +37,9 @@ def get_ready(kube: Cluster, folder: Path) -> None:
 def small_job(kube: Cluster, namespace: str, name: str, **changes: Any) -> JobInCluster:
     """A job for the stand-in, with changes to its spec; not applied yet."""
     return JobInCluster(kube, namespace, job(merged(minimal_spec() | SMALL, changes), name))
+
+
+A_USERS_RESYNC = str(Settings().resync_seconds)  # tests look sooner, where they do not say otherwise
 
 
 class OperatorProcess:
