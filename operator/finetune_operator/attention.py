@@ -69,6 +69,11 @@ def is_unfinished(raw: Json) -> bool:
     return status.get("phase") not in FINAL or status.get("observedGeneration") != raw["metadata"].get("generation")
 
 
+def is_new(raw: Json) -> bool:
+    """Whether nothing was done yet for this FineTuneJob: its Job comes before news of others."""
+    return not raw.get("status")
+
+
 def ends(world: World, plan: Plan) -> bool:
     """Whether nothing is left to do for the job once the plan is executed, until someone edits it."""
     subject = world.subject

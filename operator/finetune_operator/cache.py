@@ -41,7 +41,7 @@ _KEPT: dict[Kind, Json] = {
     Kind.JOB: _fields(
         metadata=_CHILD,
         spec=_fields("suspend", "backoffLimit", "activeDeadlineSeconds", "ttlSecondsAfterFinished"),
-        status=_fields("completionTime", "succeeded", "failed", conditions=_CONDITION),
+        status=_fields("completionTime", conditions=_CONDITION),
     ),
     Kind.POD: _fields(
         metadata=_CHILD,

@@ -10,6 +10,7 @@ import kopf
 from finetune_api import names
 from finetune_api.spec import GROUP, PLURAL, VERSION
 
+from finetune_operator.attention import is_new
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.settings import Settings
 from finetune_operator.work_queue import WorkQueue
@@ -41,7 +42,7 @@ def build_registry(queue: WorkQueue, cache: Cache) -> kopf.OperatorRegistry:
         async def on_event(event: Mapping[str, Any], **_: Any) -> None:
             key = cache.forget(kind, event["object"]) if event["type"] == "DELETED" else cache.see(kind, event["object"])
             if key:
-                queue.add(key)
+                queue.add(key, urgent=kind is Kind.FINETUNEJOB and is_new(event["object"]))
 
         return on_event
 

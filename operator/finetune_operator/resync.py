@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import aiohttp
 
-from finetune_operator.attention import is_unfinished
+from finetune_operator.attention import is_new, is_unfinished
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import ApiError, Cluster, Listing
 from finetune_operator.metrics import NO_PHASE
@@ -64,7 +64,7 @@ async def _list_kind(
                     phases[(raw.get("status") or {}).get("phase") or NO_PHASE] += 1
                     key = _key_of(raw) if is_unfinished(raw) else key
                 if key:
-                    queue.add(key)
+                    queue.add(key, urgent=kind is Kind.FINETUNEJOB and is_new(raw))
     for key in cache.only(kind, uids, min(versions, default=0)):
         queue.add(key)
 

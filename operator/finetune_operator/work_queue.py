@@ -1,4 +1,4 @@
-"""Which job is looked at next: one pending entry a key, a delay or a jittered backoff before it, never two workers on one key.
+"""Which job is looked at next: one pending entry a key, a delay or a jittered backoff before it, a head start for a new one, never two workers on one key.
 
 events.py and the resync add keys, the workers of reconcile.py take them. Time comes from outside, so tests need no waiting.
 """
@@ -12,6 +12,7 @@ from finetune_operator.subject import Key
 
 FIRST_BACKOFF_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 60.0
+HEAD_START_SECONDS = 30.0  # by which an urgent key passes those that wait; who has waited longer than this is passed by nobody
 
 
 class WorkQueue:
@@ -21,7 +22,7 @@ class WorkQueue:
         self._clock = clock
         self._jitter = jitter
         self._due: dict[Key, float] = {}
-        self._heap: list[tuple[float, Key]] = []
+        self._heap: list[tuple[float, float, Key]] = []  # by turn, which is when a key is due, or earlier for an urgent one
         self._active: set[Key] = set()
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Event()
@@ -29,20 +30,20 @@ class WorkQueue:
     def __len__(self) -> int:
         return len(self._due)
 
-    def add(self, key: Key, delay_seconds: float = 0.0) -> None:
-        """Makes a key due after the delay, or earlier when it already is."""
+    def add(self, key: Key, delay_seconds: float = 0.0, *, urgent: bool = False) -> None:
+        """Makes a key due after the delay, or earlier when it already is; an urgent one at once, before others."""
         due = self._clock() + delay_seconds
         if key in self._due and self._due[key] <= due:
             return
         self._due[key] = due
         if key not in self._active:
-            heapq.heappush(self._heap, (due, key))
+            heapq.heappush(self._heap, (due - HEAD_START_SECONDS * urgent, due, key))
             self._changed.set()
 
     def poll(self) -> tuple[Key | None, float | None]:
         """(a key that is due, None) or (None, seconds until one is; None when nothing waits). The key counts as being worked on."""
         while self._heap:
-            due, key = self._heap[0]
+            _, due, key = self._heap[0]
             if key in self._active or self._due.get(key) != due:
                 heapq.heappop(self._heap)
                 continue
@@ -94,5 +95,5 @@ class WorkQueue:
     def _release(self, key: Key) -> None:
         self._active.discard(key)
         if key in self._due:
-            heapq.heappush(self._heap, (self._due[key], key))
+            heapq.heappush(self._heap, (self._due[key], self._due[key], key))
             self._changed.set()

@@ -42,9 +42,13 @@ def test_the_newest_of_an_object_is_kept_in_whatever_order_it_comes(cache: Cache
 def test_only_the_fields_that_decisions_read_are_kept_and_only_their_change_is_news(cache: Cache) -> None:
     assert cache.see(Kind.JOB, job(1)) == KEY
     assert cache.see(Kind.JOB, job(2, ready=1)) is None
-    assert cache.see(Kind.JOB, job(3, failed=1)) == KEY
+    assert cache.see(Kind.JOB, job(3, ready=1, completionTime="now")) == KEY
     (kept,) = cache.children(Kind.JOB, KEY)
-    assert kept == {"metadata": {"name": "job-1", "namespace": "ml", "uid": "job-1"}, "spec": {"suspend": False}, "status": {"failed": 1}}
+    assert kept == {
+        "metadata": {"name": "job-1", "namespace": "ml", "uid": "job-1"},
+        "spec": {"suspend": False},
+        "status": {"completionTime": "now"},
+    }
 
 
 def test_what_is_deleted_does_not_come_back_with_a_late_event(cache: Cache) -> None:

@@ -1,13 +1,14 @@
 """work_queue.py under any order of calls: hypothesis plays events, workers and the clock, beside a model of what the queue promises.
 
-The promises: never two workers on one key; one pending entry a key; an added key is never lost; a failing key never delays another; a bounded backoff.
+The promises: never two workers on one key; one pending entry a key; an added key is never lost; a failing key never delays another; a bounded backoff;
+an urgent key passes those that have waited for less than its head start.
 """
 
 import asyncio
 from typing import Any
 
 from finetune_operator.subject import Key
-from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, WorkQueue
+from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, HEAD_START_SECONDS, LAST_BACKOFF_SECONDS, WorkQueue
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
@@ -24,6 +25,7 @@ class _Calls(RuleBasedStateMachine):
 
     Attributes:
         due: the model: when each pending key is due.
+        urgent: the pending keys that have a head start.
         held: the keys that a worker has.
         failures: how often each key has failed in a row.
     """
@@ -34,14 +36,18 @@ class _Calls(RuleBasedStateMachine):
         self.jitter = 0.0
         self.queue = WorkQueue(lambda: self.now, lambda: self.jitter)
         self.due: dict[Key, float] = {}
+        self.urgent: set[Key] = set()
         self.held: set[Key] = set()
         self.failures: dict[Key, int] = {}
 
     def settle(self) -> None:
         """What comes after every call."""
 
-    def expect(self, key: Key, due: float) -> None:
-        self.due[key] = min(due, self.due.get(key, due))
+    def expect(self, key: Key, due: float, *, urgent: bool = False) -> None:
+        if key in self.due and self.due[key] <= due:
+            return
+        self.due[key] = due
+        (self.urgent.add if urgent and key not in self.held else self.urgent.discard)(key)
 
     @initialize(key=KEYS, failures=st.integers(0, 9))
     def a_key_has_failed_before(self, key: Key, failures: int) -> None:
@@ -56,6 +62,12 @@ class _Calls(RuleBasedStateMachine):
     def an_event_names_a_key(self, key: Key) -> None:
         self.queue.add(key)
         self.expect(key, self.now)
+        self.settle()
+
+    @rule(key=KEYS)
+    def a_key_is_new(self, key: Key) -> None:
+        self.queue.add(key, urgent=True)
+        self.expect(key, self.now, urgent=True)
         self.settle()
 
     @rule(key=KEYS, seconds=SECONDS)
@@ -97,6 +109,7 @@ class _Calls(RuleBasedStateMachine):
         """A worker got this key."""
         assert key not in self.held, "two workers on one key"
         assert self.due.pop(key) <= self.now, "before its time"
+        self.urgent.discard(key)
         self.held.add(key)
 
     def release(self, key: Key) -> None:
@@ -104,8 +117,9 @@ class _Calls(RuleBasedStateMachine):
 
     @property
     def free(self) -> list[tuple[float, Key]]:
-        """Pending keys that no worker has, in the order in which they are due."""
-        return sorted((due, key) for key, due in self.due.items() if key not in self.held)
+        """Pending keys that no worker has, and when they are due, in the order of their turns."""
+        turns = sorted((due - HEAD_START_SECONDS * (key in self.urgent), due, key) for key, due in self.due.items() if key not in self.held)
+        return [(due, key) for _, due, key in turns]
 
     @invariant()
     def each_pending_key_stands_once(self) -> None:
