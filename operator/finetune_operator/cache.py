@@ -114,6 +114,10 @@ class Cache:
         """The Jobs or pods that carry the job's label."""
         return tuple(json.loads(text) for text in self._kept[kind].get(_place_of(key), {}).values())
 
+    def is_child(self, uid: str) -> bool:
+        """Whether a Job or pod of this UID carries a job's label."""
+        return uid in self._known[Kind.JOB] or uid in self._known[Kind.POD]
+
     def only(self, kind: Kind, uids: Iterable[str], version: int, key: Key | None = None) -> list[Key]:
         """A listing has shown these and no others: what it should have shown is gone.
 

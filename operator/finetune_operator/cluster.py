@@ -80,13 +80,9 @@ class Cluster:
     async def list_pages(self, kind: Kind, namespace: str, selector: str = "") -> AsyncIterator[Listing]:
         """All objects of a kind in a namespace, or in all for an empty one, page by page; Jobs and pods only with these labels."""
         scope = f"/namespaces/{quote(namespace)}" if namespace else ""
-        query = {"limit": _PAGE, "labelSelector": selector or _SELECTORS[kind], "continue": ""}
-        while True:
-            page = await self._request("GET", f"{_ROOTS[kind]}{scope}/{_PLURALS[kind]}", query)
+        query = {"labelSelector": selector or _SELECTORS[kind]}
+        async for page in self._pages(f"{_ROOTS[kind]}{scope}/{_PLURALS[kind]}", query):
             yield Listing(page["items"], int(page["metadata"]["resourceVersion"]))
-            query["continue"] = page["metadata"].get("continue") or ""
-            if not query["continue"]:
-                return
 
     async def read_finetunejob(self, key: Key) -> Json | None:
         """The object, or None when there is none."""
@@ -114,11 +110,10 @@ class Cluster:
         body = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
         return await self._request("DELETE", self._job(namespace, name), body=body)
 
-    async def list_warnings(self, namespace: str, uid: str) -> list[Json]:
-        """The warning events about the object of this UID."""
-        fields = f"involvedObject.uid={uid},type=Warning"
-        found = await self._request("GET", f"/api/v1/namespaces/{quote(namespace)}/events", {"fieldSelector": fields, "limit": _PAGE})
-        return list(found["items"])
+    async def list_warnings(self, namespace: str) -> AsyncIterator[list[Json]]:
+        """The warning events of a namespace, page by page."""
+        async for page in self._pages(f"/api/v1/namespaces/{quote(namespace)}/events", {"fieldSelector": "type=Warning"}):
+            yield page["items"]
 
     async def create_event(self, event: Json) -> None:
         """Makes an event; 409 when there is one of its name."""
@@ -129,6 +124,15 @@ class Cluster:
 
     def _job(self, namespace: str, name: str) -> str:
         return f"{_JOBS.format(quote(namespace))}/{quote(name)}"
+
+    async def _pages(self, path: str, query: dict[str, str]) -> AsyncIterator[Json]:
+        token = ""
+        while True:
+            page = await self._request("GET", path, {**query, "limit": _PAGE, "continue": token})
+            yield page
+            token = page["metadata"].get("continue") or ""
+            if not token:
+                return
 
     async def _read(self, path: str) -> Json | None:
         try:

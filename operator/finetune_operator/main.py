@@ -26,6 +26,7 @@ from finetune_operator.progress import ProgressPoller
 from finetune_operator.reconcile import Reconciler, work
 from finetune_operator.resync import resync
 from finetune_operator.settings import Settings
+from finetune_operator.warning_events import WarningEvents
 from finetune_operator.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ def build_reconciler(
     cluster: Cluster, cache: Cache, poller: ProgressPoller, settings: Settings, now: Callable[[], datetime] = lambda: datetime.now(UTC)
 ) -> Reconciler:
     """A reconciler and the two halves that it acts through."""
-    return Reconciler(Observer(cluster, cache, poller, now), Executor(cluster, cache, settings, now), settings)
+    observer = Observer(cluster, cache, poller, WarningEvents(cluster, cache.is_child, now), now)
+    return Reconciler(observer, Executor(cluster, cache, settings, now), settings)
 
 
 async def _crd_is_there(cluster: Cluster, settings: Settings) -> None:

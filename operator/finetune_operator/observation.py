@@ -13,6 +13,7 @@ from finetune_operator.diagnosis import is_ended
 from finetune_operator.progress import ProgressPoller
 from finetune_operator.subject import Json, Key, Subject, World, is_being_deleted, is_controlled_by, read_subject
 from finetune_operator.verdict import changed_at
+from finetune_operator.warning_events import WarningEvents
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Observer:
     cluster: Cluster
     cache: Cache
     poller: ProgressPoller
+    warning_events: WarningEvents
     now: Callable[[], datetime]
 
     async def look(self, key: Key, *, doubtful: bool) -> World | None:
@@ -40,8 +42,7 @@ class Observer:
             return None
         silent = unexplained(world, self.now())
         if silent:
-            events = await self.cluster.list_warnings(key.namespace, silent)
-            return replace(world, warnings=_newest_first(events, changed_at(world)))
+            return replace(world, warnings=await self.warning_events.about(key.namespace, silent, changed_at(world)))
         return replace(world, progress=self.poller.report(key))
 
     def _remembered(self, key: Key) -> World | None:
@@ -91,14 +92,3 @@ def _world(subject: Subject, labelled: tuple[Json, ...], pods: tuple[Json, ...])
 
 def _uids(items: Iterable[Json]) -> set[str]:
     return {str(item["metadata"]["uid"]) for item in items}
-
-
-def _newest_first(events: list[Json], since: datetime) -> tuple[str, ...]:
-    """Texts of the events that were seen since then; the scheduler's are old ones, since a pod without a node says so itself."""
-
-    def seen(event: Json) -> str:
-        return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or "")
-
-    told = [event for event in events if event.get("reason") != "FailedScheduling"]
-    recent = [event for event in told if seen(event) and datetime.fromisoformat(seen(event)) >= since]
-    return tuple(str(event.get("message") or event.get("reason") or "") for event in sorted(recent, key=seen, reverse=True))

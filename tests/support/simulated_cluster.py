@@ -422,10 +422,10 @@ class SimulatedCluster:
         self.jobs[name]["metadata"]["deletionTimestamp"] = written(self.now)
         return self._answer(self.jobs[name])
 
-    async def list_warnings(self, namespace: str, uid: str) -> list[Json]:
+    async def list_warnings(self, namespace: str) -> AsyncIterator[list[Json]]:
         """As Cluster."""
         await _Pause(writes=False)
-        return []
+        yield []
 
     async def create_event(self, event: Json) -> None:
         """As Cluster."""

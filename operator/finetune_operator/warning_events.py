@@ -1,0 +1,69 @@
+"""The warning events of a namespace, listed once for all jobs that wait in it: each listing costs the API server a look at every event there.
+
+Called by observation.py. They only explain a wait, so nothing waits for them: while they are listed, and where that fails, what was known before stands.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+import aiohttp
+
+from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.subject import Json
+
+logger = logging.getLogger(__name__)
+FRESH = timedelta(seconds=5)
+
+
+class _Warning(NamedTuple):
+    seen: datetime
+    text: str
+
+
+@dataclass
+class WarningEvents:
+    """What the warning events said when they were listed last.
+
+    Attributes:
+        is_ours: whether an object of this UID is a Job or pod of a FineTuneJob; what is said of others is not kept.
+    """
+
+    cluster: Cluster
+    is_ours: Callable[[str], bool]
+    now: Callable[[], datetime]
+    _listed: dict[str, datetime] = field(default_factory=dict)
+    _known: dict[str, dict[str, list[_Warning]]] = field(default_factory=dict)
+
+    async def about(self, namespace: str, uid: str, since: datetime) -> tuple[str, ...]:
+        """Texts of the warnings about the object of this UID that were seen since then, newest first."""
+        now = self.now()
+        if now - self._listed.get(namespace, now - FRESH) >= FRESH:
+            self._listed[namespace] = now
+            try:
+                self._known[namespace] = await self._list(namespace)
+            except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+                logger.warning("The events of namespace %s can't be listed: %s: %s", namespace, type(error).__name__, error)
+        found = self._known.get(namespace, {}).get(uid, [])
+        return tuple(warning.text for warning in sorted(found, reverse=True) if warning.seen >= since)
+
+    async def _list(self, namespace: str) -> dict[str, list[_Warning]]:
+        found = defaultdict(list)
+        async for page in self.cluster.list_warnings(namespace):
+            for event in page:
+                uid = event["involvedObject"].get("uid", "")
+                warning = _warning(event)
+                if warning and self.is_ours(uid):
+                    found[uid].append(warning)
+        return dict(found)
+
+
+def _warning(event: Json) -> _Warning | None:
+    """None for the scheduler's, which are old ones, since a pod without a node says so itself."""
+    seen = event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp")
+    if not seen or event.get("reason") == "FailedScheduling":
+        return None
+    return _Warning(datetime.fromisoformat(str(seen)), str(event.get("message") or event.get("reason") or ""))
