@@ -103,8 +103,11 @@ async def one_at_a_time(sizes: Sizes) -> AsyncIterator[Figure]:
 
 
 async def at_once(sizes: Sizes) -> AsyncIterator[Figure]:
-    """1,000 applied at once, until all have succeeded."""
+    """1,000 applied at once, until all have succeeded; before it, what these writes cost without an operator."""
     count = sizes.limit(AT_ONCE)
+    bare_apply, bare_writes = await _bare(sizes, count)
+    detail = f"apply {bare_apply:.1f} s, writes {bare_writes:.1f} s; {count} jobs"
+    yield Figure("1,000 by a bare client: applied, then its writes", bare_apply + bare_writes, "s", detail=detail)
     async with world(sizes.number) as made:
         mark, cpu, started = await made.audit.quiet(), made.cpu_seconds(), time.perf_counter()
         wanted = [f"exit-0-burst-{index}" for index in range(count)]
