@@ -337,14 +337,15 @@ def table(figures: list[Figure]) -> str:
 
 
 def save(figures: list[Figure], sizes: Sizes) -> None:
-    """The figures with the commit that they are of."""
+    """The figures with the commit that they are of. Those of parts that were not run now stay as they are."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=True
     ).stdout.strip()
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    whole = {"commit": commit, "machine": machine, "sizes": asdict(sizes), "figures": [asdict(item) for item in figures]}
+    known = {item["figure"]: item for item in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    known |= {item.figure: asdict(item) | {"commit": commit, "machine": machine, "jobs": sizes.jobs} for item in figures}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(list(known.values()), indent=1) + "\n")
 
 
 async def measure(parts: list[str], sizes: Sizes) -> tuple[list[Figure], bool]:
@@ -370,7 +371,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="which parts")
     parser.add_argument("--idle-minutes", type=float, default=1, help="how long the operator is watched doing nothing")
     parser.add_argument("--full", action="store_true", help="5 idle minutes, as BENCHMARKS.md has it")
-    parser.add_argument("--results", action="store_true", help=f"writes the figures to benchmarks/results/{RESULTS.name}")
+    parser.add_argument(
+        "--results", action="store_true", help=f"writes the figures to benchmarks/results/{RESULTS.name}, beside those of other parts"
+    )
     parser.add_argument("--cluster-number", type=int, default=99, help="see tests/cluster/up.sh: one that no test uses")
     chosen = parser.parse_args()
     sizes = Sizes(chosen.jobs, 5 if chosen.full else chosen.idle_minutes, chosen.cluster_number)

@@ -21,11 +21,11 @@ Answer = tuple[int, str]
 
 
 class Heartbeat:
-    """When the resync last began a round, and whether one has ever come to its end.
+    """When the resync last gave a sign of life, and whether a round has ever come to its end.
 
     Args:
         clock: gives seconds.
-        resync_seconds: from one round to the next.
+        resync_seconds: from one sign to the next, while no round is under way.
         has_lease: whether this operator may act from the start.
     """
 
@@ -41,7 +41,7 @@ class Heartbeat:
         self._has_lease = True
 
     def beat(self) -> None:
-        """A round begins."""
+        """A round begins, or is waited for."""
         self._last = self._clock()
 
     def sync(self) -> None:
@@ -49,7 +49,7 @@ class Heartbeat:
         self._is_synced = True
 
     def is_alive(self) -> bool:
-        """Whether the last round began not too long ago; one that waits for the Lease has no rounds yet."""
+        """Whether the last sign of life is not too old; one that waits for the Lease has no rounds yet."""
         return self._last is None or self._clock() - self._last <= self._limit_seconds
 
     def health(self) -> Answer:

@@ -111,7 +111,7 @@ The operator serves `/healthz`, `/readyz` and `/metrics` (Prometheus) on one por
 - `/readyz` answers 200 from the first complete list on, whatever becomes of the API server, and while an operator waits for the Lease.
 - With several replicas only the one that has the Lease works; the others show `process_*` and zeros, and no FineTuneJobs.
 - Not counted among the requests: the watches, which kopf makes, and the Lease's, which the Kubernetes client's election makes.
-- The FineTuneJobs are counted when they are listed, every `resyncSeconds`.
+- The FineTuneJobs are counted when they are listed: every `resyncSeconds`, or less often where that would take more than a twentieth of the time.
 
 | metric | type | labels | meaning |
 |---|---|---|---|

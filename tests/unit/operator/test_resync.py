@@ -8,10 +8,12 @@ from typing import cast
 import pytest
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import ApiError, Cluster, Listing
-from finetune_operator.resync import resync
+from finetune_operator.resync import SHARE, pause, pause_after, resync
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Key
 from finetune_operator.work_queue import WorkQueue
+from hypothesis import given
+from hypothesis import strategies as st
 from support.simulated_cluster import build_finetunejob
 
 TURNS = 50  # of the event loop: more than a round takes, and then it sleeps
@@ -83,3 +85,24 @@ def test_a_namespace_that_may_not_be_listed_keeps_no_other_from_being_served() -
 )
 def test_a_round_that_has_not_seen_everything_tells_nothing(namespaces: Namespaces) -> None:
     assert first_round(namespaces) == ([], [])
+
+
+@given(st.floats(0, 1000), st.floats(1, 3600))
+def test_rounds_take_a_small_share_of_the_time_and_are_never_more_frequent_than_wanted(took: float, wanted: float) -> None:
+    pause = pause_after(took, wanted)
+    assert pause >= wanted
+    assert took <= SHARE * (took + pause) * 1.001
+    assert pause == wanted or took > SHARE * wanted
+
+
+def test_it_shows_that_it_is_alive_while_it_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    beats = []
+    monkeypatch.setattr("finetune_operator.resync.asyncio.sleep", sleep)
+    asyncio.run(pause(100.0, 45.0, lambda: beats.append(len(slept))))
+    assert slept == [45.0, 45.0, 10.0]
+    assert beats == [1, 2]
