@@ -147,6 +147,49 @@ def test_dequantizing_leaves_its_codes_alone() -> None:
     assert all(torch.equal(item, copy) for item, copy in zip((*weight, *activation), before, strict=True))
 
 
+def squared_error(weight: Tensor, scheme: Scheme, shrink: Tensor | None) -> Tensor:
+    """For each group, [out, groups]."""
+    quantizer = weight_quantizer(quantization(scheme))
+    found = quantizer.dequantize(quantizer.quantize(weight, shrink))
+    return (found.double() - weight.double()).square().view(weight.shape[0], -1, quantizer.block(weight.shape[1])).sum(dim=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_shrink_of_one_changes_nothing(scheme: Scheme, dtype: torch.dtype) -> None:
+    quantizer, weight = weight_quantizer(quantization(scheme)), random_rows(6, 64, 1.0, 0, dtype)
+    plain = quantizer.quantize(weight)
+    ones = torch.ones(plain.scale.shape)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(quantizer.quantize(weight, ones), plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(2, 9), groups=st.integers(1, 4), scale=st.sampled_from(SCALES), seed=st.integers(0, 2**32 - 1))
+def test_the_least_squares_shrink_is_never_worse_than_none_in_any_group(
+    dtype: torch.dtype, scheme: Scheme, rows: int, groups: int, scale: float, seed: int
+) -> None:
+    weight = random_rows(rows, groups * GROUP, scale, seed, dtype)
+    shrink = weight_quantizer(quantization(scheme)).least_squares_shrink(weight)
+    assert ((shrink > 0) & (shrink <= 1)).all()
+    with_shrink, without = squared_error(weight, scheme, shrink), squared_error(weight, scheme, None)
+    assert (with_shrink <= without * (1 + 1e-5)).all()
+
+
+def test_the_least_squares_shrink_lowers_the_error_of_four_bits() -> None:
+    weight = random_rows(64, 256, 1.0, 0, torch.float32)[1:-1]  # the outlier's error is no rounding
+    shrink = weight_quantizer(quantization()).least_squares_shrink(weight)
+    assert squared_error(weight, Scheme.INT8_INT4, shrink).sum() < 0.95 * squared_error(weight, Scheme.INT8_INT4, None).sum()
+
+
+def test_the_least_squares_shrink_does_not_depend_on_how_many_rows_are_searched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer, weight = weight_quantizer(quantization()), random_rows(9, 64, 1.0, 0, torch.float32)
+    whole = quantizer.least_squares_shrink(weight)
+    monkeypatch.setattr("finetune_trainer.qat.quantizers._WEIGHTS_AT_ONCE", 2 * 64)
+    assert torch.equal(quantizer.least_squares_shrink(weight), whole)
+
+
 def test_fake_quantization_is_not_idempotent() -> None:
     quantizer = weight_quantizer(quantization())
     weight = random_rows(64, 64, 1.0, 0, torch.float32)
