@@ -16,7 +16,7 @@ export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster soak bench-qat bench-operator clean-images clean
+.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster soak bench-qat bench-schemes bench-operator clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -68,7 +68,7 @@ demo: setup ## fine-tunes a small model on this machine: one YAML in, one verifi
 	@$(PY) -m finetune_trainer.cli run examples/laptop.yaml --workdir .demo
 
 crd: setup ## the CRD, the chart's RBAC rules and the generated pages of docs/ from the code
-	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs && $(PY) -m finetune_operator.metrics && $(PY) -m finetune_operator.permissions
+	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs && $(PY) -m finetune_operator.metrics && $(PY) -m finetune_operator.permissions && $(PY) -m finetune_trainer.qat.schemes_page
 
 lock: $(UV) ## the pinned, hashed requirement files
 	@for target in operator trainer unsloth dev; do \
@@ -88,6 +88,9 @@ soak: setup cluster-setup ## the fault tests at full size (half an hour); SOAK_S
 
 bench-qat: setup ## exact QAT against plain LoRA: time and memory
 	@$(PY) benchmarks/qat.py $(ARGS)
+
+bench-schemes: setup ## size and held-out loss of each scheme on SmolLM2; measures what is missing, then writes docs/schemes.md
+	@$(PY) benchmarks/schemes.py $(ARGS) && $(PY) -m finetune_trainer.qat.schemes_page
 
 bench-operator: setup cluster-setup ## the operator under load: latency, throughput, writes, memory; minutes with ARGS="--jobs 300"
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/operator_bench.py $(ARGS)

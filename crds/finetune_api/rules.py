@@ -137,7 +137,7 @@ def _scheme(spec: Spec) -> str:
 
 _KEYLESS = "an S3 address holds no user and no secret; remove them and use "
 _SCHEME = _or_default("quantization.scheme", "'int8-int4'")
-_GROUPS = {"int8-int4": (32, 64, 128), "int4": (32, 64, 128), "fp8-int4": (128,)}
+GROUP_SIZES = {"int8-int4": (32, 64, 128), "int4": (32, 64, 128), "fp8-int4": (128,)}
 _FORMS = {
     "s3": (r"^s3://[^/]+/.+$", "an S3 object is s3://bucket/key"),
     "hf": (r"^hf://[^/]+/[^/]+/.+$", "a file on the Hub is hf://owner/name[@revision]/file"),
@@ -172,7 +172,7 @@ _TABLE: tuple[Rule, ...] = (
         "quantization.groupSize",
         f"!({written('quantization.groupSize')}) || {_SCHEME} == 'int8-int4' || {_SCHEME} == 'int4' || ({_SCHEME} == 'fp8-int4' && self.quantization.groupSize == 128)",
         lambda spec: (
-            value_at(spec, "quantization.groupSize") is None or spec["quantization"]["groupSize"] in _GROUPS.get(_scheme(spec), ())
+            value_at(spec, "quantization.groupSize") is None or spec["quantization"]["groupSize"] in GROUP_SIZES.get(_scheme(spec), ())
         ),
         "a group size fits int8-int4 and int4 (32, 64, 128) and fp8-int4 (128); the other schemes have one scale for each output channel: remove it",
     ),

@@ -128,11 +128,13 @@ class QuantizationSpec(ApiModel):
     """Low-bit weights, and how much of the training learns to live with them."""
 
     scheme: Scheme = spec_field(
-        "none (plain LoRA), int8, int8-int4 (8-bit activations, 4-bit weights), int4, fp8-int4 or fp8-fp8. Default int8-int4, which converts and runs on any machine.",
+        "none (plain LoRA), int8, int8-int4 (8-bit activations, 4-bit weights), int4, fp8-int4 or fp8-fp8; docs/schemes.md says what each is for. All convert on any machine. "
+        "Default int8-int4, which also runs on any.",
         default=Scheme.INT8_INT4,
     )
     group_size: Literal[32, 64, 128] | None = spec_field(
-        "Weights that share one scale. Default: 32 for int8-int4, 128 for int4 and fp8-int4; the others have one scale per output channel.",
+        "Weights that share one scale. Default: 32 for int8-int4, 128 for fp8-int4, for int4 the one of 128, 64 and 32 that covers most of the model's weights; "
+        "the others have one scale per output channel.",
         default=None,
     )
     qat_percent: int = spec_field(

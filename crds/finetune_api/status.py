@@ -88,6 +88,13 @@ class Attempt(ApiModel):
     reason: Short = Field("", description="CamelCase reason of its end.")
 
 
+class VerifiedBy(StrEnum):
+    """How far the proof goes that what is shipped is what was trained; what computes the scheme decides, and the machine."""
+
+    WEIGHTS_AND_LOGITS = "weights and logits"
+    WEIGHTS = "weights; kernel not run"
+
+
 class Quality(ApiModel):
     """Held-out losses, all on the same tokens, and the proof's verdict."""
 
@@ -97,6 +104,9 @@ class Quality(ApiModel):
     quantized_loss: Loss | None = Field(None, description="The shipped quantized model.")
     recovered: Short | None = Field(None, description="(PTQ - quantized) / (PTQ - tuned), in percent; only where the gap is significant.")
     shipped_matches_trained: bool | None = Field(None, description="Whether the proof held.")
+    verified_by: Short | None = Field(
+        None, description="What the proof compared: weights and logits, or, where no kernel of the scheme runs, weights; kernel not run."
+    )
 
 
 class Qat(ApiModel):

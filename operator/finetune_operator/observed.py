@@ -10,7 +10,7 @@ from finetune_api.exits import REASONS, ExitCode
 from finetune_api.fields import ApiModel
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.states import Reason
-from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Preflight, Progress, Stage
+from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Preflight, Progress, Quality, Stage, VerifiedBy
 from finetune_api.termination import TerminationMessage
 
 from finetune_operator.attempts import added_gpu_seconds, merge_attempts
@@ -165,7 +165,7 @@ def _facts(spec: FineTuneJobSpec, base: FineTuneJobStatus, verdict: Verdict, las
     if succeeded or reached in _AFTER_TRAINING:
         facts[ConditionType.TRAINED] = ("True", Reason.TRAINED, "The adapter is trained.")
     if base.quality and base.quality.shipped_matches_trained is not None:
-        facts[ConditionType.VERIFIED] = _proof_fact(base.quality.shipped_matches_trained)
+        facts[ConditionType.VERIFIED] = _proof_fact(base.quality)
     if last and last.exit_code == ExitCode.PROOF:
         facts[ConditionType.VERIFIED] = ("False", REASONS[ExitCode.PROOF], last.sentence)
     gate = _gate_fact(spec, base, last, passed=succeeded and spec.quality.on_failure == "Fail")
@@ -178,8 +178,14 @@ def _facts(spec: FineTuneJobSpec, base: FineTuneJobStatus, verdict: Verdict, las
     return facts
 
 
-def _proof_fact(holds: bool) -> tuple[Literal["True", "False", "Unknown"], str, str]:
-    if holds:
+def _proof_fact(quality: Quality) -> tuple[Literal["True", "False", "Unknown"], str, str]:
+    if quality.shipped_matches_trained and quality.verified_by == VerifiedBy.WEIGHTS:
+        return (
+            "True",
+            Reason.SHIPPED_MATCHES_TRAINED,
+            "The exported weights are the trained ones; no kernel of the scheme ran on this node.",
+        )
+    if quality.shipped_matches_trained:
         return "True", Reason.SHIPPED_MATCHES_TRAINED, "The exported model computes what the trained one does."
     return "False", REASONS[ExitCode.PROOF], "The exported model is not the trained one."
 

@@ -12,7 +12,9 @@ from peft.tuners.lora import LoraLayer
 from support.tiny_model import tiny_llama
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
-SCHEMES = (Scheme.INT8, Scheme.INT8_INT4)
+SCHEMES = tuple(scheme for scheme in Scheme if scheme is not Scheme.NONE)
+KERNELS = (Scheme.INT8, Scheme.INT8_INT4)  # what torchao computes by dequantizing, anywhere
+WIDE = {"hidden_size": 128, "intermediate_size": 256}  # groups of 128 fit
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -50,8 +52,8 @@ def _with_adapter(base: PreTrainedModel, targets: str, rank: int, seed: int) -> 
 
 
 def exact_model(scheme: Scheme = Scheme.INT8_INT4, **changes: Any) -> PeftModel:
-    """`lora_model` after `prepare`, with fake quantization on."""
-    model = lora_model(**changes)
+    """`lora_model` after `prepare`, with fake quantization on; wide enough for the scheme's groups."""
+    model = lora_model(**((WIDE if scheme is Scheme.FP8_INT4 else {}) | changes))
     prepare(model, quantization(scheme))
     return model
 

@@ -74,7 +74,7 @@ def test_a_model_that_no_memory_holds_passes_since_no_weight_is_read(tmp_path: P
 
 
 def test_a_run_that_passed_makes_the_steps_that_were_announced(tmp_path: Path) -> None:
-    job = description(tiny_job(tmp_path, {"quantization": {"groupSize": 128}}))
+    job = description(tiny_job(tmp_path, {"quantization": {"groupSize": 64}}))
     found = pipeline.preflight(job, tmp_path / "work", tmp_path / "cache")
     report = pipeline.run(job, tmp_path / "work", tmp_path / "cache")
     assert report["training"]["steps"] == found.plan.steps
@@ -91,7 +91,7 @@ def test_the_termination_message_of_a_success_has_the_revisions_and_what_to_know
         stage=Stage.PREFLIGHT,
         reason="Succeeded",
         exit_code=0,
-        message="14 linear layers are quantized (100% of the linear weights); not quantized: lm_head. "
+        message="14 linear layers are quantized (100% of the linear weights, in groups of 32); not quantized: lm_head. "
         "1 rows were dropped: nothing of their completion fits into training.maxLength (64 tokens).",
         model=f"file://{tmp_path}/model",
         dataset=found.data.resolved,

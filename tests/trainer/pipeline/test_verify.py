@@ -3,11 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from finetune_api import names
 from finetune_api.exits import ExitCode
 from finetune_trainer.errors import CapacityError, ProofError
 from finetune_trainer.stages import verify
+from finetune_trainer.stages.verify import Proof
 from support.run_contexts import context, refused, run_spec
 from support.tiny_jobs import finetune, run, tiny_job
 
@@ -21,15 +24,15 @@ class OwnForCausalLM(LlamaForCausalLM):
 AUTO_MAP = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
 
 
-def verified_by(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def verified_by(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Proof:
     """Verifies with a shell script in the place of Python."""
     ctx = context(folder, run_spec())
-    ctx.proof.mkdir()
+    ctx.proof.mkdir(exist_ok=True)
     python = folder / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    verify.run(ctx)
+    return verify.run(ctx)
 
 
 @pytest.mark.parametrize("signal", [9, 11])
@@ -56,6 +59,43 @@ def test_a_process_that_finds_no_memory_says_nothing_about_the_model(words: str,
 def test_a_model_that_does_not_load_fails_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with refused(ProofError, "does not load in a fresh process", "ValueError: no such layer"):
         verified_by('echo "ValueError: no such layer" >&2; exit 1', tmp_path, monkeypatch)
+
+
+def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Proof:
+    """The proof of a folder of which the fresh process says this."""
+    said = {"weights": {"a": "1"}, "max_logit_difference": 0.0, "kernel": "mslk on cuda", "kernel_errors": {}, "generated": "The"} | changes
+    (folder / "work" / "proof").mkdir(parents=True)
+    (folder / "work" / "proof" / names.PROOF_EXPECTED).write_text(json.dumps({"weights": {"a": "1"}}))
+    (folder / "said.json").write_text(json.dumps(said))
+    return verified_by(f"cat {folder}/said.json", folder, monkeypatch)
+
+
+def test_the_worst_layer_of_a_kernel_is_part_of_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = measured(tmp_path, monkeypatch, kernel_errors={"up_proj": 0.5, "down_proj": 3.9})
+    assert (proof.verified_by, proof.kernel_error) == ("weights and logits", 3.9)
+
+
+def test_a_kernel_that_was_not_run_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = measured(tmp_path, monkeypatch, kernel="")
+    assert (proof.verified_by, proof.kernel_error) == ("weights; kernel not run", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kernel_errors": {"up_proj": 4.1, "down_proj": 4.5}}, ["mslk on cuda computes down_proj 4.5 rounding steps off, where 4 are"]),
+        ({"kernel_errors": {"up_proj": float("nan")}}, ["up_proj nan rounding steps off"]),
+        ({"max_logit_difference": 0.25}, ["a logit differs by 0.25 although all weights are equal"]),
+        ({"max_logit_difference": float("nan")}, ["a logit differs by nan"]),
+        ({"weights": {"a": "2"}}, ["1 of 1 weights differ, the first is a"]),
+        ({"weights": {"a": "1", "b": "1"}}, ["the first is b"]),
+    ],
+)
+def test_whatever_differs_fails_the_proof(
+    changes: dict[str, Any], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refused(ProofError, "The exported model is not the trained one", "nothing was published", *words):
+        measured(tmp_path, monkeypatch, **changes)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,25 @@ import pytest
 import torch
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import ProofError
+from finetune_trainer.qat.kernels import REFERENCE, kernel_of, reference_arithmetic
+from finetune_trainer.reporting.report import quality
 from finetune_trainer.stages import verify
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.exact_models import SCHEMES, WIDE
 from support.run_contexts import RecordingReporter
 from support.tiny_jobs import STEPS, description, run, tiny_job
+from support.tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BOTH = {"outputs": {"artifacts": ["adapter", "quantized"]}}
 
 
-@pytest.fixture(scope="module", params=["int8-int4", "int8"])
+@pytest.fixture(scope="module", params=[scheme.value for scheme in SCHEMES])
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder and the report of a whole run."""
     folder = tmp_path_factory.mktemp(request.param)
+    save_tiny_model(folder / "model", **(WIDE if request.param == "fp8-int4" else {}))
     report = run(tiny_job(folder, {"quantization": {"scheme": request.param}, **BOTH}), folder / "work")
     return folder, report
 
@@ -32,6 +38,15 @@ def test_every_weight_is_equal_and_no_logit_differs(finished: tuple[Path, dict[s
     assert proof["weights_equal"] is True
     assert proof["max_logit_difference"] == 0.0
     assert proof["weights"] == 21
+    assert proof["generated"]
+
+
+def test_the_proof_says_whether_a_kernel_was_run(finished: tuple[Path, dict[str, Any]]) -> None:
+    report = finished[1]
+    runs = report["qat"]["scheme"] in ("int8", "int8-int4", "fp8-fp8")
+    assert report["proof"]["verified_by"] == ("weights and logits" if runs else "weights; kernel not run")
+    assert bool(report["proof"]["kernel"]) == runs
+    assert quality(report["losses"], report["proof"]).verified_by == report["proof"]["verified_by"]
 
 
 def test_the_report_has_the_losses_the_layers_and_the_sizes(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -79,7 +94,8 @@ def test_the_shipped_folder_loads_in_plain_transformers(finished: tuple[Path, di
     folder, _ = finished
     model = AutoModelForCausalLM.from_pretrained(folder / "published" / "model-torchao")
     recorded = load_file(folder / "published" / "proof" / "reference.safetensors")
-    with torch.no_grad():
+    reference = kernel_of(model, model.device) == REFERENCE
+    with torch.no_grad(), nullcontext() if reference else reference_arithmetic(model):
         logits = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"], use_cache=False).logits
     assert torch.equal(logits, recorded["logits"])
     assert AutoTokenizer.from_pretrained(folder / "published" / "model-torchao").chat_template
@@ -100,11 +116,9 @@ def change_one_code(path: Path) -> None:
 
     with safe_open(path, framework="pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-    name = next(
-        key for key in sorted(tensors) if tensors[key].dtype is torch.int8 and tensors[key].dim() == 2 and tensors[key].shape[0] > 1
-    )
+    name = next(key for key in sorted(tensors) if key.endswith("_qdata"))
     codes = tensors[name].clone()
-    codes[0, 0] = codes[0, 0] + 1 if codes[0, 0] < 0 else codes[0, 0] - 1
+    codes.view(torch.int8)[0, 0] ^= 1
     save_file(tensors | {name: codes}, path, metadata=metadata)
 
 
@@ -123,9 +137,12 @@ def test_qat_from_the_first_step_has_no_reference_losses(tmp_path: Path) -> None
     assert losses["quantized"] is not None
 
 
-def test_quantization_after_training_ships_what_ptq_measured(tmp_path: Path) -> None:
-    losses = run(tiny_job(tmp_path, {"quantization": {"qatPercent": 0}}), tmp_path / "work")["losses"]
-    assert losses["quantized"] == losses["ptq"]
+@pytest.mark.parametrize("scheme", ["int8-int4", "int4"])
+def test_quantization_after_training_ships_what_ptq_measured(scheme: str, tmp_path: Path) -> None:
+    changes = {"quantization": {"scheme": scheme, "qatPercent": 0}, **BOTH}
+    report = run(tiny_job(tmp_path, changes), tmp_path / "work")
+    assert report["losses"]["quantized"] == report["losses"]["ptq"]
+    assert report["proof"]["weights_equal"]
 
 
 def test_the_quality_gate_publishes_nothing(tmp_path: Path) -> None:

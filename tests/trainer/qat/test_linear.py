@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from finetune_api.spec import Scheme
-from finetune_trainer.qat import linear
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLinear, ExactLoraLinear, adapter_factors, base_linear, merged_weight
 from finetune_trainer.qat.prepare import mode_of
-from finetune_trainer.qat.quantizers import ActivationCodes, dequantize_activation, quantize_activation
+from finetune_trainer.qat.quantizers import ActivationCodes
+from finetune_trainer.qat.quantizers.activations import Int8Activations
 from peft import PeftModel
 from support.exact_models import SCHEMES, exact_layer, exact_model, logits_of, token_ids
 from torch import Tensor
@@ -27,8 +27,8 @@ def naive(layer: ExactLinear, x: Tensor, merged: Tensor) -> Tensor:
     """The layer's formula as autograd would have it, from a merged weight that autograd follows."""
     quantizer = layer.exact.quantizer
     weight = straight_through(merged, quantizer.dequantize(quantizer.quantize(merged.detach())))
-    if layer.exact.int8_activations:
-        x = straight_through(x, dequantize_activation(quantize_activation(x.detach())))
+    if activations := layer.exact.activations:
+        x = straight_through(x, activations.dequantize(activations.quantize(x.detach()), x.dtype))
     return F.linear(x, weight, base_linear(layer).bias)
 
 
@@ -38,8 +38,10 @@ def factors_of(layer: ExactLinear) -> tuple[Tensor, Tensor, float]:
     return factors
 
 
-def random_input(features: int = 64, seed: int = 0) -> Tensor:
-    values = torch.randn(3, 5, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def random_input(layer: ExactLinear, seed: int = 0) -> Tensor:
+    """float64 [3, 5, in]; one token is all zeros."""
+    values = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values[1, 2] = 0.0
     return values.requires_grad_()
 
 
@@ -61,8 +63,8 @@ def adapter_gradients(model: PeftModel, *, keep_codes: bool, checkpointing: bool
 def test_gradients_of_both_factors_and_of_the_input_are_those_of_autograd(scheme: Scheme) -> None:
     layer = exact_layer(exact_model(scheme, **FLOAT64), "q_proj")
     a, b, scaling = factors_of(layer)
-    x = random_input()
-    grad = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = random_input(layer)
+    grad = torch.randn(3, 5, layer.out_features, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = torch.autograd.grad(naive(layer, x, base_linear(layer).weight + scaling * (b @ a)), (a, b, x), grad)
     found = torch.autograd.grad(layer(x), (a, b, x), grad)
     for ours, theirs in zip(found, expected, strict=True):
@@ -73,7 +75,7 @@ def test_gradients_of_both_factors_and_of_the_input_are_those_of_autograd(scheme
 def test_the_output_is_the_formula_bias_included(scheme: Scheme) -> None:
     layer = exact_layer(exact_model(scheme, **FLOAT64), "q_proj")
     torch.nn.init.normal_(base_linear(layer).bias)
-    x = random_input()
+    x = random_input(layer)
     torch.testing.assert_close(layer(x), naive(layer, x, merged_weight(layer)), rtol=1e-12, atol=1e-12)
 
 
@@ -81,14 +83,14 @@ def test_the_output_is_the_formula_bias_included(scheme: Scheme) -> None:
 def test_a_frozen_layer_passes_the_gradient_of_its_quantized_weight_on(scheme: Scheme) -> None:
     layer = exact_layer(exact_model(scheme, targets="q_proj", **FLOAT64), "k_proj")
     assert isinstance(layer, ExactFrozenLinear)
-    x = random_input()
+    x = random_input(layer)
     expected = torch.autograd.grad(naive(layer, x, layer.weight).sum(), x)
     torch.testing.assert_close(torch.autograd.grad(layer(x).sum(), x), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_frozen_weight_and_its_bias_get_no_gradient() -> None:
     layer = exact_layer(exact_model(**FLOAT64), "q_proj")
-    layer(random_input()).sum().backward()
+    layer(random_input(layer)).sum().backward()
     assert base_linear(layer).weight.grad is None
     assert base_linear(layer).bias.grad is None
 
@@ -96,7 +98,7 @@ def test_the_frozen_weight_and_its_bias_get_no_gradient() -> None:
 def test_factors_get_their_gradient_when_the_input_wants_none() -> None:
     layer = exact_layer(exact_model(**FLOAT64), "q_proj")
     a, b, _ = factors_of(layer)
-    x = random_input()
+    x = random_input(layer)
     wanted = torch.autograd.grad(layer(x).sum(), (a, b))
     found = torch.autograd.grad(layer(x.detach()).sum(), (a, b))
     assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
@@ -106,7 +108,7 @@ def test_a_factor_that_is_frozen_gets_no_gradient() -> None:
     layer = exact_layer(exact_model(**FLOAT64), "q_proj")
     a, b, _ = factors_of(layer)
     a.requires_grad_(False)
-    layer(random_input()).sum().backward()
+    layer(random_input(layer)).sum().backward()
     assert a.grad is None
     assert b.grad is not None
 
@@ -126,7 +128,7 @@ def test_a_checkpointed_layer_has_the_gradients_of_a_plain_one(scheme: Scheme) -
     layer = exact_layer(exact_model(scheme, **FLOAT64), "q_proj")
     layer.exact.mode.keep_codes = True
     a, b, _ = factors_of(layer)
-    x = random_input()
+    x = random_input(layer)
     plain = torch.autograd.grad(layer(x).sum(), (a, b, x))
     layer.exact.mode.drop_caches()
     again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), (a, b, x))
@@ -136,21 +138,22 @@ def test_a_checkpointed_layer_has_the_gradients_of_a_plain_one(scheme: Scheme) -
 def test_gradients_of_a_bfloat16_model_come_in_the_adapters_own_dtype() -> None:
     layer = exact_layer(exact_model(dtype=torch.bfloat16), "q_proj")
     a, b, _ = factors_of(layer)
-    x = random_input().to(torch.bfloat16).detach().requires_grad_()
+    x = random_input(layer).to(torch.bfloat16).detach().requires_grad_()
     layer(x).sum().backward()
     assert (a.grad.dtype, b.grad.dtype, x.grad.dtype) == (a.dtype, b.dtype, torch.bfloat16)
 
 
 @pytest.fixture
 def quantized_activations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Every activation that the exact layers quantize from now on."""
+    """Every activation that the exact layers quantize to int8 from now on."""
     seen: list[Tensor] = []
+    quantize = Int8Activations.quantize
 
-    def counted(activation: Tensor) -> ActivationCodes:
+    def counted(quantizer: Int8Activations, activation: Tensor) -> ActivationCodes:
         seen.append(activation)
-        return quantize_activation(activation)
+        return quantize(quantizer, activation)
 
-    monkeypatch.setattr(linear, "quantize_activation", counted)
+    monkeypatch.setattr(Int8Activations, "quantize", counted)
     return seen
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_api.spec import Scheme
-from finetune_trainer.errors import ProofError, SpecError
+from finetune_trainer.errors import DataError, ProofError, SpecError
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLoraLinear, fake_quantized_weight
 from finetune_trainer.qat.prepare import (
     exact_layers,
@@ -14,12 +14,14 @@ from finetune_trainer.qat.prepare import (
     mode_of,
     prepare,
     require_effect,
+    serving_note,
     set_fake_quantization,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.exact_models import SCHEMES, exact_layer, exact_model, logits_of, lora_model, lora_opt, quantization, token_ids
+from support.exact_models import SCHEMES, WIDE, exact_layer, exact_model, logits_of, lora_model, lora_opt, quantization, token_ids
 from support.tiny_model import tiny_llama
 
+NARROW = {"hidden_size": 128, "intermediate_size": 96}  # all but down_proj divide into groups of 128
 PER_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -30,7 +32,7 @@ def peft_model(**config: Any) -> PeftModel:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_linear_of_every_layer_becomes_exact(scheme: Scheme) -> None:
-    model = lora_model()
+    model = lora_model(**WIDE)
     prepared = prepare(model, quantization(scheme))
     assert len(prepared.layers) == 2 * len(PER_LAYER)
     assert {name.rpartition(".")[2] for name in prepared.layers} == set(PER_LAYER)
@@ -69,26 +71,25 @@ def test_the_output_head_stays_as_it_is_and_is_listed() -> None:
 
 
 def test_layers_that_do_not_fit_the_group_are_listed_with_the_reason() -> None:
-    prepared = prepare(lora_model(targets="down_proj"), quantization(group_size=128))
+    prepared = prepare(lora_model(**NARROW, targets="down_proj"), quantization(group_size=128))
     reasons = {name.rpartition(".")[2]: reason for name, reason in prepared.skipped.items()}
     assert reasons.pop("lm_head") == "output head"
-    assert set(reasons) == set(PER_LAYER) - {"down_proj"}
-    assert set(reasons.values()) == {"input size 64 does not divide into groups of 128"}
+    assert reasons == {"down_proj": "input size 96 does not divide into groups of 128"}
 
 
 def test_coverage_is_the_share_of_linear_weights_that_are_quantized() -> None:
-    prepared = prepare(lora_model(), quantization(group_size=128))
-    attention, mlp = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128
-    assert prepared.coverage == pytest.approx(64 * 128 / (attention + mlp))
+    prepared = prepare(lora_model(**NARROW), quantization(group_size=128))
+    attention, mlp = 2 * 128 * 128 + 2 * 128 * 64, 3 * 128 * 96
+    assert prepared.coverage == pytest.approx(1 - 128 * 96 / (attention + mlp))
 
 
 def test_a_skipped_layer_with_an_adapter_computes_merged_as_export_has_it() -> None:
-    model = lora_model()
+    model = lora_model(**NARROW)
     prepared = prepare(model, quantization(group_size=128))
     merged = dict(merged_layers(model))
     assert set(merged) == set(prepared.skipped) - {"lm_head"}
-    layer = merged["model.layers.0.self_attn.q_proj"]
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    layer = merged["model.layers.0.mlp.down_proj"]
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
     factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = x @ (layer.weight + layer.scaling["default"] * factors[1] @ factors[0]).T
     torch.testing.assert_close(layer(x), expected)
@@ -105,9 +106,18 @@ def test_the_output_head_is_not_among_the_layers_that_are_offered() -> None:
         lora_model(targets="no_such_proj")
 
 
-def test_a_group_that_no_layer_fits_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"groupSize: no linear layer of this model divides into groups of 128"):
-        prepare(lora_model(intermediate_size=96), quantization(group_size=128))
+def test_less_than_half_of_the_weights_is_refused_with_what_would_fit() -> None:
+    with pytest.raises(SpecError, match=r"int8-int4 in groups of 128 would quantize only 22%.*choose groupSize 64 or scheme"):
+        prepare(lora_model(), quantization(group_size=128))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(bad: float) -> None:
+    model = lora_model()
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].mlp.up_proj.weight[3, 4] = bad
+    with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
+        prepare(model, quantization())
 
 
 def test_lora_dropout_is_refused() -> None:
@@ -202,3 +212,9 @@ def test_a_preparation_without_an_effect_is_refused() -> None:
     model = lora_model()
     with pytest.raises(ProofError, match="Fake quantization changes nothing"):
         require_effect(model, token_ids(rows=1))
+
+
+def test_a_dtype_that_the_schemes_kernels_do_not_take_is_said() -> None:
+    assert "kernels that serve int4 compute in bfloat16, but this model is float32" in serving_note(lora_model(), Scheme.INT4)
+    assert not serving_note(lora_model(dtype=torch.bfloat16), Scheme.INT4)
+    assert not serving_note(lora_model(), Scheme.INT8_INT4)

@@ -1,19 +1,46 @@
-"""The quantizers give torchao 0.18's own numbers, bit for bit: weights and activations, float32 and bfloat16, any scale."""
+"""The quantizers give torchao 0.18's own numbers, bit for bit: weights and activations, float32 and bfloat16, any scale; and what all of them keep."""
 
 import pytest
 import torch
 from finetune_api.spec import Scheme
-from finetune_trainer.qat.quantizers import ActivationCodes, WeightCodes, dequantize_activation, quantize_activation
-from finetune_trainer.qat.schemes import torchao_config, weight_quantizer
+from finetune_trainer.qat.quantizers import ActivationQuantizer, WeightQuantizer
+from finetune_trainer.qat.quantizers.activations import Int8Activations
+from finetune_trainer.qat.quantizers.float8 import LEAST_LARGEST, Float8Activations, MslkFloat8Activations
+from finetune_trainer.qat.quantizers.int4 import pack, unpack
+from finetune_trainer.qat.schemes import SCHEMES as TABLE
+from finetune_trainer.qat.tensors import dense
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.exact_models import DTYPES, SCHEMES, quantization
+from support.exact_models import DTYPES, KERNELS, SCHEMES
 from torch import Tensor, nn
-from torchao.quantization import quantize_
+from torchao.quantization import Float8Tensor, PerRow, quantize_
+from torchao.quantization.qat.fake_quantize_config import Int4WeightFakeQuantizeConfig
+from torchao.quantization.qat.fake_quantizer import Int4WeightFakeQuantizer
 from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
 
 GROUP = 32
 SCALES = (0.0, 1e-44, 1e-40, 1.2e-38, 1e-30, 1e-3, 1.0, 300.0, 1e30)
+ACTIVATIONS = (Int8Activations(), Float8Activations(), MslkFloat8Activations())
+WEIGHTS = {
+    "rows": st.integers(2, 9),
+    "groups": st.integers(1, 4),
+    "scale": st.sampled_from(SCALES) | st.floats(1e-6, 1e3),
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+
+def quantizer_of(scheme: Scheme) -> WeightQuantizer:
+    """The scheme's quantizer, in small groups where it has groups: what a grid does, it does in groups of any size."""
+    return TABLE[scheme].quantizer(GROUP if TABLE[scheme].group_sizes else None)
+
+
+def fake_quantized(weight: Tensor, scheme: Scheme, shrink: Tensor | None = None) -> Tensor:
+    quantizer = quantizer_of(scheme)
+    return quantizer.dequantize(quantizer.quantize(weight, shrink))
+
+
+def fake_quantized_activation(quantizer: ActivationQuantizer, activation: Tensor) -> Tensor:
+    return quantizer.dequantize(quantizer.quantize(activation), activation.dtype)
 
 
 def torchao_weight(weight: Tensor, scheme: Scheme) -> IntxUnpackedToInt8Tensor:
@@ -21,12 +48,12 @@ def torchao_weight(weight: Tensor, scheme: Scheme) -> IntxUnpackedToInt8Tensor:
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    quantize_(layer, torchao_config(quantization(scheme)))
+    quantize_(layer, TABLE[scheme].config(GROUP))
     assert isinstance(layer.weight, IntxUnpackedToInt8Tensor)
     return layer.weight
 
 
-def torchao_activation(activation: Tensor) -> Tensor:
+def torchao_int8_activation(activation: Tensor) -> Tensor:
     """The activation as torchao's linear layer reads it: the output of a layer whose weight is the identity, exactly."""
     features = activation.shape[-1]
     identity = torchao_weight(torch.eye(features, dtype=activation.dtype), Scheme.INT8_INT4)
@@ -40,6 +67,16 @@ def torchao_activation(activation: Tensor) -> Tensor:
         activation_quantization=identity.activation_quantization,
     )
     return nn.functional.linear(activation, exact)
+
+
+def torchao_float8(values: Tensor, least: float = LEAST_LARGEST) -> Float8Tensor:
+    """Rows in float8 by torchao's own conversion."""
+    return Float8Tensor.from_hp(values, granularity=PerRow(), hp_value_lb=least)
+
+
+def torchao_int4_fake_quantized(weight: Tensor, activations: torch.dtype) -> Tensor:
+    """By torchao's own fake quantizer, which has float32 scales."""
+    return Int4WeightFakeQuantizer(Int4WeightFakeQuantizeConfig(group_size=GROUP, activation_dtype=activations))(weight)
 
 
 def random_rows(rows: int, columns: int, scale: float, seed: int, dtype: torch.dtype) -> Tensor:
@@ -56,99 +93,229 @@ def assert_bit_equal(ours: Tensor, theirs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES)
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.integers(2, 9), groups=st.integers(1, 4), scale=st.sampled_from(SCALES) | st.floats(1e-6, 1e3), seed=st.integers(0, 2**32 - 1)
-)
+@pytest.mark.parametrize("scheme", KERNELS)
+@settings(max_examples=30, deadline=None)
+@given(**WEIGHTS)
 @example(rows=4, groups=2, scale=1e-44, seed=0)
 @example(rows=4, groups=2, scale=1e30, seed=0)
-def test_weight_codes_and_scales_are_those_of_torchao(
-    dtype: torch.dtype, scheme: Scheme, rows: int, groups: int, scale: float, seed: int
-) -> None:
+def test_integer_weights_are_those_of_torchao(dtype: torch.dtype, scheme: Scheme, rows: int, groups: int, scale: float, seed: int) -> None:
     weight = random_rows(rows, groups * GROUP, scale, seed, dtype)
-    ours, theirs = weight_quantizer(quantization(scheme)).quantize(weight), torchao_weight(weight, scheme)
+    ours, theirs = quantizer_of(scheme).quantize(weight), torchao_weight(weight, scheme)
     assert_bit_equal(ours.codes, theirs.qdata)
     assert_bit_equal(ours.scale, theirs.scale)
     assert not theirs.zero_point.any()
+    assert_bit_equal(quantizer_of(scheme).dequantize(ours), theirs.dequantize())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(**WEIGHTS)
+def test_float8_weights_are_those_of_torchao(dtype: torch.dtype, rows: int, groups: int, scale: float, seed: int) -> None:
+    weight = random_rows(rows, groups * GROUP, scale, seed, dtype)
+    ours, theirs = quantizer_of(Scheme.FP8_FP8).quantize(weight), torchao_float8(weight)
+    assert_bit_equal(ours.codes.view(torch.uint8), theirs.qdata.view(torch.uint8))
+    assert_bit_equal(ours.scale, theirs.scale)
+    assert_bit_equal(quantizer_of(Scheme.FP8_FP8).dequantize(ours), theirs.dequantize())
+
+
+@settings(max_examples=30, deadline=None)
+@given(**WEIGHTS)
+def test_int4_weights_in_float32_are_those_of_torchaos_fake_quantizer(rows: int, groups: int, scale: float, seed: int) -> None:
+    weight = random_rows(rows, groups * GROUP, scale, seed, torch.float32)
+    assert_bit_equal(fake_quantized(weight, Scheme.INT4), torchao_int4_fake_quantized(weight, torch.bfloat16))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 9), groups=st.integers(1, 4), power=st.integers(-12, 3), seed=st.integers(0, 2**32 - 1))
+def test_fp8_int4_weights_that_float8_holds_are_those_of_torchaos_fake_quantizer(rows: int, groups: int, power: int, seed: int) -> None:
+    drawn = torch.randn(rows, groups * GROUP, generator=torch.Generator().manual_seed(seed)) * 100
+    drawn[:, 0] = 448.0  # the largest of float8, so that its scale is a power of two
+    weight = drawn.clamp(-448, 448).to(torch.float8_e4m3fn).float() * 2.0**power
+    assert_bit_equal(fake_quantized(weight, Scheme.FP8_INT4), torchao_int4_fake_quantized(weight, torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("scheme", [Scheme.INT4, Scheme.FP8_INT4])
+@settings(max_examples=30, deadline=None)
+@given(**WEIGHTS)
+def test_four_bit_codes_of_bfloat16_are_those_of_float32_and_only_scales_are_cast(
+    scheme: Scheme, rows: int, groups: int, scale: float, seed: int
+) -> None:
+    weight = random_rows(rows, groups * GROUP, scale, seed, torch.bfloat16)
+    narrow, wide = quantizer_of(scheme).quantize(weight), quantizer_of(scheme).quantize(weight.float())
+    assert narrow.zero is not None
+    assert wide.zero is not None
+    assert_bit_equal(narrow.codes, wide.codes)
+    assert_bit_equal(narrow.scale, wide.scale.to(torch.bfloat16))
+    assert_bit_equal(narrow.zero, wide.zero.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.integers(2, 9), groups=st.integers(1, 4), scale=st.sampled_from(SCALES) | st.floats(1e-6, 1e3), seed=st.integers(0, 2**32 - 1)
-)
-def test_a_dequantized_weight_is_that_of_torchao(
+@settings(max_examples=20, deadline=None)
+@given(**WEIGHTS)
+def test_the_exported_tensor_stands_for_what_training_used(
     dtype: torch.dtype, scheme: Scheme, rows: int, groups: int, scale: float, seed: int
 ) -> None:
     weight = random_rows(rows, groups * GROUP, scale, seed, dtype)
-    quantizer = weight_quantizer(quantization(scheme))
-    assert_bit_equal(quantizer.dequantize(quantizer.quantize(weight)), torchao_weight(weight, scheme).dequantize())
+    codes = quantizer_of(scheme).quantize(weight)
+    exported = TABLE[scheme].tensor(codes, quantizer_of(scheme).block(weight.shape[1]))
+    assert exported.shape == weight.shape
+    assert exported.dtype == dtype
+    assert_bit_equal(dense(exported), quantizer_of(scheme).dequantize(codes))
+    assert dense(exported).isfinite().all()
+
+
+@given(rows=st.integers(1, 5), pairs=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
+def test_packed_codes_come_back_and_take_half_the_bytes(rows: int, pairs: int, seed: int) -> None:
+    codes = torch.randint(-8, 8, (rows, 2 * pairs), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    packed = pack(codes)
+    assert packed.shape == (rows, pairs)
+    assert_bit_equal(unpack(packed), codes)
+
+
+def test_the_even_code_lies_in_the_low_half_of_its_byte() -> None:
+    assert pack(torch.tensor([[1, -8]], dtype=torch.int8)).view(torch.uint8).item() == 0x81
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(2, 9), groups=st.integers(1, 4), scale=st.sampled_from(SCALES) | st.floats(1e-6, 1e3), seed=st.integers(0, 2**32 - 1)
-)
+@settings(max_examples=50, deadline=None)
+@given(**WEIGHTS)
 @example(rows=2, groups=1, scale=1e-44, seed=0)
 @example(rows=2, groups=1, scale=1.2e-38, seed=0)
-def test_a_fake_quantized_activation_is_that_of_torchao(dtype: torch.dtype, rows: int, groups: int, scale: float, seed: int) -> None:
+def test_int8_activations_are_those_of_torchao(dtype: torch.dtype, rows: int, groups: int, scale: float, seed: int) -> None:
     activation = random_rows(rows, groups * GROUP, scale, seed, dtype)
-    assert_bit_equal(dequantize_activation(quantize_activation(activation)), torchao_activation(activation))
+    assert_bit_equal(fake_quantized_activation(Int8Activations(), activation), torchao_int8_activation(activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=50, deadline=None)
+@given(**WEIGHTS)
+def test_float8_activations_are_those_of_torchao(dtype: torch.dtype, rows: int, groups: int, scale: float, seed: int) -> None:
+    activation = random_rows(rows, groups * GROUP, scale, seed, dtype)
+    assert_bit_equal(fake_quantized_activation(Float8Activations(), activation), torchao_float8(activation).dequantize())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(**WEIGHTS)
+def test_mslks_float8_activations_have_a_float32_scale(dtype: torch.dtype, rows: int, groups: int, scale: float, seed: int) -> None:
+    activation = random_rows(rows, groups * GROUP, scale, seed, dtype)
+    ours, theirs = MslkFloat8Activations().quantize(activation), torchao_float8(activation.float(), least=1 / 512)
+    assert_bit_equal(ours.codes.view(torch.uint8), theirs.qdata.view(torch.uint8))
+    assert_bit_equal(ours.scale, theirs.scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_activations_of_one_sign_are_quantized_as_torchao_does(dtype: torch.dtype, sign: int) -> None:
     activation = (random_rows(5, 64, 1.0, 0, dtype).abs() + 3) * sign
-    assert_bit_equal(dequantize_activation(quantize_activation(activation)), torchao_activation(activation))
+    assert_bit_equal(fake_quantized_activation(Int8Activations(), activation), torchao_int8_activation(activation))
 
 
-def test_each_token_of_a_batch_is_quantized_by_itself() -> None:
+@pytest.mark.parametrize("quantizer", ACTIVATIONS)
+def test_each_token_of_a_batch_is_quantized_by_itself(quantizer: ActivationQuantizer) -> None:
     batch = random_rows(6, 64, 1.0, 0, torch.float32).view(2, 3, 64)
-    alone = torch.stack([torch.stack([dequantize_activation(quantize_activation(token)) for token in row]) for row in batch])
-    assert_bit_equal(dequantize_activation(quantize_activation(batch)), alone)
+    alone = torch.stack([torch.stack([fake_quantized_activation(quantizer, token) for token in row]) for row in batch])
+    assert_bit_equal(fake_quantized_activation(quantizer, batch), alone)
 
 
-def test_an_activation_of_zeros_stays_zero() -> None:
-    assert not dequantize_activation(quantize_activation(torch.zeros(2, 64))).any()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantizer", ACTIVATIONS)
+def test_an_activation_of_zeros_stays_zero(quantizer: ActivationQuantizer, dtype: torch.dtype) -> None:
+    assert torch.equal(fake_quantized_activation(quantizer, torch.zeros(2, 64, dtype=dtype)), torch.zeros(2, 64, dtype=dtype))
 
 
-def test_a_weight_of_zeros_stays_zero() -> None:
-    quantizer = weight_quantizer(quantization())
-    assert not quantizer.dequantize(quantizer.quantize(torch.zeros(2, 64))).any()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_weight_of_zeros_stays_zero(scheme: Scheme, dtype: torch.dtype) -> None:
+    assert torch.equal(fake_quantized(torch.zeros(2, 64, dtype=dtype), scheme), torch.zeros(2, 64, dtype=dtype))
 
 
-@pytest.mark.parametrize(("scheme", "low", "high"), [(Scheme.INT8, -128, 127), (Scheme.INT8_INT4, -8, 7)])
+@pytest.mark.parametrize(
+    ("scheme", "low", "high"),
+    [(Scheme.INT8, -128, 127), (Scheme.INT8_INT4, -8, 7), (Scheme.INT4, -8, 7), (Scheme.FP8_INT4, -8, 7), (Scheme.FP8_FP8, -448, 448)],
+)
 def test_weight_codes_use_their_grid_and_never_leave_it(scheme: Scheme, low: int, high: int) -> None:
-    codes = weight_quantizer(quantization(scheme)).quantize(torch.linspace(-1, 1, 4096).view(2, 2048)).codes
+    codes = quantizer_of(scheme).quantize(torch.linspace(-1, 1, 4096).view(2, 2048)).codes.float()
     assert low <= int(codes.min()) <= low + 1
     assert int(codes.max()) == high
 
 
-def test_quantizing_leaves_its_input_alone() -> None:
-    weight, activation = random_rows(4, 64, 1.0, 0, torch.float32), random_rows(4, 64, 1.0, 1, torch.float32)
-    before = weight.clone(), activation.clone()
-    weight_quantizer(quantization()).quantize(weight)
-    quantize_activation(activation)
-    assert_bit_equal(weight, before[0])
-    assert_bit_equal(activation, before[1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_weight_that_is_not_finite_shows_in_its_scale(scheme: Scheme, bad: float) -> None:
+    weight = random_rows(4, 64, 1.0, 0, torch.float32)
+    weight[2, 40] = bad
+    assert quantizer_of(scheme).quantize(weight).scale.isfinite().logical_not().sum() == 1
 
 
-def test_dequantizing_leaves_its_codes_alone() -> None:
-    quantizer = weight_quantizer(quantization())
-    weight: WeightCodes = quantizer.quantize(random_rows(4, 64, 1.0, 0, torch.float32))
-    activation: ActivationCodes = quantize_activation(random_rows(4, 64, 1.0, 1, torch.float32))
-    before = [item.clone() for item in (*weight, *activation)]
-    quantizer.dequantize(weight)
-    dequantize_activation(activation)
-    assert all(torch.equal(item, copy) for item, copy in zip((*weight, *activation), before, strict=True))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantizing_and_dequantizing_leave_their_input_alone(scheme: Scheme) -> None:
+    quantizer, weight = quantizer_of(scheme), random_rows(4, 64, 1.0, 0, torch.float32)
+    shrink = quantizer.least_squares_shrink(weight)
+    kept = weight.clone(), shrink.clone()
+    codes = quantizer.quantize(weight, shrink)
+    assert_bit_equal(weight, kept[0])
+    assert_bit_equal(shrink, kept[1])
+    first, again = quantizer.dequantize(codes), quantizer.dequantize(codes)
+    assert_bit_equal(first, again)
 
 
-def test_fake_quantization_is_not_idempotent() -> None:
-    quantizer = weight_quantizer(quantization())
-    weight = random_rows(64, 64, 1.0, 0, torch.float32)
-    once = quantizer.dequantize(quantizer.quantize(weight))
-    assert not torch.equal(quantizer.dequantize(quantizer.quantize(once)), once)
+@pytest.mark.parametrize("quantizer", ACTIVATIONS)
+def test_an_activation_and_its_codes_are_left_alone(quantizer: ActivationQuantizer) -> None:
+    activation = random_rows(4, 64, 1.0, 1, torch.float32)
+    kept = activation.clone()
+    codes = quantizer.quantize(activation)
+    first, again = quantizer.dequantize(codes, torch.float32), quantizer.dequantize(codes, torch.float32)
+    assert_bit_equal(activation, kept)
+    assert_bit_equal(first, again)
+
+
+def squared_error(weight: Tensor, scheme: Scheme, shrink: Tensor | None) -> Tensor:
+    """For each group, [out, groups]."""
+    error = (fake_quantized(weight, scheme, shrink).double() - weight.double()).square()
+    return error.view(weight.shape[0], -1, quantizer_of(scheme).block(weight.shape[1])).sum(dim=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_shrink_of_one_changes_nothing(scheme: Scheme, dtype: torch.dtype) -> None:
+    quantizer, weight = quantizer_of(scheme), random_rows(6, 64, 1.0, 0, dtype)
+    plain = quantizer.quantize(weight)
+    ones = quantizer.quantize(weight, torch.ones(plain.scale.shape))
+    assert_bit_equal(ones.scale, plain.scale)
+    assert_bit_equal(quantizer.dequantize(ones), quantizer.dequantize(plain))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(2, 9), groups=st.integers(1, 4), scale=st.sampled_from(SCALES), seed=st.integers(0, 2**32 - 1))
+def test_the_least_squares_shrink_is_never_worse_than_none_in_any_group(
+    dtype: torch.dtype, scheme: Scheme, rows: int, groups: int, scale: float, seed: int
+) -> None:
+    weight = random_rows(rows, groups * GROUP, scale, seed, dtype)
+    shrink = quantizer_of(scheme).least_squares_shrink(weight)
+    assert ((shrink > 0) & (shrink <= 1)).all()
+    with_shrink, without = squared_error(weight, scheme, shrink), squared_error(weight, scheme, None)
+    assert (with_shrink <= without * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize(("scheme", "share"), [(Scheme.INT8_INT4, 0.9), (Scheme.INT4, 0.96), (Scheme.FP8_INT4, 0.98)])
+def test_the_least_squares_shrink_lowers_the_error_of_four_bits(scheme: Scheme, share: float) -> None:
+    weight = random_rows(64, 256, 1.0, 0, torch.float32)[1:-1]  # the outlier's error is no rounding
+    shrink = quantizer_of(scheme).least_squares_shrink(weight)
+    assert squared_error(weight, scheme, shrink).sum() < share * squared_error(weight, scheme, None).sum()
+
+
+def test_the_least_squares_shrink_does_not_depend_on_how_many_rows_are_searched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer, weight = quantizer_of(Scheme.INT4), random_rows(9, 64, 1.0, 0, torch.float32)
+    whole = quantizer.least_squares_shrink(weight)
+    monkeypatch.setattr("finetune_trainer.qat.quantizers.weights._WEIGHTS_AT_ONCE", 2 * 64)
+    assert torch.equal(quantizer.least_squares_shrink(weight), whole)
+
+
+@pytest.mark.parametrize("scheme", [Scheme.INT8, Scheme.INT8_INT4, Scheme.INT4, Scheme.FP8_INT4])
+def test_fake_quantization_is_not_idempotent(scheme: Scheme) -> None:
+    once = fake_quantized(random_rows(64, 64, 1.0, 0, torch.float32), scheme)
+    assert not torch.equal(fake_quantized(once, scheme), once)

@@ -106,6 +106,13 @@ def test_weights_that_differ_are_stated_as_loudly(tmp_path: Path) -> None:
     assert "bit for bit" not in text
 
 
+@pytest.mark.parametrize(("kernel", "said"), [("", True), ("torch._scaled_mm on cpu", False)])
+def test_a_kernel_that_was_not_run_is_stated(tmp_path: Path, kernel: str, said: bool) -> None:
+    text = card(tmp_path, proof={"weights_equal": True, "max_logit_difference": 0.0, "kernel": kernel})
+
+    assert ("No kernel of this scheme ran on the training machine" in text) == said
+
+
 @pytest.mark.parametrize("proof", [None, {}, {"weights_equal": None}])
 def test_without_a_proof_nothing_is_claimed(tmp_path: Path, proof: Any) -> None:
     assert "## Proof" not in card(tmp_path, proof=proof)

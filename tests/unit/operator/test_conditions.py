@@ -99,6 +99,7 @@ JOB_CONDITIONS = st.sampled_from(
         {"type": "Failed"},
     ]
 )
+VERIFIED_BY = st.sampled_from(["weights and logits", "weights; kernel not run", "something new"])
 LOSSES = st.sampled_from([None, "1.234", "0", "-1", "nan", "1e308", "words", ""])
 WORDS = st.one_of(
     st.text(max_size=1500),
@@ -109,7 +110,9 @@ WORDS = st.one_of(
             "step": st.integers(0, 1000),
             "totalSteps": st.integers(0, 1000),
             "model": st.text(max_size=1024),
-            "quality": st.fixed_dictionaries({"tunedLoss": LOSSES, "quantizedLoss": LOSSES, "shippedMatchesTrained": st.booleans()}),
+            "quality": st.fixed_dictionaries(
+                {"tunedLoss": LOSSES, "quantizedLoss": LOSSES, "shippedMatchesTrained": st.booleans(), "verifiedBy": VERIFIED_BY}
+            ),
         },
     ).map(json.dumps),
 )

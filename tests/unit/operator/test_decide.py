@@ -654,6 +654,23 @@ def test_what_a_container_says_reaches_the_status_without_credentials() -> None:
     assert status["qat"]["scheme"] == "a b"
 
 
+@pytest.mark.parametrize(
+    ("verified_by", "sentence"),
+    [
+        ("weights and logits", "The exported model computes what the trained one does."),
+        ("weights; kernel not run", "The exported weights are the trained ones; no kernel of the scheme ran on this node."),
+    ],
+)
+def test_the_condition_says_how_far_the_proof_went(verified_by: str, sentence: str) -> None:
+    said = {"version": 1, "stage": "Publishing", "quality": {"shippedMatchesTrained": True, "verifiedBy": verified_by}}
+    raw = build_finetunejob()
+    job = job_for(raw, condition=COMPLETE)
+    pod = build_pod(job, phase="Succeeded", state=build_ended_state(0, json.dumps(said)))
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    assert status["quality"]["verifiedBy"] == verified_by
+    assert [item["message"] for item in status["conditions"] if item["type"] == "Verified"] == [sentence]
+
+
 def test_what_gives_no_event_is_looked_at_again_and_ever_more_seldom() -> None:
     raw = build_finetunejob()
     job = job_for(raw)

@@ -103,7 +103,10 @@ def _proof(report: dict[str, Any]) -> str:
     weights = "equal the trained ones bit for bit" if proof["weights_equal"] else "DIFFER from the trained ones"
     logits = proof.get("max_logit_difference")
     largest = "" if logits is None else f" The largest difference of a logit is {_figure(logits)}."
-    return f"## Proof\n\nThe model was loaded again in a fresh process: its dequantized weights {weights}.{largest}\n"
+    unrun = " No kernel of this scheme ran on the training machine: the logits are those of the dequantized weights." * (
+        not proof.get("kernel", True)
+    )
+    return f"## Proof\n\nThe model was loaded again in a fresh process: its dequantized weights {weights}.{largest}{unrun}\n"
 
 
 def _loading(base: str, folders: dict[Artifact, str]) -> str:

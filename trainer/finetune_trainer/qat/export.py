@@ -5,49 +5,43 @@ Called by stages/convert.py. Nothing is quantized twice and nothing is measured 
 
 import copy
 import hashlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from finetune_api.spec import QuantizationSpec
+from finetune_api.spec import Scheme
 from peft import PeftModel
 from torch import Tensor, nn
-from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-    IntxUnpackedToInt8Tensor,
-    IntxUnpackedToInt8TensorActivationQuantization,
-)
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from finetune_trainer.qat.linear import ExactLinear, merged_weight
-from finetune_trainer.qat.prepare import exact_layers, merged_layers, plain_name
-from finetune_trainer.qat.schemes import torchao_config
+from finetune_trainer.errors import DataError
+from finetune_trainer.qat.linear import ExactLinear, fake_quantized_weight, merged_weight, weight_codes
+from finetune_trainer.qat.prepare import exact_layers, group_size_of, merged_layers, plain_name
+from finetune_trainer.qat.schemes import SCHEMES
+from finetune_trainer.qat.tensors import dense
 
 
-def exported_tensor(layer: ExactLinear) -> IntxUnpackedToInt8Tensor:
-    """The layer's shipped weight [out, in]: torchao's class around the codes of the merged weight."""
+def exported_tensor(name: str, layer: ExactLinear, scheme: Scheme) -> Tensor:
+    """The layer's shipped weight [out, in]: torchao's class around the codes that training uses.
+
+    Raises:
+        DataError: a scale is not finite: the weight has NaN, infinite or far too large values.
+    """
+    codes = weight_codes(layer)
     quantizer = layer.exact.quantizer
-    weight = merged_weight(layer)
-    codes, scale = quantizer.quantize(weight)
-    # The plain string, as torchao's own conversion has it: safetensors metadata with the enum's member can't be read back.
-    int8 = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN.value
-    return IntxUnpackedToInt8Tensor(
-        qdata=codes,
-        scale=scale,
-        zero_point=torch.zeros_like(scale, dtype=torch.int8),
-        target_dtype={4: torch.int4, 8: torch.int8}[quantizer.bits],
-        block_size=(1, quantizer.block(weight.shape[1])),
-        dtype=weight.dtype,
-        activation_quantization=int8 if layer.exact.int8_activations else None,
-    )
+    if not all(bool(item.isfinite().all()) for item in (codes.scale, codes.zero) if item is not None):
+        raise DataError(f"The trained weight of {name} has values that are not finite; lower training.learningRate and train again.")
+    return SCHEMES[scheme].tensor(codes, quantizer.block(codes.codes.shape[1]))
 
 
-def plain_model(model: PeftModel, quantization: QuantizationSpec, skipped: dict[str, str], *, trust_remote_code: bool) -> PreTrainedModel:
+def plain_model(model: PeftModel, scheme: Scheme, skipped: Collection[str], *, trust_remote_code: bool) -> PreTrainedModel:
     """A model without adapters whose exact layers hold torchao tensors; everything else is shared with `model`, not copied.
 
     Args:
         model: the prepared model with its final adapter; it is left as it is.
-        quantization: the scheme.
-        skipped: linear layers that stay unquantized.
+        scheme: the one that the model was prepared for.
+        skipped: names of linear layers that stay unquantized.
         trust_remote_code: whether the model's own code may run.
     """
     base = model.get_base_model()
@@ -64,16 +58,16 @@ def plain_model(model: PeftModel, quantization: QuantizationSpec, skipped: dict[
     for name, layer in merged_layers(model):
         _assign(plain, f"{name}.weight", merged_weight(layer))
     for name, layer in exact_layers(model):
-        _assign(plain, f"{name}.weight", exported_tensor(layer))
+        _assign(plain, f"{name}.weight", exported_tensor(name, layer, scheme))
     plain.tie_weights()
     plain.generation_config = base.generation_config
-    _mark_quantized(plain, quantization, skipped)
+    _mark_quantized(plain, SCHEMES[scheme].config(group_size_of(model)), skipped)
     return plain.eval()
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
     """sha256 of every parameter's values, dequantized; equal digests are equal bits."""
-    return {name: tensor_digest(_dense(parameter.detach())) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor_digest(dense(parameter.detach())) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def trained_digests(model: PeftModel) -> dict[str, str]:
@@ -84,9 +78,7 @@ def trained_digests(model: PeftModel) -> dict[str, str]:
         for name, parameter in base.named_parameters(remove_duplicate=False)
         if ".lora_" not in name
     }
-    for name, layer in exact_layers(model):
-        quantizer = layer.exact.quantizer
-        digests[f"{name}.weight"] = tensor_digest(quantizer.dequantize(quantizer.quantize(merged_weight(layer))))
+    digests |= {f"{name}.weight": tensor_digest(fake_quantized_weight(layer)) for name, layer in exact_layers(model)}
     digests |= {f"{name}.weight": tensor_digest(merged_weight(layer)) for name, layer in merged_layers(model)}
     return digests
 
@@ -96,10 +88,6 @@ def tensor_digest(tensor: Tensor) -> str:
     plain = tensor.detach().cpu().contiguous()
     head = f"{plain.dtype}{tuple(plain.shape)}".encode()
     return hashlib.sha256(head + plain.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _dense(parameter: Tensor) -> Tensor:
-    return parameter.dequantize() if isinstance(parameter, IntxUnpackedToInt8Tensor) else parameter
 
 
 def _is_head_tied(name: str, base: PreTrainedModel) -> bool:
@@ -112,10 +100,10 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(path), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
-def _mark_quantized(model: PreTrainedModel, quantization: QuantizationSpec, skipped: dict[str, str]) -> None:
+def _mark_quantized(model: PreTrainedModel, quantization: Any, skipped: Collection[str]) -> None:
     """What save_pretrained needs to write torchao tensors as safetensors, and config.json to read them back."""
     # A list replaces transformers' own default, which skips the output head: name it again.
-    config: Any = TorchAoConfig(torchao_config(quantization), modules_to_not_convert=sorted(skipped) or ["lm_head"])
+    config: Any = TorchAoConfig(quantization, modules_to_not_convert=sorted(skipped) or ["lm_head"])
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     model.is_quantized = True

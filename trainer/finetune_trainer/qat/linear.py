@@ -8,6 +8,7 @@ quantizers taken as identity, dX = dY Wq, dA = s (dY B)^T Xq, dB = s dY^T (Xq A^
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune_trainer.qat.quantizers import ActivationCodes, WeightCodes, WeightQuantizer, dequantize_activation, quantize_activation
+from finetune_trainer.qat.quantizers import ActivationCodes, ActivationQuantizer, WeightCodes, WeightQuantizer
 
 
 @dataclass
@@ -52,13 +53,13 @@ class SharedInput:
         self._version = -1
         self._codes: ActivationCodes | None = None
 
-    def codes(self, activation: Tensor) -> ActivationCodes:
-        """Codes of `activation` [..., in], made once for each tensor."""
+    def codes(self, activation: Tensor, quantizer: ActivationQuantizer) -> ActivationCodes:
+        """Codes of `activation` [..., in], made once for each tensor; all layers of one model have one quantizer."""
         if activation.is_inference():  # no version counter to trust
-            return quantize_activation(activation)
+            return quantizer.quantize(activation)
         known = self._source is not None and self._source() is activation and self._version == activation._version
         if not known or self._codes is None:
-            self._codes = quantize_activation(activation)
+            self._codes = quantizer.quantize(activation)
             self._source, self._version = weakref.ref(activation), activation._version
         return self._codes
 
@@ -69,11 +70,12 @@ class ExactState:
 
     Attributes:
         quantizer: None for an adapted layer that export merges and does not quantize.
+        activations: None where the layer reads its input as it is.
     """
 
     mode: ExactMode
     quantizer: WeightQuantizer | None
-    int8_activations: bool
+    activations: ActivationQuantizer | None
     cached: WeightCodes | None = None
     cached_key: tuple[object, ...] = ()
 
@@ -150,7 +152,7 @@ def fake_quantized_weight(layer: ExactLinear) -> Tensor:
 def exact_linear(layer: ExactLinear, x: Tensor) -> Tensor:
     """fq(W + s B A) fq(x) + bias, differentiable in x, A and B."""
     state = layer.exact
-    activation = state.mode.last_input.codes(x) if state.int8_activations else None
+    activation = state.mode.last_input.codes(x, state.activations) if state.activations else None
     a, b, _ = adapter_factors(layer) or (None, None, 1.0)
     output: Tensor = _StraightThrough.apply(x, a, b, layer, *(activation or ()))
     return output
@@ -163,12 +165,12 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, layer: ExactLinear, *activation: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, layer: ExactLinear, *activation: Tensor | None) -> Tensor:
         ctx.layer = layer
-        ctx.quantized = bool(activation)
+        ctx.quantizer, ctx.dtype = layer.exact.activations if activation else None, x.dtype
         ctx.save_for_backward(a, b, *(activation or (x,)))
         # The bias is frozen, and part of the same call as in the exported model: added apart, it would round differently.
-        return F.linear(_read(activation or (x,), quantized=ctx.quantized), fake_quantized_weight(layer), base_linear(layer).bias)
+        return F.linear(_read(ctx, activation or (x,)), fake_quantized_weight(layer), base_linear(layer).bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,9 +178,9 @@ class _StraightThrough(torch.autograd.Function):
         grad_x = grad_output @ fake_quantized_weight(ctx.layer) if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
         if a is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            x = _read(tuple(activation), quantized=ctx.quantized)
+            x = _read(ctx, activation)
             grad_a, grad_b = _low_rank_gradients(grad_output, x, a, b, float(_scaling(ctx.layer)))
-        return (grad_x, grad_a, grad_b, None, *(None for _ in activation if ctx.quantized))
+        return (grad_x, grad_a, grad_b, None, *(None for _ in activation if ctx.quantizer))
 
 
 def _scaling(layer: ExactLinear) -> float:
@@ -188,8 +190,8 @@ def _scaling(layer: ExactLinear) -> float:
     return factors[2]
 
 
-def _read(saved: tuple[Tensor, ...], *, quantized: bool) -> Tensor:
-    return dequantize_activation(ActivationCodes(*saved)) if quantized else saved[0]
+def _read(ctx: Any, saved: Sequence[Tensor]) -> Tensor:
+    return ctx.quantizer.dequantize(ActivationCodes(*saved), ctx.dtype) if ctx.quantizer else saved[0]
 
 
 def _low_rank_gradients(grad_output: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

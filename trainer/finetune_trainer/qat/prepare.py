@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from finetune_api.spec import QuantizationSpec
+from finetune_api.spec import QuantizationSpec, Scheme
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig
 
-from finetune_trainer.errors import ProofError, SpecError
+from finetune_trainer.errors import DataError, ProofError, SpecError
+from finetune_trainer.qat.fit import best_fit
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLinear, ExactLoraLinear, ExactMode, ExactState
-from finetune_trainer.qat.schemes import SCHEMES, weight_quantizer
+from finetune_trainer.qat.schemes import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,20 @@ class Prepared:
         layers: names of the exact layers, as the merged model knows them (without peft's prefixes).
         skipped: linear layers that stay unquantized, with the reason.
         coverage: share of the linear weights (the output head aside) that are quantized, 0 to 1.
+        group_size: weights that share one scale; None is one scale for each output channel.
     """
 
     layers: tuple[str, ...]
     skipped: dict[str, str]
     coverage: float
+    group_size: int | None
 
     @property
     def sentence(self) -> str:
         """For the user: how much is quantized, and which linear layers are not."""
         kept = f"; not quantized: {', '.join(sorted(self.skipped))}" if self.skipped else ""
-        return f"{len(self.layers)} linear layers are quantized ({self.coverage:.0%} of the linear weights){kept}."
+        groups = f", in groups of {self.group_size}" if self.group_size else ""
+        return f"{len(self.layers)} linear layers are quantized ({self.coverage:.0%} of the linear weights{groups}){kept}."
 
 
 def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool = True) -> Prepared:
@@ -52,35 +56,35 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
         enabled: whether fake quantization is on from now on.
 
     Raises:
-        SpecError: LoRA dropout, DoRA or another LoRA variant, or no layer that fits the group size.
+        DataError: a weight has values that are not finite.
+        SpecError: LoRA dropout, DoRA or another LoRA variant, or less than half of the linear weights fit the scheme.
     """
-    quantizer = weight_quantizer(quantization)
+    linears, head = list(_linears(model)), model.get_base_model().get_output_embeddings()
+    layers = {plain_name(path): (module, _base(module)) for path, module in linears}
+    shapes = {name: (base.out_features, base.in_features) for name, (_, base) in layers.items() if base is not head}
+    found = best_fit(quantization, shapes)
     mode = ExactMode(enabled=enabled)
-    head = model.get_base_model().get_output_embeddings()
+    scheme = SCHEMES[quantization.scheme]
+    quantizer = scheme.quantizer(found.group_size)
     _switch_off_dropout(model.get_base_model())
-    names: list[str] = []
-    skipped: dict[str, str] = {}
-    weights = {True: 0, False: 0}
-    for path, module in list(_linears(model)):
-        name, base = plain_name(path), _base(module)
-        fits = quantizer.fits(base.in_features) and base is not head
-        if base is head:
-            skipped[name] = "output head"
-        else:
-            weights[fits] += base.weight.numel()
-        if fits:
-            _make_exact(module, ExactState(mode, quantizer, SCHEMES[quantization.scheme].int8_activations), name)
-            names.append(name)
-            continue
-        skipped.setdefault(name, f"input size {base.in_features} does not divide into groups of {quantizer.group_size}")
-        if isinstance(module, LoraLinear):
-            _make_exact(module, ExactState(mode, None, int8_activations=False), name)
-    if not names:
-        raise SpecError(
-            f"spec.quantization.groupSize: no linear layer of this model divides into groups of {quantizer.group_size}; choose a smaller group size."
-        )
+    for name, (module, base) in layers.items():
+        _require_finite(name, base)
+        if name in shapes and name not in found.unfit:
+            _make_exact(module, ExactState(mode, quantizer, scheme.activations), name)
+        elif isinstance(module, LoraLinear):
+            _make_exact(module, ExactState(mode, None, None), name)
     model.register_load_state_dict_post_hook(lambda *_: mode.drop_caches())
-    return Prepared(tuple(names), skipped, weights[True] / (weights[True] + weights[False]))
+    skipped = {name: "output head" for name in layers if name not in shapes} | found.unfit
+    return Prepared(tuple(name for name in layers if name not in skipped), skipped, found.coverage, found.group_size)
+
+
+def serving_note(model: PeftModel, scheme: Scheme) -> str:
+    """What to know before the model is trained in this dtype; empty where the scheme's kernels take it."""
+    wanted, dtype = SCHEMES[scheme].served_in, model.get_base_model().dtype
+    if wanted is None or dtype == wanted:
+        return ""
+    names = [str(item).removeprefix("torch.") for item in (wanted, dtype)]
+    return f"The kernels that serve {scheme.value} compute in {names[0]}, but this model is {names[1]}; set model.dtype to {names[0]} to serve it by them."
 
 
 def exact_layers(model: nn.Module) -> Iterator[tuple[str, ExactLinear]]:
@@ -91,6 +95,11 @@ def exact_layers(model: nn.Module) -> Iterator[tuple[str, ExactLinear]]:
 def merged_layers(model: nn.Module) -> Iterator[tuple[str, ExactLinear]]:
     """(name in the merged model, layer) of every adapted layer that export merges but does not quantize."""
     return ((name, layer) for name, layer in _prepared_layers(model) if layer.exact.quantizer is None)
+
+
+def group_size_of(model: nn.Module) -> int | None:
+    """Weights that share one scale in a prepared model; None is one scale for each output channel."""
+    return next(layer.exact.quantizer.group_size for _, layer in exact_layers(model) if layer.exact.quantizer)
 
 
 def mode_of(model: nn.Module) -> ExactMode | None:
@@ -205,6 +214,14 @@ def _base(module: nn.Module) -> nn.Linear:
     if not isinstance(base, nn.Linear):
         raise SpecError(f"Exact quantization-aware training needs nn.Linear layers, but found {type(base).__name__}; choose scheme none.")
     return base
+
+
+def _require_finite(name: str, base: nn.Linear) -> None:
+    if not base.weight.is_meta and not base.weight.isfinite().all():  # in preflight there are shapes only
+        raise DataError(
+            f"The model's weight {name}.weight has values that are not finite (NaN or infinite), which no quantization grid holds; "
+            "download the model again, or choose another one."
+        )
 
 
 def _make_exact(module: nn.Module, state: ExactState, name: str) -> None:

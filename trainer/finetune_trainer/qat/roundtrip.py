@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from finetune_api.spec import Scheme
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,11 +19,12 @@ from finetune_trainer.errors import ProofError
 from finetune_trainer.qat.export import exported_tensor
 from finetune_trainer.qat.linear import fake_quantized_weight
 from finetune_trainer.qat.prepare import exact_layers
+from finetune_trainer.qat.tensors import dense
 
 _NAME = "layer.weight"
 
 
-def require_roundtrip(model: PeftModel) -> None:
+def require_roundtrip(model: PeftModel, scheme: Scheme) -> None:
     """The smallest quantized layer survives export, save and reload bit for bit.
 
     Raises:
@@ -30,12 +32,12 @@ def require_roundtrip(model: PeftModel) -> None:
     """
     name, layer = min(exact_layers(model), key=lambda item: fake_quantized_weight(item[1]).numel())
     try:
-        reloaded = _saved_and_reloaded(exported_tensor(layer))
+        reloaded = _saved_and_reloaded(exported_tensor(name, layer, scheme))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ProofError(
             f"The export of {name} can't be read back ({type(error).__name__}); nothing was trained. Please report this."
         ) from error
-    if not torch.equal(reloaded.dequantize().cpu(), fake_quantized_weight(layer).cpu()):
+    if not torch.equal(dense(reloaded).cpu(), fake_quantized_weight(layer).cpu()):
         raise ProofError(f"The export of {name} is not what training would use; nothing was trained. Please report this.")
 
 

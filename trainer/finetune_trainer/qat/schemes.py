@@ -1,18 +1,30 @@
-"""The quantization schemes, as one table: grids, group size, where each converts and serves, bytes on disk.
+"""The quantization schemes, as one table: grids, group sizes, torchao's tensor class and configuration, where each serves.
 
-Read by preflight (which refuses what this machine can't convert), prepare, convert and the report. Imports torch only inside functions,
-so that preflight can say no before torch is loaded.
+Read by fit, prepare, export and verify; docs/schemes.md is generated from it (schemes_page.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from finetune_api.spec import QuantizationSpec, Scheme
+import torch
+from finetune_api.spec import Scheme
+from torch import Tensor
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8DynamicActivationInt4WeightConfig,
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationIntxWeightConfig,
+    IntxWeightOnlyConfig,
+)
+from torchao.quantization.granularity import PerAxis, PerGroup, PerRow
 
-from finetune_trainer.errors import CapacityError
-
-if TYPE_CHECKING:
-    from finetune_trainer.qat.quantizers import WeightQuantizer
+from finetune_trainer.qat import tensors
+from finetune_trainer.qat.quantizers import ActivationQuantizer, WeightCodes, WeightGrid, WeightQuantizer
+from finetune_trainer.qat.quantizers.activations import Int8Activations
+from finetune_trainer.qat.quantizers.float8 import LEAST_LARGEST, Float8Activations, Float8Grid, MslkFloat8Activations
+from finetune_trainer.qat.quantizers.int4 import EighthsGrid, ZeroPointGrid
+from finetune_trainer.qat.quantizers.integers import SymmetricGrid
 
 
 @dataclass(frozen=True)
@@ -20,66 +32,105 @@ class SchemeInfo:
     """One row of the table.
 
     Attributes:
-        weight_bits: bits of the weight grid.
-        default_group: weights that share a scale along the input dimension; None is one scale per output channel.
-        int8_activations: whether activations are quantized too (int8, asymmetric, per token).
-        converts_on: where a model of this scheme can be made; empty when this version makes none.
-        serves_on: where the exported file runs.
-        bytes_per_weight: on disk, scales included.
+        purpose: what it is for, for a person who has to choose.
+        grid: of the weights.
+        weights: the same in words.
+        activations: of the layer's input; None where it is read as it is.
+        group_sizes: weights that share a scale, to choose from where the spec does not say; empty: one scale for each output channel.
+        multiple_of: what both sizes of a layer must be multiples of.
+        tensor: makes the shipped tensor of a quantized weight and its block.
+        tensor_name: its class and packing.
+        config: torchao's own configuration for a group size, as config.json of the exported folder names it.
+        runs_on_cpu: whether torchao computes the layer on a CPU, too.
+        served_by: where the exported model runs.
+        served_in: the one dtype that its kernels take; None where any does.
     """
 
-    weight_bits: int
-    default_group: int | None
-    int8_activations: bool
-    converts_on: str
-    serves_on: str
-    bytes_per_weight: float
+    purpose: str
+    grid: WeightGrid
+    weights: str
+    activations: ActivationQuantizer | None
+    group_sizes: tuple[int, ...]
+    multiple_of: int
+    tensor: Callable[[WeightCodes, int], Tensor]
+    tensor_name: str
+    config: Callable[[int | None], Any]
+    runs_on_cpu: bool
+    served_by: str
+    served_in: torch.dtype | None = None
+
+    def quantizer(self, group_size: int | None) -> WeightQuantizer:
+        """The one quantizer that serves fake quantization and export of a weight."""
+        return WeightQuantizer(self.grid, group_size)
 
 
 SCHEMES: dict[Scheme, SchemeInfo] = {
-    # One int8 code and, for each output channel, a float scale and an int8 zero point.
-    Scheme.INT8: SchemeInfo(8, None, False, "any CPU or GPU", "any CPU or GPU", 1.01),
-    # torchao's unpacked tensors hold one int8 for each weight, also on a 4-bit grid.
-    Scheme.INT8_INT4: SchemeInfo(4, 32, True, "any CPU or GPU", "any CPU (ExecuTorch included) or GPU", 1.16),
-    Scheme.INT4: SchemeInfo(4, 128, False, "", "an NVIDIA GPU with the mslk kernels", 0.53),
-    Scheme.FP8_INT4: SchemeInfo(4, 128, False, "", "an NVIDIA GPU of compute capability 9.0 (H100, H200)", 0.53),
-    Scheme.FP8_FP8: SchemeInfo(8, None, False, "", "an NVIDIA GPU of compute capability 8.9 or newer (L4, L40S, H100)", 1.01),
+    Scheme.INT8: SchemeInfo(
+        purpose="Half the size of 16 bits at next to no loss. Any machine; on a server's GPU not faster than 16 bits.",
+        grid=SymmetricGrid(8),
+        weights="8-bit integers, one scale for each output channel",
+        activations=None,
+        group_sizes=(),
+        multiple_of=1,
+        tensor=tensors.int8_tensor,
+        tensor_name="IntxUnpackedToInt8Tensor",
+        config=lambda _: IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0)),
+        runs_on_cpu=True,
+        served_by="any CPU or GPU",
+    ),
+    Scheme.INT8_INT4: SchemeInfo(
+        purpose="Phones and CPUs: what ExecuTorch packs to 4 bits on the device. The file itself holds a byte for each weight.",
+        grid=SymmetricGrid(4),
+        weights="4-bit integers, one scale for each group",
+        activations=Int8Activations(),
+        group_sizes=(32,),
+        multiple_of=1,
+        tensor=tensors.int8_int4_tensor,
+        tensor_name="IntxUnpackedToInt8Tensor",
+        config=lambda group: Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(group)),
+        runs_on_cpu=True,
+        served_by="any CPU (ExecuTorch included) or GPU",
+    ),
+    Scheme.INT4: SchemeInfo(
+        purpose="The smallest file: a quarter of 16 bits. GPU servers that answer few requests at once.",
+        grid=ZeroPointGrid(),
+        weights="4-bit integers, one scale and one zero point for each group",
+        activations=None,
+        group_sizes=(128, 64, 32),
+        multiple_of=1,
+        tensor=tensors.int4_tensor,
+        tensor_name="Int4Tensor, plain packing",
+        config=lambda group: Int4WeightOnlyConfig(group_size=group),
+        runs_on_cpu=False,
+        served_by="an NVIDIA GPU of compute capability 9.0 (H100, H200) with the mslk package",
+        served_in=torch.bfloat16,
+    ),
+    Scheme.FP8_INT4: SchemeInfo(
+        purpose="The file of int4, and float8 arithmetic: GPU servers that answer many requests at once.",
+        grid=EighthsGrid(),
+        weights="4-bit integers, one scale for each group",
+        activations=MslkFloat8Activations(),
+        group_sizes=(128,),
+        multiple_of=1,
+        tensor=tensors.fp8_int4_tensor,
+        tensor_name="Int4Tensor, plain packing",
+        config=lambda _: Float8DynamicActivationInt4WeightConfig(int4_packing_format="plain"),
+        runs_on_cpu=False,
+        served_by="an NVIDIA GPU of compute capability 9.0 (H100, H200) with the mslk package",
+        served_in=torch.bfloat16,
+    ),
+    Scheme.FP8_FP8: SchemeInfo(
+        purpose="Half the size of 16 bits and the fastest on newer GPUs, at next to no loss.",
+        grid=Float8Grid(),
+        weights="float8 (e4m3), one scale for each output channel",
+        activations=Float8Activations(),
+        group_sizes=(),
+        multiple_of=16,
+        tensor=tensors.fp8_fp8_tensor,
+        tensor_name="Float8Tensor, PerRow",
+        config=lambda _: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), activation_value_lb=LEAST_LARGEST),
+        runs_on_cpu=True,
+        served_by="an NVIDIA GPU of compute capability 8.9 or newer (L4, L40S, H100)",
+        served_in=torch.bfloat16,
+    ),
 }
-
-
-def require_convertible(scheme: Scheme) -> None:
-    """Refuses a scheme that can't be converted here, before anything is trained.
-
-    Raises:
-        CapacityError: names the scheme, where its models run, and the schemes that convert anywhere.
-    """
-    if scheme is Scheme.NONE or SCHEMES[scheme].converts_on:
-        return
-    able = " or ".join(item.value for item, info in SCHEMES.items() if info.converts_on)
-    raise CapacityError(
-        f"spec.quantization.scheme is {scheme.value}, which runs on {SCHEMES[scheme].serves_on}, but this version can't convert to it yet, here or there; "
-        f"choose {able}, which convert on any machine."
-    )
-
-
-def weight_quantizer(spec: QuantizationSpec) -> "WeightQuantizer":
-    """The one quantizer that serves fake quantization and export of this job's weights."""
-    from finetune_trainer.qat.quantizers import WeightQuantizer
-
-    info = SCHEMES[spec.scheme]
-    group = (spec.group_size or info.default_group) if info.default_group else None
-    return WeightQuantizer(bits=info.weight_bits, group_size=group)
-
-
-def torchao_config(spec: QuantizationSpec) -> Any:
-    """torchao's own configuration of the scheme, as `config.json` of the exported folder names it."""
-    import torch
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerAxis, PerGroup
-
-    quantizer = weight_quantizer(spec)
-    granularity = PerGroup(quantizer.group_size) if quantizer.group_size else PerAxis(0)
-    dtype = {4: torch.int4, 8: torch.int8}[quantizer.bits]
-    if SCHEMES[spec.scheme].int8_activations:
-        return Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
-    return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)

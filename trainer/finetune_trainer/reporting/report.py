@@ -58,7 +58,9 @@ def quality(losses: dict[str, Any], proof: dict[str, Any] | None) -> Quality:
     shown = {f"{name}_loss": four_digits(value) for name, value in losses.items() if name != "recovered" and value is not None}
     if losses["recovered"] is not None:
         shown["recovered"] = f"{losses['recovered']:.0%}"
-    return Quality(**shown, shipped_matches_trained=proof["weights_equal"] and proof["max_logit_difference"] == 0 if proof else None)
+    if proof:  # there is one only where it held
+        shown |= {"shipped_matches_trained": True, "verified_by": proof["verified_by"]}
+    return Quality(**shown)
 
 
 def qat(report: dict[str, Any]) -> Qat | None:

@@ -74,10 +74,20 @@ def _proof(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "proof: shipped = trained",
-            f"{proof['weights']} weights equal bit for bit, largest logit difference {proof['max_logit_difference']}",
+            f"{proof['weights']} weights equal bit for bit, largest logit difference {proof['max_logit_difference']}{_kernel(proof)}",
         ),
         ("the shipped model writes", proof["generated"].replace("\n", " ")[:160]),
     ]
+
+
+def _kernel(proof: dict[str, Any]) -> str:
+    if "kernel" not in proof:  # published by an earlier version, whose schemes all had their kernel
+        return ""
+    if not proof["kernel"]:
+        return " (of the dequantized weights: no kernel of this scheme runs on this machine)"
+    if proof["kernel_error"] is None:
+        return f" ({proof['kernel']})"
+    return f" ({proof['kernel']} adds at most {proof['kernel_error']:.2g} rounding steps)"
 
 
 def _places(report: dict[str, Any], workdir: Path, destinations: list[str]) -> list[tuple[str, str]]:

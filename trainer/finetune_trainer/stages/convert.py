@@ -45,7 +45,9 @@ def run(ctx: RunContext, trained: Trained) -> Converted:
     if prepared is None:
         raise ValueError("convert needs a quantization scheme; the pipeline skips it for none")
     with atomic.folder(ctx.quantized) as folder:
-        plain = plain_model(trained.model, ctx.spec.quantization, prepared.skipped, trust_remote_code=ctx.spec.model.trust_remote_code)
+        plain = plain_model(
+            trained.model, ctx.spec.quantization.scheme, prepared.skipped, trust_remote_code=ctx.spec.model.trust_remote_code
+        )
         plain.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
     base = trained.model.get_base_model()

@@ -9,18 +9,16 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.destinations import s3
 from finetune_trainer.errors import CapacityError
 from finetune_trainer.mirror import Mirror
-from finetune_trainer.qat.schemes import require_convertible
 
 _LEAST_FREE_BYTES = 64 * 2**20
 
 
 def run(ctx: RunContext) -> None:
-    """Checks folders, scheme, sources, destinations and every row of the data.
+    """Checks folders, sources, destinations and every row of the data.
 
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError: one sentence each.
     """
-    require_convertible(ctx.spec.quantization.scheme)
     for folder in (ctx.workdir, ctx.cache):
         require_writable(folder)
     sources.check(ctx)

@@ -21,7 +21,7 @@ from finetune_trainer.errors import Checkpointed
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.phases import Phases, Work
 from finetune_trainer.plan import Plan, plan
-from finetune_trainer.qat.prepare import Prepared, prepare, require_effect
+from finetune_trainer.qat.prepare import Prepared, prepare, require_effect, serving_note
 from finetune_trainer.qat.roundtrip import require_roundtrip
 from finetune_trainer.stages.data import Data, Example, require_known_tokens
 from finetune_trainer.stages.evaluate import SwitchLosses, pad
@@ -105,9 +105,11 @@ def _prepare(ctx: RunContext, loaded: Loaded, data: Data) -> Prepared | None:
     if ctx.spec.quantization.scheme is Scheme.NONE:
         return None
     prepared = prepare(loaded.model, ctx.spec.quantization, enabled=False)
-    require_roundtrip(loaded.model)
+    require_roundtrip(loaded.model, ctx.spec.quantization.scheme)
     require_effect(loaded.model, torch.tensor([data.train[0].input_ids[:32]], device=loaded.model.device))
     ctx.reporter.note(prepared.sentence)
+    if note := serving_note(loaded.model, ctx.spec.quantization.scheme):
+        ctx.reporter.note(note)
     return prepared
 
 

@@ -1,7 +1,8 @@
 """Verify: the proof that what is shipped is what was trained, measured on every job in a fresh process.
 
 By weights: every dequantized weight of the exported folder has the digest of the one that training used. By logits: the largest difference
-on the recorded batch is 0.0 (reference kernels; low-bit GPU kernels: not yet run on a GPU). And it writes a sentence.
+on the recorded batch is 0.0. Kernels that dequantize give these logits themselves; of others each layer is held against the arithmetic of the
+training, on the same input, within rounding; where no kernel runs, that is said. And it writes a sentence. Not yet run on a GPU.
 """
 
 import json
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune_api import names
+from finetune_api.status import VerifiedBy
 
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import CapacityError, ProofError
 from finetune_trainer.failures import speaks_of_memory
+
+_ROUNDING_STEPS = 4.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,10 @@ class Proof:
         weights_equal: every weight equals the trained one bit for bit.
         weights: how many were compared.
         max_logit_difference: the largest, over the whole recorded batch.
-        verified_by: what computed the logits.
+        verified_by: how far the proof goes on this machine.
+        kernel: what computes the shipped model here; empty where nothing does, and the logits are those of its dequantized weights.
+        kernel_error: of the worst layer, in rounding steps; None where the kernel dequantizes, so that the logits themselves show it, or did
+            not run.
         generated: a greedy continuation by the shipped model.
     """
 
@@ -36,7 +43,14 @@ class Proof:
     weights: int
     max_logit_difference: float
     verified_by: str
+    kernel: str
+    kernel_error: float | None
     generated: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the shipped model is the trained one, as far as this machine can tell."""
+        return self.weights_equal and self.max_logit_difference == 0.0 and (self.kernel_error or 0.0) <= _ROUNDING_STEPS
 
 
 def run(ctx: RunContext) -> Proof:
@@ -44,33 +58,43 @@ def run(ctx: RunContext) -> Proof:
 
     Raises:
         CapacityError: the process was ended by a signal, or out of memory.
-        ProofError: it does not load, or differs; the sentence names the first weight or the difference.
+        ProofError: it does not load, or differs; the sentence names the first weight, the difference or the layer.
     """
     measured = _measure(ctx.quantized, ctx.proof)
     expected = json.loads((ctx.proof / names.PROOF_EXPECTED).read_text())["weights"]
     differing = sorted(name for name in expected.keys() | measured["weights"].keys() if expected.get(name) != measured["weights"].get(name))
+    errors = measured["kernel_errors"]
     proof = Proof(
         weights_equal=not differing,
         weights=len(expected),
         max_logit_difference=measured["max_logit_difference"],
-        verified_by=f"dequantized weights bit for bit, logits through torchao's reference kernels on {measured['device']}",
+        verified_by=VerifiedBy.WEIGHTS_AND_LOGITS if measured["kernel"] else VerifiedBy.WEIGHTS,
+        kernel=measured["kernel"],
+        kernel_error=max(errors.values()) if errors else None,
         generated=measured["generated"],
     )
-    _require(proof, differing)
+    if not proof.holds:
+        raise ProofError(_refusal(proof, differing, errors))
     return proof
 
 
-def _require(proof: Proof, differing: list[str]) -> None:
+def _refusal(proof: Proof, differing: list[str], errors: dict[str, float]) -> str:
+    head = "The exported model is not the trained one: "
     if differing:
-        raise ProofError(
-            f"The exported model is not the trained one: {len(differing)} of {proof.weights} weights differ, the first is {differing[0]}; "
+        return (
+            f"{head}{len(differing)} of {proof.weights} weights differ, the first is {differing[0]}; "
             "nothing was published. Run the job again, and report this if it comes back."
         )
     if proof.max_logit_difference != 0.0:
-        raise ProofError(
-            f"The exported model is not the trained one: a logit differs by {proof.max_logit_difference:.3g} although all weights are equal; "
+        return (
+            f"{head}a logit differs by {proof.max_logit_difference:.3g} although all weights are equal; "
             "nothing was published. Please report this with report.json."
         )
+    worst = max(errors, key=lambda name: errors[name])
+    return (
+        f"{head}{proof.kernel} computes {worst} {errors[worst]:.3g} rounding steps off, where {_ROUNDING_STEPS:.0f} are allowed, although all weights "
+        "are equal; nothing was published. Please report this with report.json."
+    )
 
 
 def _measure(folder: Path, proof: Path) -> dict:

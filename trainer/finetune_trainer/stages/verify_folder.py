@@ -1,11 +1,13 @@
 """The fresh process of verify: `python -m finetune_trainer.stages.verify_folder FOLDER REFERENCE EXPECTED` prints one JSON line.
 
-Loads the folder as any user would, with plain transformers and torchao; only the digests come from us. Code from the folder itself runs
+Loads the folder as any user would, with plain transformers and torchao. Where no kernel for its weights runs on this machine, or one that
+rounds in its own way, the logits are those of the shipped weights in the arithmetic of the training, and the kernel is measured apart. Code from the folder itself runs
 only where the spec allowed the base model's.
 """
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,25 +15,31 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_trainer.qat.export import weight_digests
+from finetune_trainer.qat.kernels import REFERENCE, kernel_errors, kernel_of, reference_arithmetic
 
 _NEW_TOKENS = 24
 
 
 def main(folder: Path, reference: Path, expected: dict) -> dict:
-    """Digests of all weights, the largest difference of the logits, and a continuation of the recorded tokens."""
+    """Digests of all weights, the largest difference of the logits, what the kernel adds to it, and a continuation of a word."""
     torch.set_num_threads(expected["threads"])
     trusted = expected["trust_remote_code"]
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=expected["attention"], trust_remote_code=trusted)
     model.to(expected["device"])
     recorded = load_file(reference)
     batch = {name: recorded[name].to(expected["device"]) for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
+    kernel = kernel_of(model, model.device)
+    exact = kernel == REFERENCE  # it dequantizes, as training does; any other kernel rounds in its own way
+    with torch.no_grad(), nullcontext() if exact else reference_arithmetic(model):
         logits = model(**batch, use_cache=False).logits.cpu()
+    with nullcontext() if kernel else reference_arithmetic(model):
+        generated = _sentence(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted))
     return {
         "weights": weight_digests(model),
         "max_logit_difference": float((logits.double() - recorded["logits"].double()).abs().max()),
-        "device": expected["device"],
-        "generated": _sentence(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)),
+        "kernel": f"{kernel} on {expected['device']}" if kernel else "",
+        "kernel_errors": kernel_errors(model, batch) if kernel and not exact else {},
+        "generated": generated,
     }
 
 
