@@ -16,7 +16,7 @@ export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster soak bench-qat bench-schemes bench-operator clean-images clean
+.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster soak bench-qat bench-schemes bench-memory bench-operator clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +91,9 @@ bench-qat: setup ## exact QAT against plain LoRA: time and memory
 
 bench-schemes: setup ## size and held-out loss of each scheme on SmolLM2; measures what is missing, then writes docs/schemes.md
 	@$(PY) benchmarks/schemes.py $(ARGS) && $(PY) -m finetune_trainer.qat.schemes_page
+
+bench-memory: setup ## the memory estimate against what training processes really take; the rows of docs/memory.md
+	@$(PY) benchmarks/memory.py $(ARGS)
 
 bench-operator: setup cluster-setup ## the operator under load: latency, throughput, writes, memory; minutes with ARGS="--jobs 300"
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/operator_bench.py $(ARGS)

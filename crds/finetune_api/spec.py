@@ -213,9 +213,10 @@ class ResourcesSpec(ApiModel):
         served=(0, 1),
     )
     gpu_type: Annotated[str, StringConstraints(max_length=63)] = spec_field(
-        "Name of the GPU for the memory estimate. Default: none.", default="",
-        not_yet="the memory estimate is not served yet; remove resources.gpuType and choose nodes with scheduling.nodeSelector",
-    )  # fmt: skip
+        "GPU that preflight holds the memory estimate against, such as nvidia-l4 (`finetune estimate` lists them). It chooses no node: "
+        "scheduling.nodeSelector does. Default: none, so the GPU's memory is not checked.",
+        default="",
+    )
     nodes: int = spec_field(
         "Nodes of the job. Default 1.", default=1, ge=1, le=64, not_yet="more than one node is not served yet; use 1", served=(1,)
     )

@@ -222,7 +222,6 @@ NOT_YET: dict[str, BadSpec] = {
         ("training.backend", "unsloth", "the unsloth backend is not served yet"),
         ("outputs.artifacts", ["adapter", "merged"], "merged 16-bit models are not served yet"),
         ("resources.gpus", 2, "more than one GPU is not served yet"),
-        ("resources.gpuType", "nvidia-h100-80gb", "the memory estimate is not served yet"),
         ("resources.nodes", 2, "more than one node is not served yet"),
         ("scheduling.queueName", "research", "Kueue is not served yet"),
     )

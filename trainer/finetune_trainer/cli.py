@@ -1,4 +1,4 @@
-"""The `finetune` command: run, preflight, validate. Prints sentences, never a traceback; the exit code says which class of failure it was.
+"""The `finetune` command: run, preflight, estimate, validate. Prints sentences, never a traceback; the exit code says which class of failure it was.
 
 `validate` and what stages/preflight.py refuses must not load torch.
 """
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from typer.exceptions import TyperException
 
 from finetune_trainer import VERSION
+from finetune_trainer.context import RunContext
 from finetune_trainer.errors import FineTuneError, SpecError
 from finetune_trainer.failures import classify
 from finetune_trainer.reporting.quiet import quiet_libraries
@@ -64,6 +65,26 @@ def preflight(job: Job = None, workdir: Workdir = None, cache: Cache = None) -> 
     with _debug_log(workdir):
         found = pipeline.preflight(description, workdir, cache)
     print_preflight(found, _destinations(description))
+
+
+@app.command()
+def estimate(
+    job: Job = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Only this GPU, such as nvidia-l4. Default: this machine and all known GPUs.")
+    ] = None,
+    cache: Cache = None,
+) -> None:
+    """Say how much memory a training needs, from the model's configuration alone, and which micro-batch fits where. Reads no data and no weights."""
+    description = _description(job)
+    _, cache = _folders(description, None, cache)
+    from finetune_trainer.memory.report import tell
+    from finetune_trainer.reporting.quiet import quiet_bars
+    from finetune_trainer.reporting.reporter import RunReporter
+    from finetune_trainer.reporting.summary import print_estimate
+
+    quiet_bars()
+    print_estimate(tell(RunContext(description, Path(), cache, RunReporter(description.train_digest)), gpu))
 
 
 @app.command()

@@ -12,7 +12,7 @@ from finetune_trainer.errors import CapacityError, FineTuneError, Infrastructure
 DEBUG_LOG = "debug.log"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
+_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "Cannot allocate memory", "CUDA out of memory", "bad_alloc")
 
 
 def classify(error: BaseException) -> FineTuneError:

@@ -56,9 +56,15 @@ class Phases(TrainerCallback):
         known = work.start.facts.get("switch") if work.start else None
         self.stopping = False
         self.switch = SwitchLosses(**known) if known else None
-        self.meter = ProgressMeter(work.ctx.reporter, work.plan.steps, work.start.step if work.start else 0)
+        remark = f", micro-batch {work.plan.micro_batch} after out of memory" if work.plan.reduced else ""
+        self.meter = ProgressMeter(work.ctx.reporter, work.plan.steps, work.start.step if work.start else 0, remark)
         self._work = work
         self._quantizes = mode_of(work.model) is not None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of this attempt."""
+        return self._work.plan
 
     def stop(self) -> None:
         """SIGTERM came."""
@@ -108,7 +114,7 @@ class Phases(TrainerCallback):
     def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Seals what transformers wrote, and mirrors it. A mirror that fails costs nothing as long as this pod lives."""
         folder = checkpoints.folder_of(Path(args.output_dir), state.global_step)
-        facts = {"inputs": self._work.inputs, "switch": asdict(self.switch) if self.switch else None}
+        facts = {"inputs": self._work.inputs, "micro_batch": self.plan.micro_batch, "switch": asdict(self.switch) if self.switch else None}
         checkpoints.seal(folder, self._work.ctx.job.train_digest, facts)
         if self._work.mirror is None:
             return

@@ -1,11 +1,15 @@
 """How many optimizer steps a training has, when it turns to quantization-aware steps, and how a batch is cut into micro-batches. Pure."""
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from finetune_api.spec import FineTuneJobSpec, Scheme
 
-MICRO_BATCH_TOKENS = 1024  # of SmolLM2 in float32: 4 GB at its peak
+# Beyond these a step gains no speed, and what it needs no longer depends on what else the machine happens to do.
+MICRO_BATCH_TOKENS = 1024  # on a CPU
+GPU_MICRO_BATCH_TOKENS = 16_384  # not yet run on a GPU
 _WARMUP_SHARE = 0.03
 
 
@@ -19,6 +23,7 @@ class Plan:
         micro_batch: rows of one forward pass; divides the effective batch.
         accumulation: micro-batches of one optimizer step.
         warmup_steps: steps over which the learning rate rises.
+        reduced: whether the micro-batch was chosen smaller because memory had run out.
     """
 
     steps: int
@@ -26,24 +31,57 @@ class Plan:
     micro_batch: int
     accumulation: int
     warmup_steps: int
+    reduced: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Rows of an optimizer step: the effective batch."""
+        return self.micro_batch * self.accumulation
+
+    def with_micro_batch(self, rows: int) -> "Plan":
+        """The same steps, cut otherwise; `rows` divides the effective batch."""
+        return replace(self, micro_batch=rows, accumulation=self.batch // rows)
+
+    def halved(self) -> "Plan":
+        """The same effective batch in micro-batches of half the rows, or of the next fewer that divide it."""
+        return replace(self.with_micro_batch(largest_divisor(self.batch, max(1, self.micro_batch // 2))), reduced=True)
+
+    def fitted(self, fits: Callable[[int], bool]) -> "Plan | None":
+        """The plan with the largest micro-batch, of at most its own rows, that fits; None when not even a single row does.
+
+        Args:
+            fits: whether so many rows fit; where some do, fewer do too. Asked as seldom as can be.
+        """
+        if fits(self.micro_batch):
+            return self
+        sizes = [size for size in divisors(self.batch) if size < self.micro_batch]
+        count = bisect_left(sizes, True, key=lambda size: not fits(size))
+        return self.with_micro_batch(sizes[count - 1]) if count else None
 
 
-def plan(spec: FineTuneJobSpec, rows: int, longest: int) -> Plan:
-    """Counts steps and chooses the micro-batch.
+def plan(spec: FineTuneJobSpec, rows: int, longest: int, *, on_gpu: bool = False) -> Plan:
+    """Counts steps and chooses the micro-batch, as large as gains speed; whether it fits is asked elsewhere (memory/fit.py).
 
     Args:
         spec: epochs, effective batch and qatPercent.
         rows: training examples, at least one.
         longest: tokens of the longest one.
+        on_gpu: whether it is for a GPU.
     """
     training, quantization = spec.training, spec.quantization
     steps = training.epochs * math.ceil(rows / training.batch_size)
     adapt = 0 if quantization.scheme is Scheme.NONE else math.ceil(steps * quantization.qat_percent / 100)
-    micro_batch = largest_divisor(training.batch_size, max(1, MICRO_BATCH_TOKENS // longest))
+    tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else MICRO_BATCH_TOKENS
+    micro_batch = largest_divisor(training.batch_size, max(1, tokens // longest))
     return Plan(steps, steps - adapt, micro_batch, training.batch_size // micro_batch, math.ceil(steps * _WARMUP_SHARE))
 
 
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit` (at least 1)."""
+    return max(size for size in divisors(number) if size <= limit)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, in ascending order."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
-    return max(size for divisor in small for size in (divisor, number // divisor) if size <= limit)
+    return sorted({size for divisor in small for size in (divisor, number // divisor)})

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from finetune_api.exits import ExitCode
 from finetune_api.status import Stage
 from finetune_api.termination import TerminationMessage
 from finetune_trainer import pipeline
+from finetune_trainer.errors import CapacityError
 from finetune_trainer.reporting.session import ENV_TERMINATION_LOG
 from finetune_trainer.stages import load, rehearse
-from support.run_contexts import context, notes, run_spec
+from support.run_contexts import context, notes, refused, run_spec
 from support.tiny_jobs import STEPS, description, finetune, tiny_job
 from support.tiny_model import sums, tiny_tokenizer
 from transformers import LlamaConfig
@@ -64,13 +66,31 @@ def test_what_was_checked_is_said_in_a_few_lines_and_nothing_is_made(tmp_path: P
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_a_model_that_no_memory_holds_passes_since_no_weight_is_read(tmp_path: Path) -> None:
+def test_a_model_that_no_memory_holds_is_refused_and_no_weight_is_read(tmp_path: Path) -> None:
     (tmp_path / "huge").mkdir()
     size = huge_model(tmp_path / "huge")
-    job = description(tiny_job(tmp_path, {"model": {"source": f"file://{tmp_path}/huge"}}))
-    found = pipeline.preflight(job, tmp_path / "work", tmp_path / "cache")
     assert size > 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert found.parameters == size // 2
+    job = description(tiny_job(tmp_path, {"model": {"source": f"file://{tmp_path}/huge"}}))
+    with refused(CapacityError, f"weights {2 * size / 1e9:.2f} GB", "this machine has", "training.maxLength", "model.dtype"):
+        pipeline.preflight(job, tmp_path / "work", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("resources", "told"),
+    [
+        ({"gpus": 0, "memory": "16Gi"}, "a pod with resources.memory 16Gi has 16.11 GB"),
+        ({"gpus": 1, "gpuType": "nvidia-l4"}, "resources.gpuType nvidia-l4 has 23.08 GB"),
+        ({"gpus": 1, "memory": "16Gi"}, "raise resources.memory"),
+    ],
+)
+def test_a_pod_that_can_not_hold_the_training_is_never_asked_for(tmp_path: Path, resources: dict[str, Any], told: str) -> None:
+    (tmp_path / "huge").mkdir()
+    huge_model(tmp_path / "huge")
+    ctx = context(tmp_path, run_spec(resources=resources), in_cluster=True)
+    config = load.empty_base(tmp_path / "huge", trust_remote_code=False).config
+    rows = SimpleNamespace(train=[SimpleNamespace(input_ids=range(64))])
+    with refused(CapacityError, told):
+        rehearse._require_fit(ctx, config, rows)
 
 
 def test_a_run_that_passed_makes_the_steps_that_were_announced(tmp_path: Path) -> None:
@@ -120,7 +140,8 @@ def test_the_termination_message_of_a_refusal_is_the_one_of_a_run(
     ("resources", "told"),
     [
         ({"gpus": 1}, ["resources.gpuType is not set", "kernels"]),
-        ({"gpus": 1, "gpuType": "nvidia-h100-80gb"}, ["resources.gpuType nvidia-h100-80gb is unknown", "kernels"]),
+        ({"gpus": 1, "gpuType": "nvidia-h100"}, ["resources.gpuType nvidia-h100 is unknown; known are", "nvidia-h100-80gb", "kernels"]),
+        ({"gpus": 1, "gpuType": "nvidia-h100-80gb"}, ["driver and kernels", "(nvidia-h100-80gb) is held against the estimate"]),
         ({"gpus": 0}, []),
     ],
 )

@@ -9,11 +9,12 @@ from finetune_trainer.context import Reporter
 
 
 class ProgressMeter:
-    """Counts the steps of this attempt against the clock."""
+    """Counts the steps of this attempt against the clock; `remark` stands behind each summary, where status shows it."""
 
-    def __init__(self, reporter: Reporter, total_steps: int, resumed_from: int) -> None:
+    def __init__(self, reporter: Reporter, total_steps: int, resumed_from: int, remark: str = "") -> None:
         self.last_loss: float | None = None
         self._reporter, self._total, self._first = reporter, total_steps, resumed_from
+        self._remark = remark
         self._started = time.monotonic()
         self._first_tokens: int | None = None
 
@@ -32,7 +33,7 @@ class ProgressMeter:
             self._first_tokens = tokens if self._first else 0
         self._reporter.step(
             Progress(
-                summary=f"{step}/{self._total}",
+                summary=f"{step}/{self._total}{self._remark}",
                 step=step,
                 total_steps=self._total,
                 epoch=f"{epoch:.2f}",

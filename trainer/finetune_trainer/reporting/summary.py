@@ -8,7 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from finetune_trainer.memory.report import Told
     from finetune_trainer.stages.rehearse import Rehearsed
+
+PARTS = ("weights", "adapter", "optimizer", "activations", "peak")
 
 
 def print_summary(report: dict[str, Any], workdir: Path, destinations: list[str]) -> None:
@@ -25,10 +28,15 @@ def print_preflight(found: "Rehearsed", destinations: list[str]) -> None:
             ("model", f"{found.model}: {found.parameters / 1e6:,.0f} million parameters, {found.adapted / 1e6:,.1f} million more to train"),
             ("data", f"{data.resolved}: {len(data.train)} rows to train on, {len(data.held_out)} held out, {data.dropped} dropped"),
             ("training", f"{steps.steps} optimizer steps{adapt}"),
+            ("memory", found.needed.sentence if found.needed else "not estimated"),
             ("may write to", ", ".join(destinations)),
             ("preflight", "nothing speaks against this job"),
         ]
     )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def _print_table(rows: list[tuple[str, str]]) -> None:
@@ -103,3 +111,21 @@ def _places(report: dict[str, Any], workdir: Path, destinations: list[str]) -> l
         ("published to", ", ".join(destinations)),
         ("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())),
     ]
+
+
+def print_estimate(told: "Told") -> None:
+    """Prints an estimate's parts, and which micro-batch fits where."""
+    parts = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("", *PARTS):
+        parts.add_column(title, justify="left" if not title else "right")
+    for name, needed in told.one_row.items():
+        parts.add_row(name, *(_gigabytes(getattr(needed, part)) for part in PARTS))
+    places = Table("place", "memory", "micro-batch", "peak", box=None, padding=(0, 2, 0, 0))
+    for place in told.places:
+        fitted = ("does not fit", "") if place.needed is None else (str(place.needed.rows), _gigabytes(place.needed.peak))
+        places.add_row(place.name, _gigabytes(place.room), *fitted)
+    console = Console(highlight=False)
+    console.print(f"{told.model}: {told.parameters / 1e6:,.0f} million parameters; one row of {told.tokens} tokens needs", soft_wrap=True)
+    for table in (parts, places):
+        console.print()
+        console.print(table)

@@ -19,6 +19,7 @@ from finetune_trainer.adapter import add_adapter
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import CapacityError, DataError, SpecError
 from finetune_trainer.failures import first_line, is_out_of_memory
+from finetune_trainer.memory.fit import training_dtype
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def load_base(folder: Path, dtype: str, *, trust_remote_code: bool) -> PreTraine
         SpecError: it needs code of its own and the spec does not allow that.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    wanted = training_dtype(dtype, on_gpu=device == "cuda")
     return _from_safetensors(folder, dtype=wanted, trust_remote_code=trust_remote_code).to(device)
 
 

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import torch
 from finetune_api.spec import Scheme
 from peft import PeftModel
+from transformers import PreTrainedConfig
 
 from finetune_trainer import sources
 from finetune_trainer.adapter import add_adapter
 from finetune_trainer.context import RunContext
+from finetune_trainer.memory import fit
+from finetune_trainer.memory.estimate import Estimate
+from finetune_trainer.memory.gpus import GPU_BYTES
 from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.prepare import prepare
 from finetune_trainer.stages import data, load
@@ -28,6 +32,7 @@ class Rehearsed:
         model: the model's source with its commit or version.
         parameters: of the base model.
         adapted: of the LoRA adapter, which alone are trained.
+        needed: memory for the plan's micro-batch; None for a model that can't be traced.
     """
 
     model: str
@@ -35,6 +40,7 @@ class Rehearsed:
     adapted: int
     data: Data
     plan: Plan
+    needed: Estimate | None
 
 
 def run(ctx: RunContext) -> Rehearsed:
@@ -58,8 +64,8 @@ def run(ctx: RunContext) -> Rehearsed:
         ctx.reporter.note(NOTHING_HELD_OUT)
     if sources.keeps_weights(ctx):
         load.check_weights(sources.fetch_model(ctx).path, trust_remote_code=ctx.spec.model.trust_remote_code)
-    steps = plan(ctx.spec, len(rows.train), max(len(example.input_ids) for example in rows.train))
-    return Rehearsed(described.resolved, parameters, adapted, rows, steps)
+    steps, needed = _require_fit(ctx, base.config, rows)
+    return Rehearsed(described.resolved, parameters, adapted, rows, steps, needed)
 
 
 def _prepare(ctx: RunContext, model: PeftModel) -> None:
@@ -67,10 +73,27 @@ def _prepare(ctx: RunContext, model: PeftModel) -> None:
         ctx.reporter.note(prepare(model, ctx.spec.quantization).sentence)
 
 
+def _require_fit(ctx: RunContext, config: PreTrainedConfig, rows: Data) -> tuple[Plan, Estimate | None]:
+    """Holds the estimate against the pod that the job asks for, or on a laptop against this machine."""
+    place = fit.promised_pod(ctx.spec) if ctx.job.in_cluster else fit.this_machine()
+    longest = max(len(example.input_ids) for example in rows.train)
+    steps = plan(ctx.spec, len(rows.train), longest, on_gpu=place.on_gpu)
+    steps, needed = fit.fitted(ctx.spec, config, steps, longest, place)
+    if needed is None:
+        ctx.reporter.note(fit.NOT_ESTIMATED)
+    elif ctx.job.in_cluster and place.on_gpu:
+        fit.require_host_memory(ctx.spec, needed)
+    return steps, needed
+
+
 def _note_unchecked(ctx: RunContext) -> None:
     resources = ctx.spec.resources
-    if ctx.job.in_cluster and resources.gpus:
-        kind = f"{resources.gpu_type} is unknown" if resources.gpu_type else "is not set"
-        ctx.reporter.note(
-            f"Not checked: whether the training fits into the GPU's memory (resources.gpuType {kind}), its driver and its kernels."
-        )
+    if not ctx.job.in_cluster or not resources.gpus:
+        return
+    if resources.gpu_type in GPU_BYTES:
+        ctx.reporter.note(f"Not checked: driver and kernels of the GPU; its memory ({resources.gpu_type}) is held against the estimate.")
+        return
+    kind = f"{resources.gpu_type} is unknown; known are {', '.join(GPU_BYTES)}" if resources.gpu_type else "is not set"
+    ctx.reporter.note(
+        f"Not checked: whether the training fits into the GPU's memory (resources.gpuType {kind}), its driver and its kernels."
+    )

@@ -4,7 +4,9 @@ Resumable at any step, bit for bit on a CPU. SIGTERM saves the last completed st
 The CUDA path (bfloat16, gradient checkpointing) has not yet run on a GPU.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from finetune_trainer import checkpoints, finished
 from finetune_trainer.checkpoints import Checkpoint
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import Checkpointed
+from finetune_trainer.memory import fit
+from finetune_trainer.memory.shrink import Start, shrinking
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.phases import Phases, Work
 from finetune_trainer.plan import Plan, plan
@@ -29,6 +33,8 @@ from finetune_trainer.stages.load import Loaded
 from finetune_trainer.termination_signal import stopping_later
 
 _KEPT_CHECKPOINTS = 2
+_START = "start.safetensors"
+Attempt = tuple[SFTTrainer, Phases, Checkpoint | None]
 
 
 @dataclass(frozen=True)
@@ -63,13 +69,17 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     require_known_tokens(data, loaded.model.get_input_embeddings().num_embeddings)
     mirror = Mirror.of(ctx)
     inputs = finished.digest_of(loaded.resolved, data.digest)
-    start = find_checkpoint(ctx, mirror, inputs)
-    steps = plan(ctx.spec, len(data.train), max(len(example.input_ids) for example in data.train))
     prepared = _prepare(ctx, loaded, data)
-    phases = Phases(Work(ctx, loaded.model, data.held_out, steps, inputs, mirror, start))
-    trainer = _trainer(ctx, loaded, data, steps, phases)
-    with stopping_later(phases.stop):
-        trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
+
+    def attempt(steps: Plan, start: Checkpoint | None) -> Attempt:
+        phases = Phases(Work(ctx, loaded.model, data.held_out, steps, inputs, mirror, start))
+        trainer = _trainer(ctx, loaded, data, steps, phases)
+        with stopping_later(phases.stop):
+            trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
+        return trainer, phases, start
+
+    trainer, phases, start = _within_memory(ctx, loaded, data, partial(find_checkpoint, ctx, mirror, inputs), attempt)
+    steps = phases.plan
     done = trainer.state.global_step
     if phases.stopping:
         saved = (
@@ -78,6 +88,36 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
         raise Checkpointed(f"Stopped by SIGTERM {saved}.")
     phases.finish()
     return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, steps.steps, start.step if start else 0, phases.meter.last_loss)
+
+
+def _within_memory(
+    ctx: RunContext,
+    loaded: Loaded,
+    data: Data,
+    find: Callable[[], Checkpoint | None],
+    attempt: Callable[[Plan, Checkpoint | None], Attempt],
+) -> Attempt:
+    """Attempts the training with the micro-batch of its checkpoint, or else the largest that fits, and with less where that was too much."""
+    start, place = find(), fit.this_machine()
+    longest = max(len(example.input_ids) for example in data.train)
+    steps = plan(ctx.spec, len(data.train), longest, on_gpu=place.on_gpu)
+    sized = (ctx.spec, loaded.model.get_base_model().config, steps, longest)
+    known = start.facts.get("micro_batch") if start else None
+    if known:
+        steps = steps.with_micro_batch(known)
+    else:
+        steps, needed = fit.fitted(*sized, place)
+        ctx.reporter.note(f"Memory: {needed.sentence}." if needed else fit.NOT_ESTIMATED)
+    begun = Start(loaded.model, ctx.workdir / _START)
+
+    def restore() -> Checkpoint | None:
+        begun.restore()
+        return find()
+
+    try:
+        return shrinking(ctx, steps, start, attempt, restore, lambda: fit.least_sentence(*sized, on_gpu=place.on_gpu))
+    finally:
+        begun.remove()
 
 
 def find_checkpoint(ctx: RunContext, mirror: Mirror | None, inputs: str) -> Checkpoint | None:

@@ -1,0 +1,115 @@
+"""Chooses the micro-batch of a run from the estimate and the memory at hand; refuses what can't fit at a single row.
+
+Called by stages/train.py for this machine and by stages/rehearse.py for the pod that is to come. A resumed run keeps the micro-batch of its
+checkpoint, since another one adds up gradients in another order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from finetune_api.spec import FineTuneJobSpec
+from transformers import PreTrainedConfig
+
+from finetune_trainer.errors import CapacityError
+from finetune_trainer.memory.capacity import gpu_room, process_room, quantity_bytes
+from finetune_trainer.memory.dry_run import UntraceableError, empty_model
+from finetune_trainer.memory.estimate import PROCESS_BYTES, Estimate, Kind, fits, gigabytes, remembered
+from finetune_trainer.memory.gpus import CONTEXT_BYTES, GPU_BYTES
+from finetune_trainer.plan import Plan
+
+NOT_ESTIMATED = "Not checked: whether the training fits into memory, since this model's code can't be traced without its weights."
+WAYS_OUT = "lower training.maxLength, set model.dtype to bfloat16, or give it more memory ({more})"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a training will run.
+
+    Attributes:
+        room: bytes for weights, adapter, optimizer and activations; None where nobody knows.
+        name: for the sentence that refuses.
+        more: how its memory is raised.
+    """
+
+    room: int | None
+    on_gpu: bool
+    name: str
+    more: str
+
+
+def this_machine() -> Place:
+    """The GPU where there is one, else what this process can come to beside what its libraries take."""
+    if torch.cuda.is_available():
+        return Place(gpu_room(), True, "this machine's GPU", "a GPU with more")
+    return Place(process_room() - PROCESS_BYTES, False, "this machine", "resources.memory in a cluster")
+
+
+def promised_pod(spec: FineTuneJobSpec) -> Place:
+    """The pod that the spec asks for, before it exists."""
+    wanted = spec.resources
+    if not wanted.gpus:
+        return _promised_memory(spec)
+    known = GPU_BYTES.get(wanted.gpu_type)
+    room = None if known is None else known - CONTEXT_BYTES
+    return Place(room, True, f"resources.gpuType {wanted.gpu_type}", "a resources.gpuType with more")
+
+
+def training_dtype(dtype: str, *, on_gpu: bool) -> torch.dtype:
+    """The dtype of the weights: what `model.dtype` says, or bfloat16 on a GPU and float32 on a CPU."""
+    return {"auto": torch.bfloat16 if on_gpu else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def fitted(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, longest: int, place: Place) -> tuple[Plan, Estimate | None]:
+    """The plan with the largest micro-batch that fits into the place, and what it needs. The same for the same arguments.
+
+    A model that can't be traced is not refused: its plan stays as it is, without an estimate.
+
+    Raises:
+        CapacityError: not even one row fits; the sentence has the estimate and three ways out.
+    """
+    estimates, room = estimates_of(spec, config, plan, longest, on_gpu=place.on_gpu), place.room
+    try:
+        chosen = plan if room is None else plan.fitted(lambda rows: fits(estimates(rows).peak, room))
+        if chosen is not None:
+            return chosen, estimates(chosen.micro_batch)
+        needed = estimates(1)
+    except UntraceableError:
+        return plan, None
+    raise CapacityError(
+        f"The training does not fit: {needed.sentence}, but {place.name} has {gigabytes(max(0, room or 0))} for it; "
+        f"{WAYS_OUT.format(more=place.more)}."
+    )
+
+
+def estimates_of(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, longest: int, *, on_gpu: bool) -> Callable[[int], Estimate]:
+    """What the job needs, as a function of the micro-batch's rows."""
+    model = empty_model(config, spec, training_dtype(spec.model.dtype, on_gpu=on_gpu))
+    return remembered(model, Kind.of(plan, on_gpu=on_gpu), longest)
+
+
+def least_sentence(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, longest: int, *, on_gpu: bool) -> str:
+    """What a micro-batch of one row is estimated to need, for the user."""
+    try:
+        return estimates_of(spec, config, plan, longest, on_gpu=on_gpu)(1).sentence
+    except UntraceableError:
+        return "nothing, since this model's code can't be traced without its weights"
+
+
+def require_host_memory(spec: FineTuneJobSpec, estimate: Estimate) -> None:
+    """A pod with a GPU holds the weights in its own memory too: while it loads them, and while the exported model is proved.
+
+    Raises:
+        CapacityError: resources.memory is too small for them.
+    """
+    place = _promised_memory(spec)
+    if place.room is None or not fits(estimate.weights, place.room):
+        raise CapacityError(
+            f"The weights alone take {gigabytes(estimate.weights)} and the libraries {gigabytes(PROCESS_BYTES)}, but {place.name}; "
+            "raise resources.memory, set model.dtype to bfloat16 or choose a smaller model."
+        )
+
+
+def _promised_memory(spec: FineTuneJobSpec) -> Place:
+    memory = spec.resources.memory
+    return Place(quantity_bytes(memory) - PROCESS_BYTES, False, f"a pod with resources.memory {memory}", "resources.memory")
