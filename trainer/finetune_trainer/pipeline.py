@@ -45,6 +45,8 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
         _tell(reporter, report)
         quality_gate.require_quality(ctx, report["losses"])
         _publish(ctx, reporter, report)
+        # Last: what a pod is killed for is never explained by a hint.
+        reporter.know(message=textwrap.shorten(" ".join(report.get("hints", ())), _TOLD_CHARACTERS, placeholder=" …"))
         return report
 
 
@@ -73,14 +75,19 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     reporter.enter(Stage.LOADING)
     # Here, not above: what preflight refuses needs no torch.
     from finetune_trainer.adapter import save_adapter
+    from finetune_trainer.reporting.hints import hints
+    from finetune_trainer.reporting.measured import measured
     from finetune_trainer.reporting.report import build_report
     from finetune_trainer.stages import convert, data, evaluate, load, train, verify
 
     quiet_bars()
     load.require_gpu(ctx)
     ctx.report.unlink(missing_ok=True)
-    tokenizer = load.tokenizer_of(ctx, sources.fetch_model(ctx).path)
-    rows = data.run(ctx, tokenizer)  # before the weights: mistakes in the data show in seconds
+    with reporter.timed("model"):
+        fetched = sources.fetch_model(ctx)
+    tokenizer = load.tokenizer_of(ctx, fetched.path)
+    with reporter.timed("data"):
+        rows = data.run(ctx, tokenizer)  # before the weights: mistakes in the data show in seconds
     loaded = load.run(ctx, tokenizer)
     reporter.know(model=loaded.resolved, dataset=rows.resolved)
 
@@ -102,7 +109,11 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
         convert.leave_gpu(trained.model)
         reporter.enter(Stage.VERIFYING)
         proof = stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=ctx.quantized)
-    report = build_report(ctx.job, loaded.resolved, rows, trained, losses, converted, proof, reporter.seconds())
+    seconds = reporter.seconds()
+    slow = hints(measured(ctx, seconds, reporter.part_seconds, rows, trained))
+    for sentence in slow:
+        reporter.note(sentence)
+    report = build_report(ctx.job, loaded.resolved, rows, trained, losses, converted, proof, seconds, slow)
     atomic.write_text(ctx.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 

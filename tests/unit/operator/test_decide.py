@@ -654,6 +654,16 @@ def test_what_a_container_says_reaches_the_status_without_credentials() -> None:
     assert status["qat"]["scheme"] == "a b"
 
 
+def test_what_made_a_run_slow_stands_behind_its_success() -> None:
+    said = {"version": 1, "stage": "Publishing", "exitCode": 0, "reason": "Succeeded", "message": "Training took 900 s on the CPU."}
+    raw = build_finetunejob()
+    job = job_for(raw, condition=COMPLETE)
+    pod = build_pod(job, phase="Succeeded", state=build_ended_state(0, json.dumps(said)))
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    assert status["message"].startswith("Trained")
+    assert status["message"].endswith(". Training took 900 s on the CPU.")
+
+
 def test_what_gives_no_event_is_looked_at_again_and_ever_more_seldom() -> None:
     raw = build_finetunejob()
     job = job_for(raw)
