@@ -16,7 +16,7 @@ export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster soak bench-qat bench-schemes bench-memory bench-operator clean-images clean
+.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster soak soak-trainer bench-qat bench-schemes bench-memory bench-mirror bench-operator clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -68,7 +68,8 @@ demo: setup ## fine-tunes a small model on this machine: one YAML in, one verifi
 	@$(PY) -m finetune_trainer.cli run examples/laptop.yaml --workdir .demo
 
 crd: setup ## the CRD, the chart's RBAC rules and the generated pages of docs/ from the code
-	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs && $(PY) -m finetune_operator.metrics && $(PY) -m finetune_operator.permissions && $(PY) -m finetune_trainer.qat.schemes_page
+	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs && $(PY) -m finetune_operator.metrics && $(PY) -m finetune_operator.permissions
+	@$(PY) -m finetune_trainer.qat.schemes_page && $(PY) -m finetune_trainer.troubleshooting
 
 lock: $(UV) ## the pinned, hashed requirement files
 	@for target in operator trainer unsloth dev; do \
@@ -86,6 +87,9 @@ cluster: cluster-setup ## a whole Kubernetes that runs until Ctrl-C; prints its 
 soak: setup cluster-setup ## the fault tests at full size (half an hour); SOAK_SEED=123 replays a seed
 	@SOAK_JOBS=100 SOAK_KILLS=100 SOAK_AWAY_SECONDS=600 $(PY) -m pytest tests/cluster/test_faults.py -s -o timeout=3600 $(ARGS)
 
+soak-trainer: setup cluster-setup ## 100 kills of runs at random moments, each ends with the bits of an undisturbed one; SOAK_SEED=123 replays a seed
+	@SOAK_KILLS=$${SOAK_KILLS:-100} $(PY) -m pytest tests/trainer/pipeline/test_kills.py -s -o timeout=7200 $(ARGS)
+
 bench-qat: setup ## exact QAT against plain LoRA: time and memory
 	@$(PY) benchmarks/qat.py $(ARGS)
 
@@ -94,6 +98,9 @@ bench-schemes: setup ## size and held-out loss of each scheme on SmolLM2; measur
 
 bench-memory: setup ## the memory estimate against what training processes really take; the rows of docs/memory.md
 	@$(PY) benchmarks/memory.py $(ARGS)
+
+bench-mirror: setup cluster-setup ## what a checkpoint costs: bytes, and seconds to seal, mirror and fetch it
+	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/mirror.py $(ARGS)
 
 bench-operator: setup cluster-setup ## the operator under load: latency, throughput, writes, memory; minutes with ARGS="--jobs 300"
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/operator_bench.py $(ARGS)

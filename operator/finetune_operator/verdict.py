@@ -31,7 +31,7 @@ def verdict_of(world: World, job: Json, base: FineTuneJobStatus, last: Ending | 
     spec = world.subject.spec
     assert spec is not None  # noqa: S101 as in observed_status
     if condition_of(job, "Complete"):
-        return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], success_sentence(spec))
+        return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], success_sentence(spec, last))
     failed = condition_of(job, "Failed")
     if failed:
         reason, sentence = _failure(failed, spec, base, last)
@@ -80,11 +80,12 @@ def last_ending(world: World, spec: FineTuneJobSpec) -> Ending | None:
     return ending_of(ended[-1], spec) if ended else None
 
 
-def success_sentence(spec: FineTuneJobSpec) -> str:
-    """For status.message."""
+def success_sentence(spec: FineTuneJobSpec, last: Ending | None = None) -> str:
+    """For status.message; with what the trainer has to say about a slow run."""
     proven = ", verified" if Artifact.QUANTIZED in spec.wanted_artifacts else ""
     places = ", ".join(item.uri for item in spec.outputs.destinations)
-    return clean(f"Trained{proven} and published to {places}.")
+    hints = f" {last.said.message}" if last and last.said and last.exit_code == ExitCode.SUCCEEDED else ""
+    return clean(f"Trained{proven} and published to {places}.{hints}")
 
 
 def _failure(failed: Json, spec: FineTuneJobSpec, base: FineTuneJobStatus, last: Ending | None) -> tuple[str, str]:

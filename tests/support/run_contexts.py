@@ -5,7 +5,7 @@ refused() holds the message of a failure to what every message owes its reader: 
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ class RecordingReporter:
 
     def note(self, sentence: str, **facts: object) -> None:
         self.notes.append(sentence)
+
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def run_spec(

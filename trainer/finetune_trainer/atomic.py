@@ -17,10 +17,7 @@ def folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
-    for path in partial.rglob("*"):
-        if path.is_file():
-            sync(path)
-    sync(partial)
+    sync_tree(partial)
     if target.exists():
         older = target.with_name(f".{target.name}.replaced")
         shutil.rmtree(older, ignore_errors=True)
@@ -39,6 +36,14 @@ def write_text(target: Path, text: str) -> None:
     partial.write_text(text, encoding="utf-8")
     sync(partial)
     partial.replace(target)
+
+
+def sync_tree(folder: Path) -> None:
+    """Has every file below a folder, and every list of names, written to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file() or path.is_dir():
+            sync(path)
+    sync(folder)
 
 
 def sync(path: Path) -> None:

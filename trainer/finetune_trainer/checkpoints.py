@@ -39,12 +39,12 @@ def folder_of(outputs: Path, step: int) -> Path:
 
 def seal(folder: Path, train_digest: str, facts: dict[str, Any]) -> None:
     """Marks a checkpoint as complete, once its files are on the disk; nothing is written to it afterwards."""
+    atomic.sync_tree(folder)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL]
-    for path in paths:
-        atomic.sync(path)
     files = {str(path.relative_to(folder)): _digest(path) for path in paths}
     atomic.write_text(folder / SEAL, json.dumps({"trainDigest": train_digest, "facts": facts, "files": files}, indent=1))
-    atomic.sync(folder)
+    for written in (folder, folder.parent):
+        atomic.sync(written)
 
 
 def newest(outputs: Path, train_digest: str, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -4,6 +4,7 @@ Each stage takes it with the results of earlier stages and returns one frozen re
 Must not import torch: `finetune validate` and preflight's cheap checks run without it.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,9 @@ class Reporter(Protocol):
 
     def note(self, sentence: str, **facts: object) -> None:
         """Something the user should know, such as dropped rows or an ignored credential."""
+
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        """Adds the time of the block to a part of the stage, for hints about slow runs."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ class Phases(TrainerCallback):
         if self._work.mirror is None:
             return
         try:
-            self._work.mirror.push(folder)
+            with self._work.ctx.reporter.timed("mirror"):
+                self._work.mirror.push(folder)
         except FineTuneError as error:
             self._work.ctx.reporter.note(f"The checkpoint of step {state.global_step} was not mirrored: {error}")
 
@@ -153,7 +154,7 @@ class Phases(TrainerCallback):
         work = self._work
         if not work.held_out:
             return
-        with stopping_at_once():
+        with stopping_at_once(), work.ctx.reporter.timed("switch"):
             tuned = held_out_losses(work.model, work.held_out, fake_quant=False)
             ptq = held_out_losses(work.model, work.held_out, fake_quant=True)
         self.switch = SwitchLosses(tuned, ptq)

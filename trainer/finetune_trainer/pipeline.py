@@ -45,6 +45,8 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
         _tell(reporter, report)
         quality_gate.require_quality(ctx, report["losses"])
         _publish(ctx, reporter, report)
+        # Last: what a pod is killed for is never explained by a hint.
+        reporter.know(message=textwrap.shorten(" ".join(report.get("hints", ())), _TOLD_CHARACTERS, placeholder=" …"))
         return report
 
 
@@ -73,14 +75,19 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     reporter.enter(Stage.LOADING)
     # Here, not above: what preflight refuses needs no torch.
     from finetune_trainer.adapter import save_adapter
+    from finetune_trainer.reporting.hints import hints
+    from finetune_trainer.reporting.measured import measured
     from finetune_trainer.reporting.report import build_report
     from finetune_trainer.stages import convert, data, evaluate, load, train, verify
 
     quiet_bars()
     load.require_gpu(ctx)
     ctx.report.unlink(missing_ok=True)
-    tokenizer = load.tokenizer_of(ctx, sources.fetch_model(ctx).path)
-    rows = data.run(ctx, tokenizer)  # before the weights: mistakes in the data show in seconds
+    with reporter.timed("model"):
+        fetched = sources.fetch_model(ctx)
+    tokenizer = load.tokenizer_of(ctx, fetched.path)
+    with reporter.timed("data"):
+        rows = data.run(ctx, tokenizer)  # before the weights: mistakes in the data show in seconds
     loaded = load.run(ctx, tokenizer)
     reporter.know(model=loaded.resolved, dataset=rows.resolved)
 
@@ -98,11 +105,15 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     converted = proof = None
     if Artifact.QUANTIZED in ctx.spec.wanted_artifacts:
         reporter.enter(Stage.CONVERTING)
-        converted = stages.once(Stage.CONVERTING, convert.Converted, lambda: convert.run(ctx, trained), made=ctx.quantized)
+        converted = stages.once(Stage.CONVERTING, convert.Converted, lambda: convert.run(ctx, trained), made=(ctx.quantized, ctx.proof))
         convert.leave_gpu(trained.model)
         reporter.enter(Stage.VERIFYING)
-        proof = stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=ctx.quantized)
-    report = build_report(ctx.job, loaded.resolved, rows, trained, losses, converted, proof, reporter.seconds())
+        proof = stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=(ctx.quantized, ctx.proof))
+    seconds = reporter.seconds()
+    slow = hints(measured(ctx, seconds, reporter.part_seconds, rows, trained))
+    for sentence in slow:
+        reporter.note(sentence)
+    report = build_report(ctx.job, loaded.resolved, rows, trained, losses, converted, proof, seconds, slow) | {"digests": _digests(ctx)}
     atomic.write_text(ctx.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 
@@ -113,11 +124,12 @@ def finished_report(ctx: RunContext) -> dict[str, Any] | None:
         report = dict(json.loads(ctx.report.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    wanted = {artifact.value for artifact in ctx.spec.wanted_artifacts}
-    folders = {Artifact.ADAPTER: ctx.adapter, Artifact.QUANTIZED: ctx.quantized}
-    if report.get("trainDigest") != ctx.job.train_digest or not wanted <= set(report.get("artifacts", [])):
+    if report.get("trainDigest") != ctx.job.train_digest or not _same_data(ctx, report):
         return None
-    if not all(folders[artifact].is_dir() for artifact in ctx.spec.wanted_artifacts) or not _same_data(ctx, report):
+    known = report.get("digests", {})
+    changed = sorted(name for name, digest in _digests(ctx).items() if known.get(name) != digest)
+    if changed:
+        ctx.reporter.note(f"What {ctx.report.name} speaks of is not all here ({', '.join(changed)}), so it is made again.")
         return None
     ctx.reporter.note("This training is done and verified already; going on with publishing.")
     return report
@@ -127,6 +139,12 @@ def _published_report(ctx: RunContext) -> dict[str, Any] | None:
     from finetune_trainer.destinations.restore import restore
 
     return finished_report(ctx) if restore(ctx) else None
+
+
+def _digests(ctx: RunContext) -> dict[str, str]:
+    """A digest for each artifact that this job ships, the quantized model's with its proof: what was proved is what is published, or it is made again."""
+    folders = {Artifact.ADAPTER: (ctx.adapter,), Artifact.QUANTIZED: (ctx.quantized, ctx.proof)}
+    return {artifact.value: finished.tree_digest(folders[artifact]) for artifact in ctx.spec.wanted_artifacts}
 
 
 def _same_data(ctx: RunContext, report: dict[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 `finetune preflight` refuses the same with the same words, without a weight.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -12,175 +11,77 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.exits import ExitCode
+from finetune_api.exits import REASONS, ExitCode
 from finetune_trainer.reporting.progress import ProgressMeter
-from safetensors.torch import load_file, save_file
+from support.bad_inputs import ACCESS, BAD_INPUTS, CONFIG, DATA, MACHINE, MODEL, BadInput, Ground, was_run
+from support.run_contexts import read_files
 from support.tiny_jobs import finetune, tiny_job
-from support.tiny_model import tiny_tokenizer
-
-Prepare = Callable[[Path], dict[str, Any] | None]
 
 
-def no_dataset(folder: Path) -> dict[str, Any]:
-    return {"dataset": {"source": f"file://{folder}/nowhere.jsonl"}}
+@pytest.fixture
+def ground(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ground:
+    """A folder with a good job, and the servers that a row needs."""
+    tiny_job(tmp_path)
+    needs = request.node.callspec.params["bad"].needs
+    if needs == "s3":
+        return Ground(tmp_path, monkeypatch, request.getfixturevalue("s3_laptop"), request.getfixturevalue("bucket"))
+    return Ground(tmp_path, monkeypatch, hub=request.getfixturevalue("hub") if needs else None)
 
 
-def empty_dataset(folder: Path) -> dict[str, Any]:
-    (folder / "empty.jsonl").write_text("")
-    return {"dataset": {"source": f"file://{folder}/empty.jsonl"}}
+def spoilt(bad: BadInput, ground: Ground) -> Path:
+    """The job file, with the mistake made."""
+    changes = bad.spoil(ground)
+    if isinstance(changes, dict):
+        return tiny_job(ground.folder, changes)
+    (ground.folder / "job.yaml").write_text(changes)
+    return ground.folder / "job.yaml"
 
 
-def broken_line(folder: Path) -> dict[str, Any]:
-    (folder / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
-    return {"dataset": {"source": f"file://{folder}/broken.jsonl"}}
+def test_the_table_has_rows_of_every_kind() -> None:
+    assert len(BAD_INPUTS) == sum(map(len, (DATA, MODEL, CONFIG, ACCESS, MACHINE))) >= 60
+    assert {bad.code for bad in BAD_INPUTS.values()} >= {ExitCode.DATA, ExitCode.SPEC, ExitCode.ACCESS, ExitCode.CAPACITY}
 
 
-def wrong_column(folder: Path) -> dict[str, Any]:
-    (folder / "columns.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    return {"dataset": {"source": f"file://{folder}/columns.jsonl"}}
-
-
-def nothing_is_left(folder: Path) -> dict[str, Any]:
-    (folder / "long.jsonl").write_text('{"instruction": "%s", "output": "b"}\n' % ("a" * 200))
-    return {"dataset": {"source": f"file://{folder}/long.jsonl"}}
-
-
-def no_config(folder: Path) -> dict[str, Any]:
-    (folder / "model" / "config.json").unlink()
-    return {}
-
-
-def damaged_weights(folder: Path) -> dict[str, Any]:
-    path = folder / "model" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    return {}
-
-
-def missing_weights(folder: Path) -> dict[str, Any]:
-    path = folder / "model" / "model.safetensors"
-    weights = load_file(path)
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, path, metadata={"format": "pt"})
-    return {}
-
-
-def other_shapes(folder: Path) -> dict[str, Any]:
-    return edit_config(folder, intermediate_size=96)
-
-
-def unknown_architecture(folder: Path) -> dict[str, Any]:
-    return edit_config(folder, model_type="nonesuch")
-
-
-def not_a_language_model(folder: Path) -> dict[str, Any]:
-    return edit_config(folder, model_type="vit")
-
-
-def code_of_its_own(folder: Path) -> dict[str, Any]:
-    return edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Model"})
-
-
-def edit_config(folder: Path, **changes: Any) -> dict[str, Any]:
-    path = folder / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return {}
-
-
-def no_tokenizer(folder: Path) -> dict[str, Any]:
-    for path in (folder / "model").glob("tokenizer*"):
-        path.unlink()
-    return {}
-
-
-def no_chat_template(folder: Path) -> dict[str, Any]:
-    tiny_tokenizer(chat=False).save_pretrained(folder / "model")
-    (folder / "model" / "chat_template.jinja").unlink()
-    (folder / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 4)
-    return {"dataset": {"source": f"file://{folder}/chat.jsonl"}}
-
-
-def foreign_tokenizer(folder: Path) -> dict[str, Any]:
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["unused", " make "])
-    tokenizer.save_pretrained(folder / "model")
-    return {}
-
-
-def gate_without_held_out_rows(folder: Path) -> dict[str, Any]:
-    (folder / "single.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
-    return {"dataset": {"source": f"file://{folder}/single.jsonl"}, "quality": {"maxLossIncreasePercent": "5"}}
-
-
-def group_that_nothing_fits(_: Path) -> dict[str, Any]:
-    return {"quantization": {"groupSize": 256}}
-
-
-def pickled_weights(folder: Path) -> dict[str, Any]:
-    (folder / "model" / "model.safetensors").rename(folder / "model" / "pytorch_model.bin")
-    return {}
-
-
-def scheme_that_covers_little(_: Path) -> dict[str, Any]:
-    return {"quantization": {"scheme": "fp8-int4"}}
-
-
-def unknown_module(_: Path) -> dict[str, Any]:
-    return {"lora": {"targetModules": "no_such_proj"}}
-
-
-def output_head(_: Path) -> dict[str, Any]:
-    return {"lora": {"targetModules": "q_proj,lm_head"}}
-
-
-def foreign_destination(folder: Path) -> dict[str, Any]:
-    (folder / "published").mkdir()
-    (folder / "published" / "thesis.txt").write_text("years of work")
-    return {}
-
-
-@pytest.mark.parametrize(
-    ("prepare", "code", "named"),
-    [
-        (no_dataset, ExitCode.DATA, ["nowhere.jsonl", "does not exist"]),
-        (empty_dataset, ExitCode.DATA, ["empty.jsonl", "at least one row"]),
-        (broken_line, ExitCode.DATA, ["broken.jsonl", "line 2", "not JSON"]),
-        (wrong_column, ExitCode.DATA, ["columns.jsonl", "line 1", "question"]),
-        (nothing_is_left, ExitCode.DATA, ["long.jsonl", "maxLength"]),
-        (no_config, ExitCode.DATA, ["config.json"]),
-        (damaged_weights, ExitCode.DATA, ["does not load"]),
-        (missing_weights, ExitCode.DATA, ["lacks 1 weights", "layers.1.mlp.up_proj", "download it again"]),
-        (other_shapes, ExitCode.DATA, ["does not load"]),
-        (pickled_weights, ExitCode.DATA, ["safetensors"]),
-        (unknown_architecture, ExitCode.DATA, ["does not load", "nonesuch"]),
-        (not_a_language_model, ExitCode.DATA, ["does not load", "causal language model"]),
-        (code_of_its_own, ExitCode.SPEC, ["spec.model.trustRemoteCode"]),
-        (no_tokenizer, ExitCode.DATA, ["The tokenizer", "does not load"]),
-        (no_chat_template, ExitCode.DATA, ["chat.jsonl", "no chat template"]),
-        (foreign_tokenizer, ExitCode.DATA, ["token 260, but the model knows 260 tokens only"]),
-        (gate_without_held_out_rows, ExitCode.DATA, ["single.jsonl", "quality.maxLossIncreasePercent"]),
-        (group_that_nothing_fits, ExitCode.SPEC, ["spec.quantization.groupSize", "256"]),
-        (scheme_that_covers_little, ExitCode.SPEC, ["fp8-int4", "only 22%", "input size 64", "scheme int4"]),
-        (unknown_module, ExitCode.SPEC, ["no_such_proj", "targetModules"]),
-        (output_head, ExitCode.SPEC, ["spec.lora.targetModules", "lm_head", "leave it out"]),
-        (foreign_destination, ExitCode.SPEC, ["spec.outputs.destinations[0].uri", "not an earlier publication"]),
-    ],
-)
-def test_bad_input_ends_in_one_sentence(
-    prepare: Prepare, code: ExitCode, named: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    job = tiny_job(tmp_path)
-    job = tiny_job(tmp_path, prepare(tmp_path))
-    folders = "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")
-    assert finetune("run", str(job), *folders) == code
-    said = capfd.readouterr().err.strip().splitlines()[-1]
-    for word in named:
+@pytest.mark.parametrize("bad", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_ends_in_one_sentence(bad: BadInput, ground: Ground, capfd: pytest.CaptureFixture[str]) -> None:
+    job, folder = spoilt(bad, ground), ground.folder
+    before = {path: content for path, content in read_files(folder).items() if path.startswith("published/")}
+    folders = "--workdir", str(folder / "work"), "--cache", str(folder / "cache")
+    assert finetune("run", str(job), *folders) == bad.code
+    printed = capfd.readouterr().err
+    said = printed.strip().splitlines()[-1]
+    for word in bad.words:
         assert word in said
-    assert "Traceback" not in said
-    assert finetune("preflight", str(job), *folders) == code
+    assert said.startswith(f"{REASONS[bad.code]}: ")
+    assert "Traceback" not in printed
+    assert finetune("preflight", str(job), *folders) == bad.code
     assert capfd.readouterr().err.strip().splitlines()[-1] == said
-    assert not (tmp_path / "work" / "lora_model").exists()
-    assert not (tmp_path / "work" / "report.json").exists()
-    assert not (tmp_path / "published" / "manifest.json").exists()
+    assert not was_run(folder)
+    assert not [name for name in ("lora_model", "model-torchao", "report.json") if (folder / "work" / name).exists()]
+    assert {path: content for path, content in read_files(folder).items() if path.startswith("published/")} == before
+    if ground.s3:
+        assert not ground.s3.client().list_objects_v2(Bucket=ground.bucket).get("Contents")
+
+
+@pytest.mark.parametrize("name", ["a line that is cut off", "pickled weights", "a misspelt field"])
+def test_the_command_itself_says_the_same(name: str, tmp_path: Path) -> None:
+    bad = BAD_INPUTS[name]
+    tiny_job(tmp_path)
+    job = spoilt(bad, Ground(tmp_path, pytest.MonkeyPatch()))
+    command = [sys.executable, "-m", "finetune_trainer.cli", "run", str(job), "--workdir", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == bad.code
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in bad.words:
+        assert word in done.stderr
+
+
+def test_code_of_its_own_runs_once_it_is_asked_for(tmp_path: Path) -> None:
+    tiny_job(tmp_path)
+    BAD_INPUTS["code of its own"].spoil(Ground(tmp_path, pytest.MonkeyPatch()))
+    job = tiny_job(tmp_path, {"model": {"trustRemoteCode": True}})
+    assert finetune("preflight", str(job), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")) == ExitCode.DATA
+    assert was_run(tmp_path)  # so the rows above would have noticed
 
 
 def test_a_working_directory_that_can_not_be_made_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -245,10 +146,17 @@ def fill(folder: Path) -> None:
             filler.write(bytes(2**20))
 
 
-@pytest.mark.parametrize(("prepare", "command"), [(no_dataset, "preflight"), (broken_line, "run"), (no_config, "preflight")])
-def test_what_the_cheap_checks_refuse_needs_no_torch(prepare: Prepare, command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("no dataset", "preflight"),
+        ("a line that is cut off", "run"),
+        ("no config.json", "preflight"),
+    ],
+)
+def test_what_the_cheap_checks_refuse_needs_no_torch(name: str, command: str, tmp_path: Path) -> None:
     tiny_job(tmp_path)
-    job = tiny_job(tmp_path, prepare(tmp_path))
+    job = spoilt(BAD_INPUTS[name], Ground(tmp_path, pytest.MonkeyPatch()))
     script = (
         "import sys\n"
         f"sys.argv = ['finetune', {command!r}, {str(job)!r}, '--workdir', {str(tmp_path / 'work')!r}, '--cache', {str(tmp_path / 'cache')!r}]\n"

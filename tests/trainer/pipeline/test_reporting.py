@@ -12,10 +12,11 @@ from finetune_api.progress import ProgressReport
 from finetune_api.status import Progress, Stage
 from finetune_trainer.errors import DataError
 from finetune_trainer.failures import classify
+from finetune_trainer.reporting import hints
 from finetune_trainer.reporting.reporter import LogScreen, RunReporter, TerminalScreen
 from finetune_trainer.reporting.server import Endpoint, serving
 from finetune_trainer.reporting.session import ENV_TERMINATION_LOG
-from support.tiny_jobs import run, tiny_job
+from support.tiny_jobs import finetune, run, tiny_job
 
 PROGRESS = Progress(summary="1/4", step=1, total_steps=4, loss="2.314", tokens_per_second=300)
 
@@ -54,6 +55,23 @@ def test_a_finished_run_leaves_its_results_in_the_termination_message(tmp_path: 
     assert message.quality.base_loss
     assert [artifact.kind for artifact in message.artifacts] == ["adapter"]
     assert message.dataset.startswith("file://")
+
+
+def test_what_made_a_run_slow_is_in_the_report_the_summary_and_the_termination_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ENV_TERMINATION_LOG, str(tmp_path / "termination-log"))
+    monkeypatch.setattr(hints, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(hints, "CPU_SECONDS", 0.0)
+    monkeypatch.setattr(hints, "LARGE_SHARE", 0.0)
+    assert finetune("run", str(tiny_job(tmp_path)), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")) == 0
+    reported = json.loads((tmp_path / "work" / "report.json").read_text())["hints"]
+    message = termination.parse((tmp_path / "termination-log").read_text())
+    assert message is not None
+    assert message.message == " ".join(reported)
+    assert any(sentence.startswith("Measuring held-out losses took") for sentence in reported)
+    assert any(sentence.startswith("Fetching and tokenizing the data took") for sentence in reported)
+    assert "Measuring held-out losses took" in capfd.readouterr().out
 
 
 def test_progress_and_metrics_are_served() -> None:

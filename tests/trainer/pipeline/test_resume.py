@@ -1,6 +1,7 @@
 """A run that is stopped anywhere and started again ends with the weights of one that was not, bit for bit, and does nothing twice."""
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -144,16 +145,51 @@ def test_a_checkpoint_that_was_never_sealed_is_passed_over(undisturbed: bytes, t
     assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_is_used(undisturbed: bytes, tmp_path: Path) -> None:
-    job = tiny_job(tmp_path)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A job, and the working directory of its run that was stopped after step 3."""
+    folder = tmp_path_factory.mktemp("stopped")
+    job = tiny_job(folder)
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Checkpointed):
-            run(job, tmp_path / "work")
-    damaged = tmp_path / "work" / "outputs" / "checkpoint-3" / "optimizer.pt"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert run(job, tmp_path / "work")["training"]["resumedFrom"] == 2
-    assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
+            run(job, folder / "work")
+    return job, folder / "work"
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    content = bytearray((checkpoint / "adapter_model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (checkpoint / "adapter_model.safetensors").write_bytes(content)
+
+
+def empty(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a file cut off": (lambda checkpoint: os.truncate(checkpoint / "optimizer.pt", 100), "optimizer.pt is damaged"),
+    "a flipped bit": (flip_a_bit, "adapter_model.safetensors is damaged"),
+    "a missing file": (lambda checkpoint: (checkpoint / "rng_state.pth").unlink(), "rng_state.pth is damaged"),
+    "an empty folder": (empty, "it was never completed"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_the_one_before_is_used(
+    damage: Callable[[Path], object],
+    said: str,
+    stopped: tuple[Path, Path],
+    undisturbed: bytes,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    job, work = stopped[0], Path(shutil.copytree(stopped[1], tmp_path / "work"))
+    damage(work / "outputs" / "checkpoint-3")
+    assert run(job, work)["training"]["resumedFrom"] == 2
+    assert f"Checkpoint checkpoint-3 is passed over: {said}." in capfd.readouterr().out
+    assert (work / ADAPTER).read_bytes() == undisturbed
 
 
 def test_the_losses_at_the_switch_survive_a_restart_behind_it(tmp_path: Path) -> None:
@@ -227,8 +263,43 @@ def test_a_model_that_was_lost_is_made_and_proved_again(tmp_path: Path, monkeypa
     monkeypatch.setattr(verify, "run", lambda ctx: proofs.append(1) or original(ctx))
     run(job, tmp_path / "work")
     shutil.rmtree(tmp_path / "work" / "model-torchao")
-    run(job, tmp_path / "work")
+    with pytest.MonkeyPatch.context() as patch:
+        steps = at_step(patch, 0, kill)
+        run(job, tmp_path / "work")
+    assert steps == []
     assert proofs == [1, 1]
+
+
+def test_a_finished_model_that_has_changed_since_its_proof_is_not_published(tmp_path: Path) -> None:
+    job, weights = tiny_job(tmp_path), tmp_path / "work" / ADAPTER
+
+    def refuse(*_: Any) -> None:
+        raise InfrastructureError("The disk of the destination is away.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(destinations.files, "publish", refuse)
+        with pytest.raises(NotPublishedError):
+            run(job, tmp_path / "work")
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.MonkeyPatch.context() as patch:
+        steps = at_step(patch, 0, kill)
+        run(job, tmp_path / "work")
+    assert steps == []
+    assert (tmp_path / "published" / ADAPTER).read_bytes() == good
+
+
+def test_a_changed_input_has_every_stage_behind_it_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    original = evaluate.run
+    monkeypatch.setattr(evaluate, "run", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    run(tiny_job(tmp_path), tmp_path / "work")
+    for changes in ({"training": {"seed": 7}}, {"lora": {"rank": 8}}, {"quantization": {"qatPercent": 25}}):
+        with pytest.MonkeyPatch.context() as patch:
+            steps = at_step(patch, 0, kill)
+            run(tiny_job(tmp_path, changes), tmp_path / "work")
+        assert steps == list(range(1, STEPS + 1))
+    assert calls == [1] * 4
 
 
 def test_a_finished_run_with_held_out_data_of_its_own_is_not_done_again(tmp_path: Path) -> None:

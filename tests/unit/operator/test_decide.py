@@ -671,6 +671,16 @@ def test_the_condition_says_how_far_the_proof_went(verified_by: str, sentence: s
     assert [item["message"] for item in status["conditions"] if item["type"] == "Verified"] == [sentence]
 
 
+def test_what_made_a_run_slow_stands_behind_its_success() -> None:
+    said = {"version": 1, "stage": "Publishing", "exitCode": 0, "reason": "Succeeded", "message": "Training took 900 s on the CPU."}
+    raw = build_finetunejob()
+    job = job_for(raw, condition=COMPLETE)
+    pod = build_pod(job, phase="Succeeded", state=build_ended_state(0, json.dumps(said)))
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    assert status["message"].startswith("Trained")
+    assert status["message"].endswith(". Training took 900 s on the CPU.")
+
+
 def test_what_gives_no_event_is_looked_at_again_and_ever_more_seldom() -> None:
     raw = build_finetunejob()
     job = job_for(raw)

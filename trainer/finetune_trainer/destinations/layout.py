@@ -36,13 +36,13 @@ def layout(ctx: RunContext, card: Path, *, hub: bool) -> dict[str, Path]:
         files |= {f"{names.PROOF}/{name}": ctx.proof / name for name in (names.PROOF_REFERENCE, names.PROOF_EXPECTED)}
     for artifact, folder in folders(ctx.spec.wanted_artifacts, hub=hub).items():
         local = ctx.workdir / _FOLDERS[artifact]
-        found = [path for path in sorted(local.rglob("*")) if path.is_file() and _is_wanted(path.relative_to(local))]
+        found = [path for path in sorted(local.rglob("*")) if path.is_file() and is_shipped(path.relative_to(local))]
         if not found:
             raise NotPublishedError(f"The {artifact} is to be published, but {local} has no files; run the job again from the start.")
         files |= {str(Path(folder) / path.relative_to(local)): path for path in found}
     return files
 
 
-def _is_wanted(path: Path) -> bool:
-    """Not hidden files, and not the empty model card that peft leaves beside an adapter."""
+def is_shipped(path: Path) -> bool:
+    """Whether a file of an artifact's folder is published, by its path in it: not hidden files, and not the empty model card that peft leaves beside an adapter."""
     return not any(part.startswith(".") for part in path.parts) and path.name != MODEL_CARD

@@ -12,7 +12,6 @@ class ProgressMeter:
     """Counts the steps of this attempt against the clock; `remark` stands behind each summary, where status shows it."""
 
     def __init__(self, reporter: Reporter, total_steps: int, resumed_from: int, remark: str = "") -> None:
-        self.last_loss: float | None = None
         self._reporter, self._total, self._first = reporter, total_steps, resumed_from
         self._remark = remark
         self._started = time.monotonic()
@@ -27,7 +26,6 @@ class ProgressMeter:
             epoch: passes over the data so far.
             tokens: tokens seen, earlier attempts included.
         """
-        self.last_loss = loss
         elapsed = max(time.monotonic() - self._started, 1e-6)
         if self._first_tokens is None:
             self._first_tokens = tokens if self._first else 0

@@ -31,6 +31,7 @@ def build_report(
     converted: Converted | None,
     proof: Proof | None,
     seconds: dict[str, float],
+    hints: tuple[str, ...],
 ) -> dict[str, Any]:
     """The report as JSON values; what was not measured is null or absent."""
     return {
@@ -47,6 +48,7 @@ def build_report(
         "bytes": asdict(converted) if converted else None,
         "proof": asdict(proof) if proof else None,
         "seconds": seconds,
+        "hints": list(hints),
         "peakMemoryBytes": peak_memory_bytes(),
         "seed": job.spec.training.seed,
         "versions": versions(),

@@ -5,7 +5,8 @@ The pipeline makes one and hands it to every stage inside the run context. It ne
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class RunReporter:
         train_digest: which training it speaks of.
         write_termination: takes each new termination message; nothing outside a pod.
         on_change: called after each change, for the HTTP endpoint.
+        part_seconds: seconds that parts of stages took, for hints.
         notes: what the user was told so far.
     """
 
@@ -38,6 +40,7 @@ class RunReporter:
     progress: Progress | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    part_seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     screen: "Screen | None" = None
     _entered: float = field(default_factory=time.monotonic)
@@ -59,6 +62,15 @@ class RunReporter:
         """Something the user should know."""
         self.notes.append(sentence)
         self._screen.note(sentence, **facts)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the time of the block to a part of the stage."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.part_seconds[part] = self.part_seconds.get(part, 0.0) + time.monotonic() - begun
 
     def know(self, **facts: str | Quality | Qat | tuple[PublishedArtifact, ...]) -> None:
         """Results for the termination message: model, dataset, quality, qat, artifacts, and a message for a run that ends well."""

@@ -109,6 +109,7 @@ def _places(report: dict[str, Any], workdir: Path, destinations: list[str]) -> l
     return [
         *rows,
         ("published to", ", ".join(destinations)),
+        *(("slow", sentence) for sentence in report.get("hints", ())),
         ("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())),
     ]
 

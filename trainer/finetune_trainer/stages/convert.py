@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from finetune_trainer import atomic
+from finetune_trainer.canonical import sort_metadata
 from finetune_trainer.context import RunContext
 from finetune_trainer.qat.export import plain_model, trained_digests
 from finetune_trainer.qat.prepare import drop_caches, fake_quantization, free_codes
@@ -50,6 +51,8 @@ def run(ctx: RunContext, trained: Trained) -> Converted:
         )
         plain.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):
+            sort_metadata(path)
     base = trained.model.get_base_model()
     before = sum(item.numel() * item.element_size() for name, item in base.named_parameters() if ".lora_" not in name)
     return Converted(before, sum(path.stat().st_size for path in ctx.quantized.glob("*.safetensors")))

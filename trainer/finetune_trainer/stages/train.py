@@ -43,11 +43,12 @@ class Trained:
 
     Attributes:
         model: with its final adapter; prepared for exact QAT unless the scheme is none.
+        plan: its steps and micro-batches.
         prepared: what is quantized; None for scheme none.
         switch: held-out losses at the switch; None without one.
         steps: optimizer steps in all.
         resumed_from: the step this attempt started at.
-        final_loss: training loss of the last step; None when this attempt made none.
+        final_loss: training loss of the last step, whichever attempt made it.
     """
 
     model: PeftModel
@@ -57,6 +58,7 @@ class Trained:
     steps: int
     resumed_from: int
     final_loss: float | None
+    plan: Plan
 
 
 def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
@@ -87,7 +89,8 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
         )
         raise Checkpointed(f"Stopped by SIGTERM {saved}.")
     phases.finish()
-    return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, steps.steps, start.step if start else 0, phases.meter.last_loss)
+    last_loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
+    return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, steps.steps, start.step if start else 0, last_loss, steps)
 
 
 def _within_memory(

@@ -1,0 +1,186 @@
+"""docs/troubleshooting.md, generated from the errors, their states and the sentences below: `python -m finetune_trainer.troubleshooting` writes it.
+
+A test holds the page to this, and each sentence to the code that says it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api.exits import PERMANENT, REASONS
+from finetune_api.states import STATES, Reason
+
+from finetune_trainer.errors import FineTuneError
+
+DOCS_FILE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """One sentence that a run says.
+
+    Attributes:
+        says: a part of it, as the code has it; … stands for what differs from run to run.
+        why: how it comes to that.
+        mend: what to do.
+    """
+
+    says: str
+    why: str
+    mend: str
+
+
+TOPICS: dict[str, tuple[Symptom, ...]] = {
+    "Out of memory": (
+        Symptom(
+            "Out of memory",
+            "The process found no more memory, on the GPU or on the host, and could say so.",
+            "Lower `training.maxLength` or `lora.rank`, set `model.dtype: bfloat16`, or raise `resources.memory` or take a GPU with more.",
+        ),
+        Symptom(
+            "The fresh process that proves the exported model",
+            "Verifying loads the exported model a second time; that process found no memory, or was killed for it.",
+            "Raise `resources.memory`; the run goes on at converting, no optimizer step is repeated.",
+        ),
+        Symptom(
+            "No space is left on the disk",
+            "Checkpoints, the exported model or a download filled the disk.",
+            "Raise `storage.workspace.size`, or free some space under `--workdir`; what is complete stays and is gone on from.",
+        ),
+    ),
+    "Slow training": (
+        Symptom(
+            "Training took … s for … steps on the CPU",
+            "There was no GPU, or the job asked for none.",
+            "Set `resources.gpus` to 1, or run it on a machine with a GPU.",
+        ),
+        Symptom("PyTorch computed with … of … cores", "OMP_NUM_THREADS keeps PyTorch from the others.", "Unset it."),
+        Symptom(
+            "Training computed in float32",
+            "`model.dtype` asks for float32, or `auto` took it, as it does on every CPU.",
+            "Set `model.dtype: bfloat16`.",
+        ),
+        Symptom(
+            "A step took … micro-batches of … rows",
+            "A micro-batch is chosen so that even the longest row fits.",
+            "Lower `training.maxLength`: it cuts the few long rows, and more rows fit at once.",
+        ),
+        Symptom(
+            "Measuring held-out losses took",
+            "All held-out rows are measured for base, tuned, PTQ and quantized model.",
+            "Lower `dataset.evaluation.percent`, or give it a smaller source.",
+        ),
+        Symptom(
+            "Mirroring checkpoints took",
+            "Training waits while a checkpoint is copied to S3.",
+            "Raise `training.checkpointEvery`, use a nearer bucket, or a workspace that lasts, which needs no mirror.",
+        ),
+        Symptom("Fetching the model took", "Each pod downloads the model anew.", "Set `storage.cache.persistentVolumeClaim`."),
+        Symptom(
+            "Fetching and tokenizing the data took",
+            "Every attempt reads all rows.",
+            "Remove rows that teach nothing new, or put the file nearer to the cluster.",
+        ),
+    ),
+    "A model that will not load: its path": (
+        Symptom("does not exist; correct the path.", "The path is misspelt, or relative.", "Write the whole path: `file:///models/base`."),
+        Symptom("is a file, but a model is a folder with config.json and safetensors; name the folder.", "The source names one of its files.", "Name the folder."),
+        Symptom("has no config.json; it must name the folder of a transformers model.", "It is a folder above or below the model's, or an empty prefix.", "Name the folder that holds config.json."),
+        Symptom("has no such revision; correct the branch, tag or commit after '@'.", "The Hub has the repository, but not this revision.", "Correct it, or leave it out for the newest."),
+    ),
+    "A model that will not load: its format": (
+        Symptom("has weights only as .bin or .pt, which can run code when loaded; convert them to safetensors.", "Pickle files run whatever code they hold.", "Convert them on a machine that may: `save_pretrained` writes safetensors."),
+        Symptom("has a config.json but no .safetensors file; upload the weights as safetensors.", "The weights are missing, or in another format such as GGUF.", "Upload them as safetensors."),
+        Symptom("does not load (…); it needs config.json and safetensors of a causal language model.", "A file is damaged, a shard is missing, the shapes are not config.json's, or it is no language model.", "Download it again; the words in the brackets are transformers' own."),
+        Symptom("weights, the first is …; download it again.", "The files lack weights that the architecture has.", "Download it again, all shards."),
+        Symptom("The tokenizer in … does not load", "tokenizer.json is missing or damaged, or needs code of its own.", "Put the files beside the weights that the tokenizer's `save_pretrained` writes."),
+    ),
+    "A model that will not load: what it depends on": (
+        Symptom("brings Python code of its own (auto_map in config.json); set spec.model.trustRemoteCode to true if you trust it.", "The architecture is not part of transformers.", "Read that code; if you trust it, set `model.trustRemoteCode: true`."),
+        Symptom("finds no GPU in this pod; ", "The node's driver is older than PyTorch's CUDA, or the device plugin gave no GPU.", "Renew the driver, check the device plugin."),
+        Symptom("but this version can't convert to it yet", "The scheme is known, but nothing here converts to it.", "Choose one that the sentence names."),
+        Symptom("holds no job description of this version", "Operator and trainer image are of different versions.", "Use the image that belongs to the operator."),
+    ),
+    "A model that will not load: memory": (
+        Symptom(
+            "Out of memory",
+            "In stage Loading: the weights alone do not fit. They take 4 bytes a parameter in float32, 2 in bfloat16.",
+            "Set `model.dtype: bfloat16`, raise `resources.memory`, or choose a smaller model.",
+        ),
+    ),
+    "Wrong data": (
+        Symptom("is empty; a dataset needs at least one row of JSON.", "The file has no row.", "Check what wrote it."),
+        Symptom("is not UTF-8 text", "It is in another encoding, compressed, or Parquet.", "Save it as UTF-8 JSON Lines, one object a line."),
+        Symptom("is not JSON (…); a dataset holds one JSON object a line.", "A line is cut off, or one JSON document spans many lines.", "Write one object a line: `jq -c .[] rows.json > rows.jsonl`."),
+        Symptom("but a row has messages, prompt and completion, instruction and output, or text; rename the columns.", "The columns have other names.", "Rename them."),
+        Symptom("but the dataset's form is …; add it or set dataset.format.", "Rows of several forms, or `dataset.format` names another one.", "Keep to one form in a file."),
+        Symptom("has no assistant turn, so there is nothing to learn from it; add one or drop the row.", "Only answers are trained.", "Add the answer, or drop the row."),
+        Symptom("no row has a completion that fits into training.maxLength", "Every row is cut off before its answer begins.", "Raise `training.maxLength`, or shorten the prompts."),
+        Symptom("holds conversations, but the model has no chat template", "A base model knows no turns.", "Use its instruction-tuned sibling, or prompt and completion columns."),
+        Symptom("the model's chat template refuses the conversation", "Two turns of one role in a row, a role that it does not know; or the template itself is wrong, or does what no template may.", "Change the turns, or mend the template."),
+        Symptom("use the tokenizer that belongs to the model.", "The tokenizer has more tokens than the model has embeddings.", "Take both from one place."),
+        Symptom("is not finite at training.learningRate", "The learning rate is too high, or a row is broken.", "Lower it; checkpoints of earlier steps are kept."),
+    ),
+    "Access": (
+        Symptom("or is empty; create it with the keys", "The Secret is missing in the job's namespace.", "Create it, then set `runPolicy.rerun` to a new string."),
+        Symptom("; the accepted keys are", "The Secret has keys of other names.", "Name them as the sentence says."),
+        Symptom("the bucket does not exist, or these credentials may not see it; create it or correct its name", "The bucket's name is wrong, or is another account's.", "Create it, or correct the name."),
+        Symptom("these credentials may not do this, or the access key or secret key is wrong; correct the credentials or the bucket's policy", "The server refused what the run must do.", "The user needs to list, read, write and delete below the prefix."),
+        Symptom("needs a Hub token with write access (key HF_TOKEN), and none is given.", "There is no token.", "Give one: a Secret in a cluster, `HF_TOKEN` or `hf auth login` on a laptop."),
+        Symptom("; give one that is valid and allowed to do this (key HF_TOKEN).", "The token is wrong, expired, or may only read.", "Make one with write access."),
+        Symptom("is gated; accept its terms on the Hub and use a token of that account (key HF_TOKEN).", "The model's owner asks for consent.", "Accept the terms with the account of the token."),
+        Symptom("does not exist on the Hub, or this token may not see it", "The Hub does not tell a stranger whether a private repository exists.", "Correct the name, or give a token that may see it."),
+    ),
+    "A run that was stopped": (
+        Symptom("is passed over: ", "A checkpoint was not finished, or its files are not what its seal says.", "Nothing: the one before it is used."),
+        Symptom("The model or the data has changed since the checkpoint of step", "A source has other content under the same name.", "Nothing, if that was meant; else pin a revision."),
+        Symptom("was not mirrored: ", "S3 refused or did not answer; the training went on.", "Mend what the sentence names: what is not mirrored ends with the pod."),
+        Symptom("Checkpoints end with this pod", "Nothing that the job names outlasts it.", "Set `storage.checkpoints.uri` or `storage.workspace.persistentVolumeClaim`."),
+    ),
+}  # fmt: skip
+
+_HEAD = """<!-- Generated from trainer/finetune_trainer by `make crd`; do not edit. -->
+# When something goes wrong
+
+Start with the sentence. `kubectl describe ftj NAME` has it as `message`; on a laptop it is the last line. It names the field or the file, what was found, and
+the mend. A traceback, for a bug report, is in `debug.log` in the working directory (on a laptop also with `FINETUNE_DEBUG=1`). `finetune validate` and `finetune
+preflight` say the same before anything trains. [status.md](status.md) lists every state, [exit-codes.md](exit-codes.md) every exit code.
+
+## Every class of failure
+
+| error | exit code | reason | what it means | retried by Kubernetes | what to do |
+|---|---|---|---|---|---|
+"""
+
+_OUTSIDE = """
+The kernel's end of a pod leaves no sentence of the trainer's: reason **OOMKilled**, exit code 137. {means} {action}
+"""
+
+
+def markdown() -> str:
+    """The page."""
+    oom = STATES[Reason.OOM_KILLED]
+    outside = _OUTSIDE.format(means=_sentence(oom.means), action=_sentence(oom.action))
+    return _HEAD + "".join(f"{line}\n" for line in _classes()) + outside + "".join(f"{line}\n" for line in _topics())
+
+
+def _classes() -> Iterator[str]:
+    for kind in FineTuneError.__subclasses__():
+        reason = REASONS[kind.exit_code]
+        state, retried = STATES[reason], "no" if kind.exit_code in PERMANENT else "yes"
+        yield f"| {kind.__name__} | {kind.exit_code.value} | {reason} | {state.means} | {retried} | {state.action} |"
+
+
+def _topics() -> Iterator[str]:
+    for topic, symptoms in TOPICS.items():
+        yield f"\n## {topic}\n\n| it says | why | what to do |\n|---|---|---|"
+        for symptom in symptoms:
+            yield f"| {symptom.says.strip(' ;')} | {symptom.why} | {symptom.mend} |"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+if __name__ == "__main__":
+    DOCS_FILE.write_text(markdown(), encoding="utf-8")
