@@ -13,7 +13,7 @@ from finetune_api.job import JobDescription
 from finetune_api.spec import Artifact, Scheme
 from finetune_api.status import Stage
 
-from finetune_trainer import atomic, finished, quality_gate, sources
+from finetune_trainer import atomic, backends, finished, quality_gate, sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import FineTuneError
 from finetune_trainer.reporting.quiet import quiet_bars
@@ -71,7 +71,8 @@ def preflight(job: JobDescription, workdir: Path, cache: Path) -> "Rehearsed":
 def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     """Trains, converts and proves; ends with report.json, which is what says that all of it is done."""
     reporter.enter(Stage.LOADING)
-    # Here, not above: what preflight refuses needs no torch.
+    # Here, not above: what preflight refuses needs no torch. The backend first: unsloth patches what the stages import.
+    backend = backends.take(ctx)
     from finetune_trainer.adapter import save_adapter
     from finetune_trainer.reporting.report import build_report
     from finetune_trainer.stages import convert, data, evaluate, load, train, verify
@@ -81,7 +82,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     ctx.report.unlink(missing_ok=True)
     tokenizer = load.tokenizer_of(ctx, sources.fetch_model(ctx).path)
     rows = data.run(ctx, tokenizer)  # before the weights: mistakes in the data show in seconds
-    loaded = load.run(ctx, tokenizer)
+    loaded = load.run(ctx, tokenizer, backend)
     reporter.know(model=loaded.resolved, dataset=rows.resolved)
 
     reporter.enter(Stage.TRAINING)
@@ -102,7 +103,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
         convert.leave_gpu(trained.model)
         reporter.enter(Stage.VERIFYING)
         proof = stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=ctx.quantized)
-    report = build_report(ctx.job, loaded.resolved, rows, trained, losses, converted, proof, reporter.seconds())
+    report = build_report(ctx.job, loaded, rows, trained, losses, converted, proof, reporter.seconds())
     atomic.write_text(ctx.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 

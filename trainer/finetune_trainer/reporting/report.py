@@ -15,16 +15,17 @@ from finetune_trainer.reporting.progress import four_digits
 from finetune_trainer.stages.convert import Converted
 from finetune_trainer.stages.data import Data
 from finetune_trainer.stages.evaluate import Losses
+from finetune_trainer.stages.load import Loaded
 from finetune_trainer.stages.train import Trained
 from finetune_trainer.stages.verify import Proof
 
 FORMAT_VERSION = 1
-_PACKAGES = ("torch", "torchao", "transformers", "peft", "trl", "safetensors")
+_PACKAGES = ("torch", "torchao", "transformers", "peft", "trl", "unsloth", "unsloth_zoo", "safetensors")
 
 
 def build_report(
     job: JobDescription,
-    model: str,
+    loaded: Loaded,
     data: Data,
     trained: Trained,
     losses: Losses,
@@ -39,9 +40,14 @@ def build_report(
         "trainDigest": job.train_digest,
         "runDigest": job.run_digest,
         "artifacts": [artifact.value for artifact in job.spec.wanted_artifacts],
-        "sources": {"model": model, "dataset": data.resolved, "heldOut": data.held_out_resolved},
+        "sources": {"model": loaded.resolved, "dataset": data.resolved, "heldOut": data.held_out_resolved},
         "data": {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), "dropped": data.dropped},
-        "training": {"steps": trained.steps, "resumedFrom": trained.resumed_from, "lastLoss": trained.final_loss},
+        "training": {
+            "backend": loaded.backend.NAME,
+            "steps": trained.steps,
+            "resumedFrom": trained.resumed_from,
+            "lastLoss": trained.final_loss,
+        },
         "losses": asdict(losses),
         "qat": quantized_layers(job, trained.prepared),
         "bytes": asdict(converted) if converted else None,

@@ -71,11 +71,13 @@ def _proof(report: dict[str, Any]) -> list[tuple[str, str]]:
     proof = report["proof"]
     if not proof:
         return []
+    largest = f"largest logit difference {proof['max_logit_difference']}"
+    weights = (
+        f"{proof['weights']} weights equal bit for bit" if proof["weights_equal"] else f"not all of {proof['weights']} weights are equal"
+    )
+    holds = proof["weights_equal"] and proof["max_logit_difference"] == 0
     return [
-        (
-            "proof: shipped = trained",
-            f"{proof['weights']} weights equal bit for bit, largest logit difference {proof['max_logit_difference']}",
-        ),
+        (f"proof: shipped {'=' if holds else '≠'} trained", f"{weights}, {largest}"),
         ("the shipped model writes", proof["generated"].replace("\n", " ")[:160]),
     ]
 

@@ -10,7 +10,7 @@ import torch
 from finetune_api.spec import Scheme
 from peft import PeftModel
 
-from finetune_trainer import sources
+from finetune_trainer import backends, sources
 from finetune_trainer.adapter import add_adapter
 from finetune_trainer.context import RunContext
 from finetune_trainer.plan import Plan, plan
@@ -43,6 +43,7 @@ def run(ctx: RunContext) -> Rehearsed:
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError: one sentence each.
     """
+    backends.chosen(ctx)
     _note_unchecked(ctx)
     described = sources.fetch_model(ctx, weights=False)
     tokenizer = load.tokenizer_of(ctx, described.path)
