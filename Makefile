@@ -6,6 +6,7 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
 UV_VERSION := 0.13.9
 UV := $(CACHE)/uv-$(UV_VERSION)/bin/uv
 VENV := $(CACHE)/venv
+UNSLOTH_VENV := $(CACHE)/venv-unsloth
 PY := $(VENV)/bin/python
 ARGS ?=
 
@@ -16,7 +17,7 @@ export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup test pytest lint format types demo crd lock images cluster soak soak-trainer bench-qat bench-schemes bench-memory bench-mirror bench-operator clean-images clean
+.PHONY: help setup cluster-setup unsloth-setup test test-unsloth pytest lint format types demo crd lock images cluster soak soak-trainer bench-qat bench-schemes bench-memory bench-mirror bench-operator clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -30,14 +31,23 @@ $(UV):
 	else echo "$(PYTHON) has neither venv nor pip; on Debian: apt-get install python3-venv" >&2; exit 1; fi; \
 	rm -rf $$bootstrap
 
+# A virtual environment ($1) from hashed requirements ($2); nothing to do when they are as they were. $3 says what it takes, $4 ends it.
+define environment
+	@wanted="$$(cat $2 | sha256sum) $$($(PYTHON) --version)"; \
+	mkdir -p $(CACHE); exec 9>$(CACHE)/.$(notdir $1).lock; flock -n 9 || { echo "waiting for another set-up"; flock 9; }; \
+	[ "$$(cat $1/.requirements 2>/dev/null)" = "$$wanted" ] || { \
+	  echo "installing $3"; \
+	  $(UV) venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $1; \
+	  $(UV) pip sync --python $1 --require-hashes $2; $4 \
+	  echo "$$wanted" > $1/.requirements; }
+endef
+
 setup: $(UV) ## the virtual environment, from hashed requirements; nothing to do when they are as they were
-	@wanted="$$(cat requirements/dev.txt | sha256sum) $$($(PYTHON) --version)"; \
-	mkdir -p $(CACHE); exec 9>$(CACHE)/.venv.lock; flock -n 9 || { echo "waiting for another set-up"; flock 9; }; \
-	[ "$$(cat $(VENV)/.requirements 2>/dev/null)" = "$$wanted" ] || { \
-	  echo "installing the Python packages (3 GB to download; about 5 minutes the first time)"; \
-	  $(UV) venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV); \
-	  $(UV) pip sync --python $(VENV) --require-hashes requirements/dev.txt; \
-	  echo "$$wanted" > $(VENV)/.requirements; }
+	$(call environment,$(VENV),requirements/dev.txt,the Python packages (3 GB to download; about 5 minutes the first time))
+
+# uv checks the hashes of constraints too, so pytest comes as requirements/dev.txt has it.
+unsloth-setup: $(UV) ## the environment of the unsloth backend, whose versions differ
+	$(call environment,$(UNSLOTH_VENV),requirements/unsloth.txt,the environment of the unsloth backend (0.3 GB to download beside what setup has),$(UV) pip install --python $(UNSLOTH_VENV) --constraint requirements/dev.txt pytest pytest-asyncio pytest-timeout;)
 
 cluster-setup: ## the programs of the test cluster: Debian packages, and Kubernetes, helm and versitygw from Go modules
 	@tests/cluster/setup.sh
@@ -48,6 +58,10 @@ test: ## everything: lint, types, import rules, unit, trainer, cluster and end-t
 	@images/build.sh --in-time operator trainer & building=$$!; status=0; \
 	$(PY) -m pytest tests/unit tests/trainer tests/cluster tests/e2e $(ARGS) || status=$$?; \
 	wait $$building || true; exit $$status
+
+test-unsloth: setup unsloth-setup ## the unsloth backend on the CPU, in its own environment: the same whole runs, the proof included; plain peft loads its adapter
+	@$(UNSLOTH_VENV)/bin/python -m pytest tests/trainer/backends tests/trainer/pipeline/test_whole_run.py $(ARGS)
+	@FINETUNE_UNSLOTH_PYTHON=$(UNSLOTH_VENV)/bin/python $(PY) -m pytest tests/unsloth $(ARGS)
 
 pytest: setup ## some tests: make pytest ARGS="tests/unit -k digest"
 	@$(PY) -m pytest $(ARGS)
@@ -71,9 +85,10 @@ crd: setup ## the CRD, the chart's RBAC rules and the generated pages of docs/ f
 	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs && $(PY) -m finetune_operator.metrics && $(PY) -m finetune_operator.permissions
 	@$(PY) -m finetune_trainer.qat.schemes_page && $(PY) -m finetune_trainer.troubleshooting
 
-lock: $(UV) ## the pinned, hashed requirement files
+lock: $(UV) ## the pinned, hashed requirement files; unsloth's has the trainer's versions wherever unsloth allows them
 	@for target in operator trainer unsloth dev; do \
 	  extras="--extra $$target"; [ $$target != dev ] || extras="--extra operator --extra trainer --extra dev"; \
+	  [ $$target != unsloth ] || { extras="--extra trainer --extra unsloth"; cp requirements/trainer.txt requirements/unsloth.txt; }; \
 	  $(UV) pip compile -q pyproject.toml $$extras --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/$$target.txt; \
 	done
 

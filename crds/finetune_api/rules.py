@@ -267,5 +267,11 @@ SERVER_ONLY: tuple[Rule, ...] = (
         lambda item: not item["uri"].startswith("file://"),
         "file:// works only on a laptop; use s3:// or hf://",
     ),
+    Rule(
+        "training.backend",
+        f"!({written('training.backend')}) || self.training.backend != 'unsloth' || {_or_default('resources.gpus', '1')} > 0",
+        lambda spec: value_at(spec, "training.backend") != "unsloth" or value_at(spec, "resources.gpus", 1) > 0,
+        "in a cluster, unsloth needs a GPU; set resources.gpus to 1, or use auto or native",
+    ),
 )
 LOCAL_ONLY: tuple[Rule, ...] = tuple(_placed(field, ("pvc", "configmap"), _NO_VOLUME) for field in _SOURCES)

@@ -146,19 +146,18 @@ class QuantizationSpec(ApiModel):
         not_yet="distillation from the adapter at the switch is not served yet; remove quantization.distill",
     )  # fmt: skip
     accept_inexact: bool = spec_field(
-        "Ship a model that differs from the trained one (unsloth's split fake quantization). Default false.", default=False,
-        not_yet="no backend that is inexact is served yet; remove quantization.acceptInexact",
-    )  # fmt: skip
+        "Ship the model although the proof finds that it is not the trained one; status says shippedMatchesTrained: false. Default false.",
+        default=False,
+    )
 
 
 class TrainingSpec(ApiModel):
     """The optimizer's work."""
 
     backend: Literal["auto", "native", "unsloth"] = spec_field(
-        "native (transformers, peft, torchao) or unsloth. Default auto, which is native.",
+        "What loads the model and puts the adapter on: native (transformers and peft) or unsloth (FastLanguageModel, in an image that has it). Default auto: "
+        "unsloth where it is installed and nothing is quantized, else native.",
         default="auto",
-        not_yet="the unsloth backend is not served yet; use native or auto",
-        served=("auto", "native"),
     )
     epochs: int = spec_field("Passes over the training data. Default 1.", default=1, ge=1, le=1000)
     batch_size: int = spec_field(

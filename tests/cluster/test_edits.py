@@ -45,6 +45,7 @@ EDITS: dict[str, tuple[Any, Json]] = {
     "quantization.scheme": ("int8", {}),
     "quantization.groupSize": (64, {"quantization.scheme": "int4"}),
     "quantization.qatPercent": (25, {}),
+    "quantization.acceptInexact": (True, {}),
     "training.backend": ("native", {}),
     "training.epochs": (2, {}),
     "training.batchSize": (8, {}),

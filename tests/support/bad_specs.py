@@ -218,8 +218,6 @@ NOT_YET: dict[str, BadSpec] = {
     path: _rule({path: value}, f"spec.{path}", sentence)
     for path, value, sentence in (
         ("quantization.distill", True, "distillation from the adapter at the switch is not served yet"),
-        ("quantization.acceptInexact", True, "no backend that is inexact is served yet"),
-        ("training.backend", "unsloth", "the unsloth backend is not served yet"),
         ("outputs.artifacts", ["adapter", "merged"], "merged 16-bit models are not served yet"),
         ("resources.gpus", 2, "more than one GPU is not served yet"),
         ("resources.nodes", 2, "more than one node is not served yet"),
@@ -244,6 +242,10 @@ LAPTOP_ONLY: dict[str, BadSpec] = {
         ("dataset.evaluation.source", "spec.dataset.evaluation.source"),
         (URI, "spec.outputs.destinations"),
     )
+} | {
+    "unsloth without a GPU": _rule(
+        {"training.backend": "unsloth", "resources.gpus": 0}, "spec.training.backend", "in a cluster, unsloth needs a GPU"
+    ),
 }
 
 # Refused by the server, and on a laptop too.

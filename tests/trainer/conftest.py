@@ -1,6 +1,6 @@
 """A real S3 server and a small Hub on the loopback, a laptop's credentials for them, and a pod's mounted Secrets and volumes.
 
-Tiny models gain nothing from threads, and lose much where other tests run beside them.
+Tiny models gain nothing from threads, and lose much where other tests run beside them. Unsloth, where it is installed, is imported before transformers.
 """
 
 import os
@@ -11,12 +11,15 @@ from typing import Any
 
 import boto3
 import pytest
+from finetune_trainer import backends
 from finetune_trainer.sources import credentials, local
 from support.hub_server import HubServer, running_hub
 from support.run_contexts import write_files
 from support.s3_server import S3Server, program, running_s3
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if backends.has_unsloth():
+    backends.import_unsloth()
 
 BAD_KEY = "key-that-nobody-knows"
 BAD_SECRET = "secret-that-must-not-be-quoted"

@@ -1,4 +1,4 @@
-"""The LoRA adapter: put on a base model by stages/load.py, saved as plain peft loads it by pipeline.py."""
+"""The LoRA adapter: put on a base model by the backends, saved as plain peft loads it by pipeline.py."""
 
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,26 @@ def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
     Raises:
         SpecError: a target module that the model does not have, or its output head.
     """
+    return get_peft_model(base, lora_config(base, lora))
+
+
+def lora_config(base: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
+    """What the spec asks for, in peft's words: no dropout, which no exported model has.
+
+    Raises:
+        SpecError: a target module that the model does not have, or its output head.
+    """
     targets: Any = lora.target_modules
     if targets != "all-linear":
         targets = targets.split(",")
         _require_targets(base, targets)
-    config = LoraConfig(
+    return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
         lora_dropout=0.0,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config)
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, job: JobDescription, target: Path) -> None:

@@ -13,7 +13,7 @@ from finetune_api.job import JobDescription
 from finetune_api.spec import Artifact, Scheme
 from finetune_api.status import Stage
 
-from finetune_trainer import atomic, finished, quality_gate, sources
+from finetune_trainer import atomic, backends, finished, quality_gate, sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import FineTuneError
 from finetune_trainer.reporting.quiet import quiet_bars
@@ -73,7 +73,8 @@ def preflight(job: JobDescription, workdir: Path, cache: Path) -> "Rehearsed":
 def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     """Trains, converts and proves; ends with report.json, which is what says that all of it is done."""
     reporter.enter(Stage.LOADING)
-    # Here, not above: what preflight refuses needs no torch.
+    # Here, not above: what preflight refuses needs no torch. The backend first: unsloth patches what the stages import.
+    backend = backends.take(ctx)
     from finetune_trainer.adapter import save_adapter
     from finetune_trainer.reporting.hints import hints
     from finetune_trainer.reporting.measured import measured
@@ -88,7 +89,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     tokenizer = load.tokenizer_of(ctx, fetched.path)
     with reporter.timed("data"):
         rows = data.run(ctx, tokenizer)  # before the weights: mistakes in the data show in seconds
-    loaded = load.run(ctx, tokenizer)
+    loaded = load.run(ctx, tokenizer, backend)
     reporter.know(model=loaded.resolved, dataset=rows.resolved)
 
     reporter.enter(Stage.TRAINING)
@@ -113,7 +114,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     slow = hints(measured(ctx, seconds, reporter.part_seconds, rows, trained))
     for sentence in slow:
         reporter.note(sentence)
-    report = build_report(ctx.job, loaded.resolved, rows, trained, losses, converted, proof, seconds, slow) | {"digests": _digests(ctx)}
+    report = build_report(ctx.job, loaded, rows, trained, losses, converted, proof, seconds, slow) | {"digests": _digests(ctx)}
     atomic.write_text(ctx.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 

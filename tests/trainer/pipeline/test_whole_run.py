@@ -111,6 +111,18 @@ def test_an_export_with_one_other_code_is_refused_by_the_proof(finished: tuple[P
         verify.run(ctx)
 
 
+def test_a_difference_that_the_spec_accepts_is_said_and_shipped(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = finished
+    shutil.copytree(folder / "work", tmp_path / "work")
+    change_one_code(tmp_path / "work" / "model-torchao" / "model.safetensors")
+    job = tiny_job(tmp_path, {"quantization": {"acceptInexact": True}})
+    reporter = RecordingReporter()
+    proof = verify.run(RunContext(description(job), tmp_path / "work", tmp_path / "cache", reporter))
+    assert not proof.weights_equal
+    assert "1 of 21 weights differ" in reporter.notes[-1]
+    assert "quantization.acceptInexact is true" in reporter.notes[-1]
+
+
 def change_one_code(path: Path) -> None:
     from safetensors import safe_open
 

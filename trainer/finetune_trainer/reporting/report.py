@@ -15,16 +15,17 @@ from finetune_trainer.reporting.progress import four_digits
 from finetune_trainer.stages.convert import Converted
 from finetune_trainer.stages.data import Data
 from finetune_trainer.stages.evaluate import Losses
+from finetune_trainer.stages.load import Loaded
 from finetune_trainer.stages.train import Trained
 from finetune_trainer.stages.verify import Proof
 
 FORMAT_VERSION = 1
-_PACKAGES = ("torch", "torchao", "transformers", "peft", "trl", "safetensors")
+_PACKAGES = ("torch", "torchao", "transformers", "peft", "trl", "unsloth", "unsloth_zoo", "safetensors")
 
 
 def build_report(
     job: JobDescription,
-    model: str,
+    loaded: Loaded,
     data: Data,
     trained: Trained,
     losses: Losses,
@@ -40,13 +41,18 @@ def build_report(
         "trainDigest": job.train_digest,
         "runDigest": job.run_digest,
         "artifacts": [artifact.value for artifact in job.spec.wanted_artifacts],
-        "sources": {"model": model, "dataset": data.resolved, "heldOut": data.held_out_resolved},
+        "sources": {"model": loaded.resolved, "dataset": data.resolved, "heldOut": data.held_out_resolved},
         "data": {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), "dropped": data.dropped},
-        "training": {"steps": trained.steps, "resumedFrom": trained.resumed_from, "lastLoss": trained.final_loss},
+        "training": {
+            "backend": loaded.backend.NAME,
+            "steps": trained.steps,
+            "resumedFrom": trained.resumed_from,
+            "lastLoss": trained.final_loss,
+        },
         "losses": asdict(losses),
         "qat": quantized_layers(job, trained.prepared),
         "bytes": asdict(converted) if converted else None,
-        "proof": asdict(proof) if proof else None,
+        "proof": asdict(proof) | {"holds": proof.holds} if proof else None,
         "seconds": seconds,
         "hints": list(hints),
         "peakMemoryBytes": peak_memory_bytes(),
@@ -60,8 +66,8 @@ def quality(losses: dict[str, Any], proof: dict[str, Any] | None) -> Quality:
     shown = {f"{name}_loss": four_digits(value) for name, value in losses.items() if name != "recovered" and value is not None}
     if losses["recovered"] is not None:
         shown["recovered"] = f"{losses['recovered']:.0%}"
-    if proof:  # there is one only where it held
-        shown |= {"shipped_matches_trained": True, "verified_by": proof["verified_by"]}
+    if proof:  # an earlier version published only what held, and did not say so
+        shown |= {"shipped_matches_trained": proof.get("holds", True), "verified_by": proof["verified_by"]}
     return Quality(**shown)
 
 

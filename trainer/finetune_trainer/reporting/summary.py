@@ -79,11 +79,12 @@ def _proof(report: dict[str, Any]) -> list[tuple[str, str]]:
     proof = report["proof"]
     if not proof:
         return []
+    largest = f"largest logit difference {proof['max_logit_difference']}"
+    weights = (
+        f"{proof['weights']} weights equal bit for bit" if proof["weights_equal"] else f"not all of {proof['weights']} weights are equal"
+    )
     return [
-        (
-            "proof: shipped = trained",
-            f"{proof['weights']} weights equal bit for bit, largest logit difference {proof['max_logit_difference']}{_kernel(proof)}",
-        ),
+        (f"proof: shipped {'=' if proof.get('holds', True) else '≠'} trained", f"{weights}, {largest}{_kernel(proof)}"),
         ("the shipped model writes", proof["generated"].replace("\n", " ")[:160]),
     ]
 

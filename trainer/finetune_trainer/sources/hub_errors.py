@@ -20,8 +20,7 @@ def hub_errors(where: Location) -> Iterator[None]:
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError
     """
-    from httpx2 import HTTPError
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # HTTPError of the client that it uses
 
     try:
         yield

@@ -1,4 +1,4 @@
-"""Load: the base model and its tokenizer, from safetensors only, and the LoRA adapter on top.
+"""Load: the base model and its tokenizer, from safetensors only, and the LoRA adapter on top, through the run's backend.
 
 Runs no code from the model's repository unless the spec asks for it. CUDA is used where there is one (not yet run on a GPU).
 """
@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from finetune_trainer import sources
-from finetune_trainer.adapter import add_adapter
+from finetune_trainer.backends import Backend
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import CapacityError, DataError, SpecError
 from finetune_trainer.failures import first_line, is_out_of_memory
@@ -28,11 +28,13 @@ class Loaded:
 
     Attributes:
         resolved: the source with its commit or version.
+        backend: what it was loaded through.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     resolved: str
+    backend: Backend
 
 
 def require_gpu(ctx: RunContext) -> None:
@@ -62,7 +64,7 @@ def tokenizer_of(ctx: RunContext, folder: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(folder, trust_remote_code=allowed)
 
 
-def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Loaded:
     """Loads the weights and adds the adapter.
 
     Raises:
@@ -70,10 +72,10 @@ def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Loaded:
     """
     fetched = sources.fetch_model(ctx)
     set_seed(ctx.spec.training.seed)
-    base = load_base(fetched.path, ctx.spec.model.dtype, trust_remote_code=ctx.spec.model.trust_remote_code)
+    base = backend.load_base(fetched.path, ctx.spec.model.dtype, trust_remote_code=ctx.spec.model.trust_remote_code)
     size, dtype = base.num_parameters() / 1e6, str(base.dtype).removeprefix("torch.")
     ctx.reporter.note(f"Loaded {size:,.0f} million parameters as {dtype} on the {base.device.type.upper()}.")
-    return Loaded(add_adapter(base, ctx.spec.lora), tokenizer, fetched.resolved)
+    return Loaded(backend.add_adapter(base, ctx.spec.lora, ctx.spec.quantization.scheme), tokenizer, fetched.resolved, backend)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -114,7 +116,7 @@ def empty_base(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     Raises:
         DataError: no such architecture, or a configuration that makes no model.
     """
-    with _refusing(folder), torch.device("meta"):
+    with refusing(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -129,7 +131,7 @@ def check_weights(folder: Path, *, trust_remote_code: bool) -> None:
 
 
 def _from_safetensors(folder: Path, **options: Any) -> PreTrainedModel:
-    with _refusing(folder):
+    with refusing(folder):
         model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if lacking:
@@ -138,7 +140,12 @@ def _from_safetensors(folder: Path, **options: Any) -> PreTrainedModel:
 
 
 @contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
+def refusing(folder: Path) -> Iterator[None]:
+    """Turns what a loader raises into one sentence about the model's folder.
+
+    Raises:
+        DataError: whatever it was, but for memory that ran out.
+    """
     try:
         yield
     except Exception as error:

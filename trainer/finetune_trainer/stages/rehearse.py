@@ -11,7 +11,7 @@ from finetune_api.spec import Scheme
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
-from finetune_trainer import sources
+from finetune_trainer import backends, sources
 from finetune_trainer.adapter import add_adapter
 from finetune_trainer.context import RunContext
 from finetune_trainer.memory import fit
@@ -49,6 +49,7 @@ def run(ctx: RunContext) -> Rehearsed:
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError: one sentence each.
     """
+    backends.chosen(ctx)
     _note_unchecked(ctx)
     described = sources.fetch_model(ctx, weights=False)
     tokenizer = load.tokenizer_of(ctx, described.path)

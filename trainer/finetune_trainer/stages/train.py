@@ -34,6 +34,8 @@ from finetune_trainer.termination_signal import stopping_later
 
 _KEPT_CHECKPOINTS = 2
 _START = "start.safetensors"
+# The second is its name in the transformers that unsloth asks for.
+_CHECKPOINTING = "activation_checkpointing" if hasattr(SFTConfig, "activation_checkpointing") else "gradient_checkpointing"
 Attempt = tuple[SFTTrainer, Phases, Checkpoint | None]
 
 
@@ -70,7 +72,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     """
     require_known_tokens(data, loaded.model.get_input_embeddings().num_embeddings)
     mirror = Mirror.of(ctx)
-    inputs = finished.digest_of(loaded.resolved, data.digest)
+    inputs = finished.digest_of(loaded.resolved, data.digest, loaded.backend.NAME)
     prepared = _prepare(ctx, loaded, data)
 
     def attempt(steps: Plan, start: Checkpoint | None) -> Attempt:
@@ -186,7 +188,7 @@ def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
         data_seed=training.seed,
         bf16=False,  # the weights' own dtype decides: autocast would compute another function than the exported model
         use_cpu=not on_gpu,
-        activation_checkpointing=on_gpu,
+        **{_CHECKPOINTING: on_gpu},
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
