@@ -109,7 +109,10 @@ WORDS = st.one_of(
             "step": st.integers(0, 1000),
             "totalSteps": st.integers(0, 1000),
             "model": st.text(max_size=1024),
-            "quality": st.fixed_dictionaries({"tunedLoss": LOSSES, "quantizedLoss": LOSSES, "shippedMatchesTrained": st.booleans()}),
+            "quality": st.fixed_dictionaries(
+                {"tunedLoss": LOSSES, "quantizedLoss": LOSSES, "shippedMatchesTrained": st.booleans()},
+                optional={"shortfall": st.none() | st.text(max_size=1100)},
+            ),
         },
     ).map(json.dumps),
 )

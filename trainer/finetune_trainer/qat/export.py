@@ -27,7 +27,7 @@ def exported_tensor(layer: ExactLinear) -> IntxUnpackedToInt8Tensor:
     """The layer's shipped weight [out, in]: torchao's class around the codes of the merged weight."""
     quantizer = layer.exact.quantizer
     weight = merged_weight(layer)
-    codes, scale = quantizer.quantize(weight)
+    codes, scale = quantizer.quantize(weight, layer.exact.shrink)
     # The plain string, as torchao's own conversion has it: safetensors metadata with the enum's member can't be read back.
     int8 = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN.value
     return IntxUnpackedToInt8Tensor(
@@ -86,7 +86,7 @@ def trained_digests(model: PeftModel) -> dict[str, str]:
     }
     for name, layer in exact_layers(model):
         quantizer = layer.exact.quantizer
-        digests[f"{name}.weight"] = tensor_digest(quantizer.dequantize(quantizer.quantize(merged_weight(layer))))
+        digests[f"{name}.weight"] = tensor_digest(quantizer.dequantize(quantizer.quantize(merged_weight(layer), layer.exact.shrink)))
     digests |= {f"{name}.weight": tensor_digest(merged_weight(layer)) for name, layer in merged_layers(model)}
     return digests
 
