@@ -9,6 +9,8 @@ VENV := $(CACHE)/venv
 UNSLOTH_VENV := $(CACHE)/venv-unsloth
 PY := $(VENV)/bin/python
 ARGS ?=
+# Two threads that wait without spinning: a machine that is shared loses three quarters of its time to spinning ones.
+BENCH_THREADS := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
 # The virtual environment holds third-party packages only, so that several clones can share it; our own packages are found here.
 export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer
@@ -17,7 +19,7 @@ export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup unsloth-setup test test-unsloth pytest lint format types demo crd lock images cluster soak soak-trainer bench-qat bench-schemes bench-memory bench-mirror bench-operator clean-images clean
+.PHONY: help setup cluster-setup unsloth-setup test test-unsloth pytest lint format types demo crd lock images cluster soak soak-trainer bench-qat bench-quality bench-schemes bench-memory bench-mirror bench-operator clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -116,6 +118,9 @@ bench-memory: setup ## the memory estimate against what training processes reall
 
 bench-mirror: setup cluster-setup ## what a checkpoint costs: bytes, and seconds to seal, mirror and fetch it
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/mirror.py $(ARGS)
+
+bench-quality: setup ## what exact QAT recovers of PTQ's loss, on real text: makes the missing cells (minutes each), prints the table; FRESH=2 makes two again
+	@$(BENCH_THREADS) $(PY) -W ignore benchmarks/quality.py $(if $(FRESH),--fresh $(FRESH)) $(ARGS)
 
 bench-operator: setup cluster-setup ## the operator under load: latency, throughput, writes, memory; minutes with ARGS="--jobs 300"
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/operator_bench.py $(ARGS)

@@ -142,8 +142,9 @@ class QuantizationSpec(ApiModel):
         default=50, ge=0, le=100,
     )  # fmt: skip
     distill: bool = spec_field(
-        "Half of the loss of the QAT steps is the divergence from the adapter at the switch. Default false.", default=False,
-        not_yet="distillation from the adapter at the switch is not served yet; remove quantization.distill",
+        "Half of the loss of the QAT steps is the divergence from the adapter at the switch, which costs an adapter and a forward pass. "
+        "Without effect at qatPercent 0 and 100. Default true.",
+        default=True,
     )  # fmt: skip
     accept_inexact: bool = spec_field(
         "Ship the model although the proof finds that it is not the trained one; status says shippedMatchesTrained: false. Default false.",
@@ -175,7 +176,11 @@ class QualitySpec(ApiModel):
     max_loss_increase_percent: PositiveNumber | None = spec_field(
         "Largest allowed held-out loss of the quantized model over the tuned one, in percent, as a string. Default: no limit.", default=None
     )
-    on_failure: Literal["Fail", "Warn"] = spec_field("Fail publishes nothing; Warn publishes and says so. Default Fail.", default="Fail")
+    on_failure: Literal["Fail", "Warn"] = spec_field(
+        "What happens above the limit, or when the shipped model is significantly worse on held-out rows than quantization after training or than the base "
+        "model: Fail publishes nothing; Warn publishes and says so. Default Fail.",
+        default="Fail",
+    )
 
 
 class DestinationSpec(ApiModel):

@@ -107,7 +107,7 @@ STATES: dict[str, State] = {
     REASONS[ExitCode.ACCESS]: State(_FAILED, "credentials are missing, wrong or not allowed", "mend the Secret, then set runPolicy.rerun"),
     REASONS[ExitCode.CAPACITY]: State(_FAILED, "the node can't do it: memory, disk, no GPU, no kernel for the scheme", "ask for more, or for less"),
     REASONS[ExitCode.PROOF]: State(_FAILED, "the exported model is not the trained one; nothing was published", "report it"),
-    REASONS[ExitCode.QUALITY]: State(_FAILED, "the quantized model lost more than quality.maxLossIncreasePercent", "train longer, more QAT, a finer scheme, or allow more"),
+    REASONS[ExitCode.QUALITY]: State(_FAILED, "the shipped model lost more than quality.maxLossIncreasePercent, or is significantly worse than PTQ or the base model", "do what the sentence says, or set quality.onFailure to Warn"),
     REASONS[ExitCode.INFRASTRUCTURE]: State(_FAILED, "network, storage or a service failed, also after the retries", "mend the service, then set runPolicy.rerun"),
     REASONS[ExitCode.NOT_PUBLISHED]: State(_FAILED, "trained and verified, but an upload failed, also after the retries", "mend the destination, then set runPolicy.rerun"),
     REASONS[ExitCode.CHECKPOINTED]: State("Pending, Running", "the trainer was told to stop and saved its step; another pod goes on", "nothing"),
@@ -121,7 +121,7 @@ STATES: dict[str, State] = {
     Reason.JOB_FAILED: State(_FAILED, "the Job failed, and none of its pods is left to say why", "set runPolicy.rerun"),
     Reason.TRAINED: State("condition Trained", "the adapter is trained", "nothing"),
     Reason.SHIPPED_MATCHES_TRAINED: State("condition Verified", "the exported model computes what the trained one does", "nothing"),
-    Reason.WITHIN_LIMIT: State("condition QualityPassed", "the quantized model's loss is within quality.maxLossIncreasePercent", "nothing"),
-    Reason.ABOVE_LIMIT: State("condition QualityPassed", "it is above, and quality.onFailure is Warn", "look at the losses in status.quality"),
+    Reason.WITHIN_LIMIT: State("condition QualityPassed", "the held-out loss is within quality.maxLossIncreasePercent, and not significantly above PTQ's or the base model's", "nothing"),
+    Reason.ABOVE_LIMIT: State("condition QualityPassed", "it is above one of them, and quality.onFailure is Warn", "look at the losses in status.quality"),
     Reason.PUBLISHED: State("condition Published", "every artifact is at every destination", "nothing"),
 }  # fmt: skip

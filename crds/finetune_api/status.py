@@ -103,6 +103,10 @@ class Quality(ApiModel):
     ptq_loss: Loss | None = Field(None, description="The adapter at the switch, quantized after training.")
     quantized_loss: Loss | None = Field(None, description="The shipped quantized model.")
     recovered: Short | None = Field(None, description="(PTQ - quantized) / (PTQ - tuned), in percent; only where the gap is significant.")
+    agreement: Short | None = Field(
+        None, description="Share of held-out tokens where the quantized model's first choice is the tuned one's, in percent."
+    )
+    shortfall: Text | None = Field(None, description="What the quality gate found fault with; empty when nothing.")
     shipped_matches_trained: bool | None = Field(None, description="Whether the proof held.")
     verified_by: Short | None = Field(
         None, description="What the proof compared: weights and logits, or, where no kernel of the scheme runs, weights; kernel not run."

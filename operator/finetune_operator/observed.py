@@ -168,7 +168,7 @@ def _facts(spec: FineTuneJobSpec, base: FineTuneJobStatus, verdict: Verdict, las
         facts[ConditionType.VERIFIED] = _proof_fact(base.quality)
     if last and last.exit_code == ExitCode.PROOF:
         facts[ConditionType.VERIFIED] = ("False", REASONS[ExitCode.PROOF], last.sentence)
-    gate = _gate_fact(spec, base, last, passed=succeeded and spec.quality.on_failure == "Fail")
+    gate = _gate_fact(base, last)
     if gate:
         facts[ConditionType.QUALITY_PASSED] = gate
     if succeeded:
@@ -190,22 +190,18 @@ def _proof_fact(quality: Quality) -> tuple[Literal["True", "False", "Unknown"], 
     return "False", REASONS[ExitCode.PROOF], "The exported model is not the trained one."
 
 
-def _gate_fact(
-    spec: FineTuneJobSpec, base: FineTuneJobStatus, last: Ending | None, *, passed: bool
-) -> tuple[Literal["True", "False", "Unknown"], str, str] | None:
+def _gate_fact(base: FineTuneJobStatus, last: Ending | None) -> tuple[Literal["True", "False", "Unknown"], str, str] | None:
+    """The trainer decides, on losses that are not rounded; here it is only said."""
     if last and last.exit_code == ExitCode.QUALITY:
         return "False", REASONS[ExitCode.QUALITY], last.sentence
-    limit, quality = spec.quality.max_loss_increase_percent, base.quality
-    if limit is None or quality is None or not quality.tuned_loss or not quality.quantized_loss:
+    quality = base.quality
+    if quality is None or quality.shortfall is None:
         return None
-    try:
-        tuned, quantized = float(quality.tuned_loss), float(quality.quantized_loss)
-        increase = (quantized - tuned) / tuned * 100
-    except (ValueError, ZeroDivisionError):
-        return None
-    sentence = f"Held-out loss: quantized {quality.quantized_loss}, tuned {quality.tuned_loss}, {increase:+.2f} %; the limit is {limit} %."
-    # The trainer decides on unrounded losses: where it published under onFailure Fail, the gate was passed.
-    return ("True", Reason.WITHIN_LIMIT, sentence) if passed or increase <= float(limit) else ("False", Reason.ABOVE_LIMIT, sentence)
+    if quality.shortfall:
+        return "False", Reason.ABOVE_LIMIT, quality.shortfall
+    losses = {"base": quality.base_loss, "tuned": quality.tuned_loss, "PTQ": quality.ptq_loss, "quantized": quality.quantized_loss}
+    told = ", ".join(f"{name} {loss}" for name, loss in losses.items() if loss)
+    return "True", Reason.WITHIN_LIMIT, f"Held-out loss: {told}."
 
 
 def _known_facts(base: FineTuneJobStatus) -> Facts:

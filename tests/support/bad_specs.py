@@ -217,7 +217,6 @@ RULES: dict[str, BadSpec] = {
 NOT_YET: dict[str, BadSpec] = {
     path: _rule({path: value}, f"spec.{path}", sentence)
     for path, value, sentence in (
-        ("quantization.distill", True, "distillation from the adapter at the switch is not served yet"),
         ("outputs.artifacts", ["adapter", "merged"], "merged 16-bit models are not served yet"),
         ("resources.gpus", 2, "more than one GPU is not served yet"),
         ("resources.nodes", 2, "more than one node is not served yet"),

@@ -27,7 +27,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quantization.scheme": "fp8-int4",
     "quantization.groupSize": 128,
     "quantization.qatPercent": 10,
-    "quantization.distill": True,
+    "quantization.distill": False,
     "quantization.acceptInexact": True,
     "training.backend": "native",
     "training.epochs": 2,

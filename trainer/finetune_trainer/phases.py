@@ -1,10 +1,10 @@
 """What happens at the step boundaries of a training: the switch to exact QAT, checkpoints and their mirror, progress, SIGTERM.
 
-stages/train.py makes one and hands it to the trainer as its callback. The phase and the losses at the switch are part of a checkpoint.
+stages/train.py makes one and hands it to the trainer as its callback. What is known from the switch on (switch.py) is part of a checkpoint.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from finetune_trainer.errors import DataError, FineTuneError
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.plan import Plan
 from finetune_trainer.qat.prepare import follow_optimizer, free_codes, mode_of, set_fake_quantization
+from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.stages.data import Example
-from finetune_trainer.stages.evaluate import SwitchLosses, held_out_losses, mean_loss
+from finetune_trainer.stages.evaluate import HeldOut, mean_loss, measure
+from finetune_trainer.switch import Switch
+from finetune_trainer.teacher import Adapter, adapter_values, in_place
 from finetune_trainer.termination_signal import stopping_at_once
 
 
@@ -49,22 +52,29 @@ class Phases(TrainerCallback):
 
     Attributes:
         stopping: SIGTERM came; this attempt ends with the micro-batch in hand.
-        switch: held-out losses at the switch, once they are measured.
+        switch: what is known from the switch on; None before it.
     """
 
     def __init__(self, work: Work) -> None:
-        known = work.start.facts.get("switch") if work.start else None
         self.stopping = False
-        self.switch = SwitchLosses(**known) if known else None
+        self.switch = Switch.load(work.start.folder, work.model.device) if work.start else None
         remark = f", micro-batch {work.plan.micro_batch} after out of memory" if work.plan.reduced else ""
         self.meter = ProgressMeter(work.ctx.reporter, work.plan.steps, work.start.step if work.start else 0, remark)
         self._work = work
         self._quantizes = mode_of(work.model) is not None
+        self._adapting = False
+        self._tokens = 0
 
     @property
     def plan(self) -> Plan:
         """The plan of this attempt."""
         return self._work.plan
+
+    @property
+    def teacher(self) -> Adapter | None:
+        """What the adapt phase learns from beside the data; None before it, where it isn't wanted, and where nothing was tuned before."""
+        learns = self._adapting and self._work.ctx.spec.quantization.distill and self._work.plan.switch_step > 0
+        return self.switch.adapter if learns and self.switch else None
 
     def stop(self) -> None:
         """SIGTERM came."""
@@ -79,11 +89,8 @@ class Phases(TrainerCallback):
 
     def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Turns to exact QAT at the switch; a run that resumes behind it turns at once."""
-        switch = self._work.plan.switch_step
-        if self._quantizes and state.global_step >= switch:
-            if state.global_step == switch > 0 and self.switch is None:
-                self._measure_switch()
-            set_fake_quantization(self._work.model, enabled=True)
+        if self._quantizes and state.global_step >= self._work.plan.switch_step:
+            self._adapt()
 
     def on_pre_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """No gradient that is not finite reaches a weight."""
@@ -108,14 +115,15 @@ class Phases(TrainerCallback):
     def on_log(self, _args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """One optimizer step is done."""
         if logs and "loss" in logs:
-            self.meter.step_done(state.global_step, float(logs["loss"]), float(logs.get("epoch", 0.0)), int(logs.get("num_tokens", 0)))
+            self.meter.step_done(state.global_step, float(logs["loss"]), float(logs.get("epoch", 0.0)), self._tokens)
             self._stop_if_asked(control)
 
     def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Seals what transformers wrote, and mirrors it. A mirror that fails costs nothing as long as this pod lives."""
         folder = checkpoints.folder_of(Path(args.output_dir), state.global_step)
-        facts = {"inputs": self._work.inputs, "micro_batch": self.plan.micro_batch, "switch": asdict(self.switch) if self.switch else None}
-        checkpoints.seal(folder, self._work.ctx.job.train_digest, facts)
+        if self.switch is not None:
+            self.switch.save(folder)
+        checkpoints.seal(folder, self._work.ctx.job.train_digest, {"inputs": self._work.inputs, "micro_batch": self.plan.micro_batch})
         if self._work.mirror is None:
             return
         try:
@@ -126,10 +134,13 @@ class Phases(TrainerCallback):
 
     def finish(self) -> None:
         """After the last step: quantization after training (qatPercent 0) is measured here, fake quantization stays on, no codes are kept."""
-        if self._quantizes and self._work.plan.switch_step == self._work.plan.steps and self.switch is None:
-            self._measure_switch()
-        set_fake_quantization(self._work.model, enabled=True)
-        free_codes(self._work.model)
+        if self._quantizes:
+            self._adapt()
+            free_codes(self._work.model)
+
+    def count(self, attention_mask: torch.Tensor) -> None:
+        """A micro-batch is in hand; its tokens count in the speed that is shown."""
+        self._tokens += int(attention_mask.sum())
 
     def require_finite(self, value: torch.Tensor, what: str, step: int) -> None:
         """Refuses a loss or gradient that is not finite, before it reaches a weight.
@@ -150,14 +161,28 @@ class Phases(TrainerCallback):
         control.should_save = control.should_save or self.stopping
         control.should_training_stop = control.should_training_stop or self.stopping
 
-    def _measure_switch(self) -> None:
-        work = self._work
-        if not work.held_out:
+    def _adapt(self) -> None:
+        """Fake quantization from here on, with scales that are fitted to the adapter at the switch, whether this attempt saw it or not."""
+        if self._adapting:
             return
+        model, known = self._work.model, self.switch
+        adapter = known.adapter if known else adapter_values(model)
+        with in_place(model, adapter):
+            fit_scales(model)
+        if known is None:
+            self.switch = Switch(adapter, *self._measure())
+        set_fake_quantization(model, enabled=True)
+        self._adapting = True
+
+    def _measure(self) -> tuple[HeldOut | None, HeldOut | None]:
+        """(tuned, PTQ) on the held-out rows."""
+        work = self._work
+        if not work.held_out or not work.plan.switch_step:
+            return None, None
         with stopping_at_once(), work.ctx.reporter.timed("switch"):
-            tuned = held_out_losses(work.model, work.held_out, fake_quant=False)
-            ptq = held_out_losses(work.model, work.held_out, fake_quant=True)
-        self.switch = SwitchLosses(tuned, ptq)
+            tuned = measure(work.model, work.held_out, fake_quant=False)
+            ptq = measure(work.model, work.held_out, fake_quant=True)
         work.ctx.reporter.note(
-            f"At the switch to quantization-aware steps: held-out loss {mean_loss(tuned):.4g} as tuned, {mean_loss(ptq):.4g} if quantized now."
+            f"At the switch to quantization-aware steps: held-out loss {mean_loss(tuned.rows):.4g} as tuned, {mean_loss(ptq.rows):.4g} if quantized now."
         )
+        return tuned, ptq

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.job import JobDescription
-from finetune_api.spec import Artifact, Scheme
+from finetune_api.spec import Artifact, QualitySpec, Scheme
 from finetune_api.status import Stage
 
 from finetune_trainer import atomic, backends, finished, quality_gate, sources
@@ -42,7 +42,7 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
         reporter.enter(Stage.PREFLIGHT)
         cheap_checks.run(ctx)
         report = finished_report(ctx) or _published_report(ctx) or _make(ctx, reporter)
-        _tell(reporter, report)
+        _tell(reporter, report, job.spec.quality)
         quality_gate.require_quality(ctx, report["losses"])
         _publish(ctx, reporter, report)
         # Last: what a pod is killed for is never explained by a hint.
@@ -177,9 +177,10 @@ def remove_mirror(ctx: RunContext) -> None:
         ctx.reporter.note(f"The mirrored checkpoints were not removed: {error}")
 
 
-def _tell(reporter: RunReporter, report: dict[str, Any]) -> None:
+def _tell(reporter: RunReporter, report: dict[str, Any], spec: QualitySpec) -> None:
     from finetune_trainer.reporting.report import qat, quality
 
     resolved = {name: report["sources"][name] for name in ("model", "dataset")}
-    known = {"quality": quality(report["losses"], report["proof"]), "qat": qat(report), **resolved}
+    shortfall = quality_gate.shortfall(spec, report["losses"])
+    known = {"quality": quality(report["losses"], report["proof"], shortfall), "qat": qat(report), **resolved}
     reporter.know(**{name: value for name, value in known.items() if value is not None})

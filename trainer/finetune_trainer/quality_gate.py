@@ -2,31 +2,33 @@
 
 from typing import Any
 
+from finetune_api.spec import QualitySpec
+
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import QualityError
 
 
 def require_quality(ctx: RunContext, losses: dict[str, Any]) -> None:
-    """Holds the quantized model's held-out loss against the tuned one's.
+    """Holds the shipped model's held-out loss against the limit, PTQ's and the base model's.
 
     Args:
-        ctx: the run; spec.quality has the limit.
-        losses: the report's; nothing is compared where one of the two was not measured.
+        ctx: the run; spec.quality says what follows.
+        losses: the report's; what was not measured is not compared.
 
     Raises:
-        QualityError: the limit is passed and onFailure is Fail.
+        QualityError: it falls short and onFailure is Fail.
     """
-    limit = ctx.spec.quality.max_loss_increase_percent
-    increase = loss_increase_percent(losses)
-    if limit is None or increase is None or increase <= float(limit):
+    sentence = shortfall(ctx.spec.quality, losses)
+    if not sentence:
         return
-    sentence = (
-        f"The quantized model's held-out loss is {increase:.1f} % above the tuned one's ({losses['quantized']:.4g} against {losses['tuned']:.4g}), "
-        f"but quality.maxLossIncreasePercent allows {limit} %; raise quantization.qatPercent or training.epochs, choose a finer scheme, or allow more."
-    )
     if ctx.spec.quality.on_failure == "Fail":
-        raise QualityError(f"{sentence} Nothing was published.")
+        raise QualityError(f"{sentence} Nothing was published; quality.onFailure Warn would publish it all the same.")
     ctx.reporter.note(sentence)
+
+
+def shortfall(quality: QualitySpec, losses: dict[str, Any]) -> str:
+    """What the shipped model falls short of, in one sentence with a mend; empty when of nothing."""
+    return _above_limit(quality, losses) or _worse_than_ptq(losses) or _worse_than_base(losses)
 
 
 def loss_increase_percent(losses: dict[str, Any]) -> float | None:
@@ -35,3 +37,36 @@ def loss_increase_percent(losses: dict[str, Any]) -> float | None:
     if tuned is None or quantized is None:
         return None
     return float((quantized - tuned) / tuned * 100) if tuned else float("inf" if quantized > tuned else 0)
+
+
+def _above_limit(quality: QualitySpec, losses: dict[str, Any]) -> str:
+    limit, increase = quality.max_loss_increase_percent, loss_increase_percent(losses)
+    if limit is None or increase is None or increase <= float(limit):
+        return ""
+    return (
+        f"The quantized model's held-out loss is {increase:.1f} % above the tuned one's ({losses['quantized']:.4g} against {losses['tuned']:.4g}), "
+        f"but quality.maxLossIncreasePercent allows {limit} %; raise quantization.qatPercent or training.epochs, choose a finer scheme, or allow more."
+    )
+
+
+def _worse_than_ptq(losses: dict[str, Any]) -> str:
+    if not _lies_above(losses.get("shipped_over_ptq")):
+        return ""
+    return (
+        f"The quantized model's held-out loss ({losses['quantized']:.4g}) is significantly above what quantization after training would have shipped "
+        f"({losses['ptq']:.4g}); lower training.learningRate, give the quantization-aware steps more data, or set quantization.qatPercent to 0."
+    )
+
+
+def _worse_than_base(losses: dict[str, Any]) -> str:
+    if not _lies_above(losses.get("shipped_over_base")):
+        return ""
+    shipped = losses["tuned"] if losses.get("quantized") is None else losses["quantized"]
+    return (
+        f"The shipped model's held-out loss ({shipped:.4g}) is significantly above the base model's ({losses['base']:.4g}), which was not trained at all; "
+        "lower training.learningRate, train on more data, or choose a finer scheme."
+    )
+
+
+def _lies_above(interval: list[float] | None) -> bool:
+    return interval is not None and interval[0] > 0

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from finetune_trainer import checkpoints, destinations, phases, plan
 from finetune_trainer.errors import Checkpointed, InfrastructureError, NotPublishedError
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.stages import evaluate, verify
+from safetensors.torch import load_file
 from support.tiny_jobs import STEPS, run, tiny_job
 from support.tiny_model import sums, write_jsonl
 
@@ -114,12 +116,12 @@ def test_sigterm_before_the_first_step_says_that_nothing_is_saved(tmp_path: Path
 def test_sigterm_while_the_switch_is_measured_costs_no_step(undisturbed: bytes, tmp_path: Path) -> None:
     job = tiny_job(tmp_path, EVERY_100)
 
-    def held_out_losses(*_: Any, **__: Any) -> None:
+    def measure(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("SIGTERM did not stop the measurement")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phases, "held_out_losses", held_out_losses)
+        patch.setattr(phases, "measure", measure)
         with pytest.raises(Checkpointed):
             run(job, tmp_path / "work")
     report = run(job, tmp_path / "work")
@@ -201,6 +203,39 @@ def test_the_losses_at_the_switch_survive_a_restart_behind_it(tmp_path: Path) ->
         with pytest.raises(Checkpointed):
             run(job, stopped / "work")
     assert run(job, stopped / "work")["losses"] == expected
+
+
+def test_the_adapter_at_the_switch_is_part_of_every_later_checkpoint(tmp_path: Path) -> None:
+    run(tiny_job(tmp_path), tmp_path / "work")
+    kept = {step: tmp_path / "work" / "outputs" / f"checkpoint-{step}" for step in (3, 4)}
+    job = tiny_job(tmp_path / "stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Checkpointed):
+            run(job, tmp_path / "stopped" / "work")
+    at_switch = load_file(tmp_path / "stopped" / "work" / "outputs" / "checkpoint-2" / "adapter_model.safetensors")
+    for folder in kept.values():
+        found = {
+            name.removeprefix("adapter/").replace(".default", ""): value
+            for name, value in load_file(folder / "switch.safetensors").items()
+            if name.startswith("adapter/")
+        }
+        assert found.keys() == at_switch.keys()
+        assert all(torch.equal(value, at_switch[name]) for name, value in found.items())
+
+
+def test_without_a_teacher_the_run_ends_elsewhere_and_resumes_as_exactly(undisturbed: bytes, tmp_path: Path) -> None:
+    alone: dict[str, Any] = {"quantization": {"distill": False}}
+    run(tiny_job(tmp_path / "whole", alone), tmp_path / "whole" / "work")
+    expected = (tmp_path / "whole" / "work" / ADAPTER).read_bytes()
+    assert expected != undisturbed
+    job = tiny_job(tmp_path / "killed", alone)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 4, kill)
+        with pytest.raises(Killed):
+            run(job, tmp_path / "killed" / "work")
+    assert run(job, tmp_path / "killed" / "work")["training"]["resumedFrom"] == 3
+    assert (tmp_path / "killed" / "work" / ADAPTER).read_bytes() == expected
 
 
 def test_an_edited_dataset_is_trained_anew_from_the_first_step(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from support.exact_models import SCHEMES, WIDE
 from support.run_contexts import RecordingReporter
 from support.tiny_jobs import STEPS, description, run, tiny_job
-from support.tiny_model import save_tiny_model
+from support.tiny_model import save_tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BOTH = {"outputs": {"artifacts": ["adapter", "quantized"]}}
@@ -51,8 +51,12 @@ def test_the_proof_says_whether_a_kernel_was_run(finished: tuple[Path, dict[str,
 
 def test_the_report_has_the_losses_the_layers_and_the_sizes(finished: tuple[Path, dict[str, Any]]) -> None:
     report = finished[1]
-    assert {"base", "tuned", "ptq", "quantized"} == {name for name, value in report["losses"].items() if value and name != "recovered"}
-    assert report["losses"]["tuned"] < report["losses"]["base"]
+    losses = report["losses"]
+    assert all(losses[name] > 0 for name in ("base", "tuned", "ptq", "quantized"))
+    assert losses["tuned"] < losses["base"]
+    assert 0 < losses["agreement"] <= 1
+    low, high = losses["shipped_over_base"]
+    assert low <= losses["quantized"] - losses["base"] <= high
     assert report["qat"]["layers"] == 14
     assert report["qat"]["coverage"] == 1.0
     assert report["qat"]["skipped"] == {"lm_head": "output head"}
@@ -157,20 +161,22 @@ def test_quantization_after_training_ships_what_ptq_measured(scheme: str, tmp_pa
     assert report["proof"]["weights_equal"]
 
 
+def job_that_unlearns(folder: Path, **changes: Any) -> Path:
+    """Trains to answer with one letter and is measured on answers of another."""
+    held_out = write_jsonl(folder / "held.jsonl", [{"instruction": f"{index}?", "output": "z" * 30} for index in range(8)])
+    rows = [{"instruction": f"{index}?", "output": "a" * 30} for index in range(40)]
+    wanted = {"dataset": {"evaluation": {"source": f"file://{held_out}"}}, "training": {"learningRate": "1e-2"}}
+    return tiny_job(folder, wanted | changes, rows)
+
+
 def test_the_quality_gate_publishes_nothing(tmp_path: Path) -> None:
     from finetune_trainer.errors import QualityError
 
-    changes = {"quantization": {"qatPercent": 0}, "quality": {"maxLossIncreasePercent": "0.000001"}, "training": {"epochs": 2}}
-    with pytest.raises(QualityError, match="Nothing was published"):
-        run(tiny_job(tmp_path, changes), tmp_path / "work")
+    with pytest.raises(QualityError, match=r"significantly above the base model's .* Nothing was published"):
+        run(job_that_unlearns(tmp_path), tmp_path / "work")
     assert not (tmp_path / "published").exists()
 
 
 def test_the_quality_gate_can_only_warn(tmp_path: Path) -> None:
-    changes = {
-        "quantization": {"qatPercent": 0},
-        "quality": {"maxLossIncreasePercent": "0.000001", "onFailure": "Warn"},
-        "training": {"epochs": 2},
-    }
-    run(tiny_job(tmp_path, changes), tmp_path / "work")
+    run(job_that_unlearns(tmp_path, quality={"onFailure": "Warn"}), tmp_path / "work")
     assert json.loads((tmp_path / "published" / "manifest.json").read_text())["files"]

@@ -111,7 +111,8 @@ WORDS = st.one_of(
             "totalSteps": st.integers(0, 1000),
             "model": st.text(max_size=1024),
             "quality": st.fixed_dictionaries(
-                {"tunedLoss": LOSSES, "quantizedLoss": LOSSES, "shippedMatchesTrained": st.booleans(), "verifiedBy": VERIFIED_BY}
+                {"tunedLoss": LOSSES, "quantizedLoss": LOSSES, "shippedMatchesTrained": st.booleans(), "verifiedBy": VERIFIED_BY},
+                optional={"shortfall": st.none() | st.text(max_size=1100)},
             ),
         },
     ).map(json.dumps),

@@ -71,11 +71,13 @@ class ExactState:
     Attributes:
         quantizer: None for an adapted layer that export merges and does not quantize.
         activations: None where the layer reads its input as it is.
+        shrink: [out, groups], scales.py's factors for this layer; None for scales of the largest value.
     """
 
     mode: ExactMode
     quantizer: WeightQuantizer | None
     activations: ActivationQuantizer | None
+    shrink: Tensor | None = None
     cached: WeightCodes | None = None
     cached_key: tuple[object, ...] = ()
 
@@ -137,7 +139,7 @@ def weight_codes(layer: ExactLinear) -> WeightCodes:
     key = (generation, *((id(item), item._version) for item in sources))
     if state.cached is not None and state.cached_key == key:
         return state.cached
-    codes = state.quantizer.quantize(merged_weight(layer))
+    codes = state.quantizer.quantize(merged_weight(layer), state.shrink)
     keep = state.mode.keep_codes or isinstance(layer, ExactFrozenLinear)
     state.cached, state.cached_key = (codes, key) if keep else (None, ())
     return codes

@@ -20,6 +20,7 @@ from finetune_trainer.stages.train import Trained
 from finetune_trainer.stages.verify import Proof
 
 FORMAT_VERSION = 1
+_SHOWN_LOSSES = ("base", "tuned", "ptq", "quantized")
 _PACKAGES = ("torch", "torchao", "transformers", "peft", "trl", "unsloth", "unsloth_zoo", "safetensors")
 
 
@@ -61,11 +62,18 @@ def build_report(
     }
 
 
-def quality(losses: dict[str, Any], proof: dict[str, Any] | None) -> Quality:
-    """The losses as status shows them."""
-    shown = {f"{name}_loss": four_digits(value) for name, value in losses.items() if name != "recovered" and value is not None}
-    if losses["recovered"] is not None:
-        shown["recovered"] = f"{losses['recovered']:.0%}"
+def quality(losses: dict[str, Any], proof: dict[str, Any] | None, shortfall: str) -> Quality:
+    """What was measured, as status shows it.
+
+    Args:
+        losses: the report's.
+        proof: the report's; None when nothing was exported.
+        shortfall: what the gate found; empty when nothing.
+    """
+    shown: dict[str, Any] = {f"{name}_loss": four_digits(losses[name]) for name in _SHOWN_LOSSES if losses.get(name) is not None}
+    shown |= {name: f"{losses[name]:.0%}" for name in ("recovered", "agreement") if losses.get(name) is not None}
+    if shown:
+        shown["shortfall"] = shortfall
     if proof:  # an earlier version published only what held, and did not say so
         shown |= {"shipped_matches_trained": proof.get("holds", True), "verified_by": proof["verified_by"]}
     return Quality(**shown)

@@ -61,6 +61,8 @@ def _losses(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [(label, f"{losses[name]:.4g}") for name, label in labels.items() if losses.get(name) is not None]
     if losses.get("recovered") is not None:
         rows.append(("  of PTQ's damage taken back", f"{losses['recovered']:.0%}"))
+    if losses.get("agreement") is not None:
+        rows.append(("  same first choice as the tuned model", f"{losses['agreement']:.0%} of the tokens"))
     return rows
 
 

@@ -1,22 +1,31 @@
-"""Evaluate: held-out losses of base, tuned, PTQ and quantized model, all on the same tokens.
+"""Evaluate: what base, tuned, PTQ and quantized model do on the held-out rows, all on the same tokens, and how sure their differences are.
 
-`held_out_losses` also serves train.py, which measures twice at the switch. Never changes a weight or the random state.
+`measure` also serves phases.py, which measures twice at the switch. Never changes a weight or the random state.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
-from torch.nn import functional as F
 
 from finetune_trainer.context import RunContext
 from finetune_trainer.qat.prepare import fake_quantization
 from finetune_trainer.stages.data import IGNORED, Data, Example
+from finetune_trainer.token_loss import output_head, predict, token_losses
+
+if TYPE_CHECKING:
+    from finetune_trainer.switch import Switch
 
 NOTHING_HELD_OUT = "No held-out data: no loss is measured (dataset.evaluation)."
 _TOKENS_AT_ONCE = 2048
 _RESAMPLES = 1000
+_FEWEST_ROWS = 6
+
+
+Interval = list[float]
+"""Lower and upper end, 95 % two-sided: a list, which JSON gives back as it was."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,10 @@ class Losses:
         quantized: what is shipped.
         recovered: (PTQ - quantized) / (PTQ - tuned), the share of PTQ's damage that quantization-aware steps took back; only where that
             damage is significant.
+        agreement: share of the trained places where the quantized model's most likely token is the tuned one's.
+        ptq_over_tuned: interval of the difference of two losses, as those below.
+        shipped_over_ptq: where quantization-aware steps followed.
+        shipped_over_base: of the quantized model, or of the tuned one where nothing is quantized.
     """
 
     base: float | None = None
@@ -37,6 +50,10 @@ class Losses:
     ptq: float | None = None
     quantized: float | None = None
     recovered: float | None = None
+    agreement: float | None = None
+    ptq_over_tuned: Interval | None = None
+    shipped_over_ptq: Interval | None = None
+    shipped_over_base: Interval | None = None
 
 
 RowLosses = list[tuple[float, int]]
@@ -44,14 +61,19 @@ RowLosses = list[tuple[float, int]]
 
 
 @dataclass(frozen=True)
-class SwitchLosses:
-    """The losses at the switch from tuning to adapting, for each held-out example."""
+class HeldOut:
+    """What one model does on the held-out examples.
 
-    tuned: RowLosses
-    ptq: RowLosses
+    Attributes:
+        rows: the losses.
+        greedy: the most likely token at each trained place, example after example.
+    """
+
+    rows: RowLosses
+    greedy: list[int]
 
 
-def run(ctx: RunContext, model: PeftModel, data: Data, switch: SwitchLosses | None, *, quantized: bool) -> Losses:
+def run(ctx: RunContext, model: PeftModel, data: Data, switch: "Switch | None", *, quantized: bool) -> Losses:
     """Measures what is still to be measured after training.
 
     Args:
@@ -65,15 +87,23 @@ def run(ctx: RunContext, model: PeftModel, data: Data, switch: SwitchLosses | No
         ctx.reporter.note(NOTHING_HELD_OUT)
         return Losses()
     with model.disable_adapter():
-        base = held_out_loss(model, data.held_out, fake_quant=False)
-    if not quantized:
-        return Losses(base=base, tuned=held_out_loss(model, data.held_out, fake_quant=False))
-    shipped = held_out_loss(model, data.held_out, fake_quant=True)
-    if switch is None:
-        return Losses(base=base, quantized=shipped)
-    tuned, ptq = mean_loss(switch.tuned), mean_loss(switch.ptq)
-    damaged = is_significantly_worse(switch.ptq, switch.tuned, ctx.spec.training.seed)
-    return Losses(base, tuned, ptq, shipped, (ptq - shipped) / (ptq - tuned) if damaged else None)
+        base = measure(model, data.held_out, fake_quant=False)
+    shipped = measure(model, data.held_out, fake_quant=quantized)
+    seed = ctx.spec.training.seed
+    over_base = difference(shipped.rows, base.rows, seed)
+    means = {"base": mean_loss(base.rows), "quantized" if quantized else "tuned": mean_loss(shipped.rows)}
+    if switch is None or switch.tuned is None or switch.ptq is None:
+        return Losses(**means, shipped_over_base=over_base)
+    return Losses(
+        **means,
+        tuned=mean_loss(switch.tuned.rows),
+        ptq=mean_loss(switch.ptq.rows),
+        recovered=recovered(switch.tuned.rows, switch.ptq.rows, shipped.rows, seed),
+        agreement=agreement(shipped, switch.tuned),
+        ptq_over_tuned=difference(switch.ptq.rows, switch.tuned.rows, seed),
+        shipped_over_ptq=difference(shipped.rows, switch.ptq.rows, seed),
+        shipped_over_base=over_base,
+    )
 
 
 def mean_loss(rows: RowLosses) -> float:
@@ -81,37 +111,60 @@ def mean_loss(rows: RowLosses) -> float:
     return sum(total for total, _ in rows) / sum(count for _, count in rows)
 
 
-def is_significantly_worse(worse: RowLosses, better: RowLosses, seed: int) -> bool:
-    """Whether one model's loss lies above the other's on the same examples: paired bootstrap over examples, 95 % two-sided.
+def recovered(tuned: RowLosses, ptq: RowLosses, shipped: RowLosses, seed: int) -> float | None:
+    """(PTQ - shipped) / (PTQ - tuned); None where PTQ's damage is not significant."""
+    if not is_significant(difference(ptq, tuned, seed)):
+        return None
+    return (mean_loss(ptq) - mean_loss(shipped)) / (mean_loss(ptq) - mean_loss(tuned))
+
+
+def agreement(one: HeldOut, other: HeldOut) -> float:
+    """Share of the trained places where both take the same token for the most likely one, 0 to 1."""
+    return sum(first == second for first, second in zip(one.greedy, other.greedy, strict=True)) / len(one.greedy)
+
+
+def is_significant(interval: Interval | None) -> bool:
+    """Whether a difference lies above zero."""
+    return interval is not None and interval[0] > 0
+
+
+def difference(one: RowLosses, other: RowLosses, seed: int) -> Interval | None:
+    """How much the first model's mean loss lies above the other's on the same examples: paired bootstrap over examples, 95 % two-sided.
+
+    Args:
+        one, other: losses of the same examples.
+        seed: of the resampling.
+
+    Returns:
+        None for fewer than 6 examples, of which not even one sign in all of them would be significant.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, percentile interval.
     """
+    if len(one) < _FEWEST_ROWS:
+        return None
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(worse), (_RESAMPLES, len(worse)), generator=generator)
-    difference = torch.tensor([one - two for (one, _), (two, _) in zip(worse, better, strict=True)], dtype=torch.float64)
-    tokens = torch.tensor([count for _, count in worse], dtype=torch.float64)
-    means = difference[drawn].sum(1) / tokens[drawn].sum(1)
-    return bool(torch.quantile(means, 0.025) > 0)
-
-
-def held_out_loss(model: PeftModel, examples: Sequence[Example], *, fake_quant: bool) -> float:
-    """Mean loss per trained token over all examples, in nats."""
-    return mean_loss(held_out_losses(model, examples, fake_quant=fake_quant))
+    apart = torch.tensor([first - second for (first, _), (second, _) in zip(one, other, strict=True)], dtype=torch.float64)
+    tokens = torch.tensor([count for _, count in one], dtype=torch.float64)
+    resampled = (torch.randint(len(one), (len(one),), generator=generator) for _ in range(_RESAMPLES))
+    means = torch.stack([apart[drawn].sum() / tokens[drawn].sum() for drawn in resampled])
+    return [float(means.quantile(0.025)), float(means.quantile(0.975))]
 
 
 @torch.no_grad()
-def held_out_losses(model: PeftModel, examples: Sequence[Example], *, fake_quant: bool) -> RowLosses:
-    """The loss of each example."""
+def measure(model: PeftModel, examples: Sequence[Example], *, fake_quant: bool) -> HeldOut:
+    """The loss of each example, and the most likely token wherever one is trained."""
     before = model.training
     model.eval()
-    results: dict[int, tuple[float, int]] = {}
+    results: dict[int, tuple[float, list[int]]] = {}
     try:
         with fake_quantization(model, enabled=fake_quant, keep_codes=True):
             for batch in _batches(examples):
-                results |= dict(zip(batch, _batch_losses(model, [examples[index] for index in batch]), strict=True))
+                results |= dict(zip(batch, _measure_batch(model, [examples[index] for index in batch]), strict=True))
     finally:
         model.train(before)
-    return [results[index] for index in range(len(examples))]
+    ordered = [results[index] for index in range(len(examples))]
+    rows = [(total, example.trained_tokens) for (total, _), example in zip(ordered, examples, strict=True)]
+    return HeldOut(rows, [token for _, tokens in ordered for token in tokens])
 
 
 def pad(examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
@@ -137,12 +190,10 @@ def _batches(examples: Sequence[Example]) -> list[list[int]]:
     return batches
 
 
-def _batch_losses(model: PeftModel, examples: Sequence[Example]) -> list[tuple[float, int]]:
-    batch = pad(examples, 0, model.device)
-    labels = batch.pop("labels")[:, 1:]
-    logits = model(**batch, use_cache=False).logits[:, :-1]
-    sums = [
-        float(F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="sum"))
-        for row, target in zip(logits, labels, strict=True)
-    ]
-    return [(total, example.trained_tokens) for total, example in zip(sums, examples, strict=True)]
+def _measure_batch(model: PeftModel, examples: Sequence[Example]) -> list[tuple[float, list[int]]]:
+    """(summed loss, most likely tokens) of each example."""
+    base = model.get_base_model()
+    predicted = predict(base, **pad(examples, 0, model.device))
+    losses, tokens = token_losses(output_head(base), predicted)
+    counts = [example.trained_tokens for example in examples]
+    return [(float(loss.sum()), row.tolist()) for loss, row in zip(losses.split(counts), tokens.split(counts), strict=True)]

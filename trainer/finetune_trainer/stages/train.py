@@ -13,6 +13,8 @@ import torch
 from datasets import Dataset as HfDataset
 from finetune_api.spec import Scheme
 from peft import PeftModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -27,13 +29,18 @@ from finetune_trainer.phases import Phases, Work
 from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.prepare import Prepared, prepare, require_effect, serving_note
 from finetune_trainer.qat.roundtrip import require_roundtrip
+from finetune_trainer.schedule import REWARM, rate_factor
 from finetune_trainer.stages.data import Data, Example, require_known_tokens
-from finetune_trainer.stages.evaluate import SwitchLosses, pad
+from finetune_trainer.stages.evaluate import pad
 from finetune_trainer.stages.load import Loaded
+from finetune_trainer.switch import Switch
+from finetune_trainer.teacher import teacher_hidden
 from finetune_trainer.termination_signal import stopping_later
+from finetune_trainer.token_loss import output_head, predict, summed_loss
 
 _KEPT_CHECKPOINTS = 2
 _START = "start.safetensors"
+_TEACHER_WEIGHT = 0.5
 # The second is its name in the transformers that unsloth asks for.
 _CHECKPOINTING = "activation_checkpointing" if hasattr(SFTConfig, "activation_checkpointing") else "gradient_checkpointing"
 Attempt = tuple[SFTTrainer, Phases, Checkpoint | None]
@@ -47,7 +54,7 @@ class Trained:
         model: with its final adapter; prepared for exact QAT unless the scheme is none.
         plan: its steps and micro-batches.
         prepared: what is quantized; None for scheme none.
-        switch: held-out losses at the switch; None without one.
+        switch: the adapter at the switch and what it did on the held-out rows; None without quantization.
         steps: optimizer steps in all.
         resumed_from: the step this attempt started at.
         final_loss: training loss of the last step, whichever attempt made it.
@@ -56,7 +63,7 @@ class Trained:
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     prepared: Prepared | None
-    switch: SwitchLosses | None
+    switch: Switch | None
     steps: int
     resumed_from: int
     final_loss: float | None
@@ -160,7 +167,7 @@ def _prepare(ctx: RunContext, loaded: Loaded, data: Data) -> Prepared | None:
 
 def _trainer(ctx: RunContext, loaded: Loaded, data: Data, steps: Plan, phases: Phases) -> SFTTrainer:
     pad_token_id = int(loaded.tokenizer.pad_token_id or 0)
-    trainer = _FiniteTrainer(
+    trainer = _PhasedTrainer(
         model=loaded.model,
         args=_arguments(ctx, steps, on_gpu=loaded.model.device.type == "cuda"),
         train_dataset=HfDataset.from_list([{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in data.train]),
@@ -181,8 +188,6 @@ def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
         per_device_train_batch_size=steps.micro_batch,
         gradient_accumulation_steps=steps.accumulation,
         learning_rate=float(training.learning_rate),
-        lr_scheduler_type="cosine",
-        warmup_steps=steps.warmup_steps,
         max_grad_norm=1.0,
         seed=training.seed,
         data_seed=training.seed,
@@ -202,8 +207,8 @@ def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
     )
 
 
-class _FiniteTrainer(SFTTrainer):
-    """Stops at the first loss that is not finite, before it reaches a weight."""
+class _PhasedTrainer(SFTTrainer):
+    """Learns from the teacher in the adapt phase, and stops at the first loss that is not finite, before it reaches a weight."""
 
     phases: Phases
 
@@ -211,3 +216,29 @@ class _FiniteTrainer(SFTTrainer):
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.phases.require_finite(loss, "loss", self.state.global_step + 1)
         return loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """The schedule of both phases, over the steps of the plan."""
+        steps = self.phases.plan
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: rate_factor(step, num_training_steps, steps.switch_step, steps.warmup_steps, REWARM),
+            )
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: PeftModel, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """trl's own loss; in the adapt phase half of it is the divergence from the teacher."""
+        self.phases.count(inputs["attention_mask"])
+        teacher = self.phases.teacher
+        if teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:
+            raise NotImplementedError("the loss with a teacher makes no logits; evaluate.py measures held-out rows")
+        taught = teacher_hidden(model, teacher, inputs)
+        base = model.get_base_model()
+        predicted = predict(base, **inputs)
+        tokens = len(predicted.labels) if num_items_in_batch is None else num_items_in_batch
+        return summed_loss(output_head(base), predicted, taught, _TEACHER_WEIGHT) / torch.as_tensor(tokens).clamp(min=1)

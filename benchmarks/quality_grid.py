@@ -1,0 +1,43 @@
+"""Which cells `make bench-quality` makes, in the order of what they teach: what was tried first, on one seed and one scheme; then the grid."""
+
+from dataclasses import replace
+
+from quality_cell import Recipe
+
+SEEDS, DATA, BITS = (0, 1, 2), ("docstrings", "bodies"), (4, 3)
+OURS = Recipe("", 0, "exact", switch=50, distill=0.5, rewarm=1.0)
+_TRIED = replace(OURS, data="docstrings", bits=4, steps=50, switch=25)
+
+TRIED = {
+    "50 steps, plain LoRA": Recipe("docstrings", 0, "lora", steps=50),
+    "half, two cosines": _TRIED,
+    "half, two cosines, twice the rate": replace(_TRIED, rewarm=2.0),
+    "half, two cosines, teacher alone": replace(_TRIED, distill=1.0),
+    "half, one cosine": replace(_TRIED, rewarm=0.0),
+    "half, two cosines, no teacher": replace(_TRIED, distill=0.0),
+    "two cosines, 40 %": replace(_TRIED, switch=30),
+    "two cosines, 70 %": replace(_TRIED, switch=15),
+    "half, two cosines, temperature 2": replace(_TRIED, temperature=2.0),
+    "half, two cosines, scales every 10 steps": replace(_TRIED, refit=10),
+    "half, two cosines, largest value": replace(_TRIED, least_squares=False),
+    "half, two cosines, rank 64": replace(_TRIED, rank=64),
+    "from the first step": replace(_TRIED, switch=0, distill=0.0, rewarm=0.0),
+}
+"""Half as many steps as the grid's: what pays is looked for here, and confirmed there."""
+
+
+def _grid() -> dict[str, Recipe]:
+    cells: dict[str, Recipe] = {}
+    for seed in SEEDS:
+        for bits in BITS:
+            for data in DATA:
+                cells[f"{data}-{seed}-lora"] = Recipe(data, seed, "lora")
+                cells[f"{data}-{seed}-{bits}bit-exact"] = replace(OURS, data=data, seed=seed, bits=bits)
+                cells[f"{data}-{seed}-{bits}bit-split"] = Recipe(data, seed, "split", bits)
+    return cells
+
+
+CELLS: dict[str, Recipe] = {
+    **{f"tried-{name.replace(',', '').replace(' %', '').replace(' ', '-')}": recipe for name, recipe in TRIED.items()},
+    **_grid(),
+}

@@ -1,0 +1,58 @@
+"""The gate's decisions, from measured losses and intervals alone."""
+
+from typing import Any
+
+import pytest
+from finetune_api.spec import QualitySpec
+from finetune_trainer.quality_gate import shortfall
+from finetune_trainer.stages.evaluate import HeldOut, agreement, difference, is_significant, recovered
+
+MEASURED = {"base": 3.0, "tuned": 2.0, "ptq": 2.5, "quantized": 2.1, "shipped_over_ptq": [-0.5, -0.3], "shipped_over_base": [-1.0, -0.8]}
+
+
+@pytest.mark.parametrize(
+    ("limit", "changes", "expected"),
+    [
+        (None, {}, ""),
+        ("5.1", {}, ""),
+        ("4.9", {}, "quality.maxLossIncreasePercent allows 4.9 %"),
+        (None, {"shipped_over_ptq": [0.01, 0.2]}, "above what quantization after training would have shipped (2.5)"),
+        (None, {"shipped_over_ptq": [-0.01, 0.2]}, ""),
+        (None, {"shipped_over_base": [0.01, 0.2]}, "above the base model's (3)"),
+        (None, {"shipped_over_base": [0.0, 0.2]}, ""),
+        (None, {"quantized": None, "shipped_over_ptq": None, "shipped_over_base": [0.01, 0.2]}, "(2) is significantly above the base"),
+        ("1", dict.fromkeys(MEASURED), ""),
+    ],
+)
+def test_the_first_thing_that_falls_short_is_said(limit: str | None, changes: dict[str, Any], expected: str) -> None:
+    found = shortfall(QualitySpec(max_loss_increase_percent=limit), MEASURED | changes)
+    assert expected in found
+    assert bool(found) == bool(expected)
+
+
+ROWS = [(10.0 + index % 3, 5) for index in range(20)]
+HIGHER = [(loss + 1.0 + index % 2, tokens) for index, (loss, tokens) in enumerate(ROWS)]
+
+
+def test_an_interval_lies_around_the_difference_of_the_means() -> None:
+    low, high = difference(HIGHER, ROWS, seed=0) or [0.0, 0.0]
+    assert 0.2 < low < 0.3 < high < 0.4
+    assert is_significant([low, high])
+    assert not is_significant(difference(ROWS, HIGHER, seed=0))
+    assert not is_significant(difference(ROWS, ROWS, seed=0))
+
+
+def test_a_handful_of_examples_shows_nothing() -> None:
+    assert difference(HIGHER[:5], ROWS[:5], seed=0) is None
+    assert difference(HIGHER[:6], ROWS[:6], seed=0) is not None
+
+
+def test_recovered_is_said_only_where_ptq_did_damage() -> None:
+    halfway = [((high + low) / 2, tokens) for (high, tokens), (low, _) in zip(HIGHER, ROWS, strict=True)]
+    assert recovered(ROWS, HIGHER, halfway, seed=0) == pytest.approx(0.5)
+    assert recovered(ROWS, ROWS, halfway, seed=0) is None
+    assert recovered(HIGHER, ROWS, halfway, seed=0) is None
+
+
+def test_agreement_counts_equal_first_choices() -> None:
+    assert agreement(HeldOut(ROWS, [1, 2, 3, 4]), HeldOut(ROWS, [1, 2, 0, 4])) == 0.75

@@ -1,0 +1,62 @@
+"""make bench-quality measures what it says: the rotated model is the same function, the tables do their sums, a stopped cell goes on."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_model import tiny_llama
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+
+import quality_model
+import quality_table
+
+
+def test_the_rotation_leaves_the_function_and_changes_the_weights() -> None:
+    model, ids = tiny_llama(dtype=torch.float64), torch.arange(40)[None]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(torch.linspace(0.5, 2, parameter.numel()))
+        before, weight = model(input_ids=ids).logits, model.model.layers[0].mlp.up_proj.weight.clone()
+        quality_model.rotate(model)
+        after = model(input_ids=ids).logits
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)  # Llama's norms compute in float32
+    assert float((model.model.layers[0].mlp.up_proj.weight.detach() - weight).abs().max()) > 0.01
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def cell(method: str, seed: int = 0, cpu_seconds: float = 100, **losses: float) -> quality_table.Cell:
+    rows = {name.replace("_", " "): [(loss * 5 + index % 3, 5) for index in range(20)] for name, loss in losses.items()}
+    return quality_table.Cell({"data": "text", "seed": seed, "method": method, "bits": 4}, rows, cpu_seconds, {})
+
+
+CELLS: dict[str, Any] = {
+    "text-0-lora": cell("lora", base=3, tuned=2, ptq_4_largest=2.5, ptq_4_least_squares=2.4),
+    "text-0-4bit-exact": cell("exact", cpu_seconds=120, quantized=2.05),
+    "text-0-4bit-split": cell("split", quantized=2.2),
+}
+
+
+def test_a_comparison_says_how_much_came_back_and_what_it_cost() -> None:
+    (found,) = quality_table.compare(CELLS)
+    assert found.recovered == pytest.approx(0.9)
+    assert found.interval == pytest.approx([0.9, 0.9])
+    assert found.time == pytest.approx(1.2)
+    assert found.over_split is not None
+    assert found.over_split[1] < 0
+    goals = quality_table.goals_table([found])
+    assert "90% (holds) | 1 of 1 (holds) | 1.20 (holds)" in goals
+
+
+def test_where_ptq_costs_nothing_nothing_is_recovered() -> None:
+    harmless = CELLS | {"text-0-lora": cell("lora", base=3, tuned=2, ptq_4_largest=2, ptq_4_least_squares=2)}
+    (found,) = quality_table.compare(harmless)
+    assert found.recovered is None
+    assert "not significant" in quality_table.goals_table([found])
+
+
+def test_a_cell_without_its_reference_waits_for_it() -> None:
+    assert quality_table.compare({name: found for name, found in CELLS.items() if "lora" not in name}) == []

@@ -1,0 +1,17 @@
+"""Scales of least squared error: the factors of every exact layer, made once from the weights as they are, and kept for good.
+
+Called at the switch to quantization-aware steps: the search is dear, and its result hardly changes with what an adapter still learns.
+A pure function of base weights and adapter, so that a resumed run makes the same ones.
+"""
+
+from peft import PeftModel
+
+from finetune_trainer.qat.linear import merged_weight
+from finetune_trainer.qat.prepare import drop_caches, exact_layers
+
+
+def fit_scales(model: PeftModel) -> None:
+    """Gives every layer that export quantizes the factors of its merged weight; training, export and proof use them from now on."""
+    for _, layer in exact_layers(model):
+        layer.exact.shrink = layer.exact.quantizer.least_squares_shrink(merged_weight(layer))
+    drop_caches(model)
