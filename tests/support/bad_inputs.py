@@ -287,6 +287,11 @@ def _hub_file(ground: Ground) -> dict[str, Any]:
     return {"dataset": {"source": "hf://acme/rows/nowhere.jsonl"}}
 
 
+def _a_file_as_workdir(ground: Ground) -> dict[str, Any]:
+    (ground.folder / "work").write_text("years of work")
+    return {}
+
+
 _DATA = ExitCode.DATA
 _SPEC = ExitCode.SPEC
 _ACCESS = ExitCode.ACCESS
@@ -453,6 +458,9 @@ ACCESS: dict[str, BadInput] = {
 }
 
 MACHINE: dict[str, BadInput] = {
+    "a file where the working directory should be": BadInput(
+        _a_file_as_workdir, _CAPACITY, ("work is not writable", "choose another --workdir")
+    ),
     "a scheme that fits little of the model": BadInput(
         _spec(quantization={"scheme": "fp8-int4"}), _SPEC, ("fp8-int4", "only 22%", "input size 64", "scheme int4")
     ),

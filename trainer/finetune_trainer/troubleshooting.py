@@ -98,7 +98,7 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
     "A model that will not load: what it depends on": (
         Symptom("brings Python code of its own (auto_map in config.json); set spec.model.trustRemoteCode to true if you trust it.", "The architecture is not part of transformers.", "Read that code; if you trust it, set `model.trustRemoteCode: true`."),
         Symptom("finds no GPU in this pod; ", "The node's driver is older than PyTorch's CUDA, or the device plugin gave no GPU.", "Renew the driver, check the device plugin."),
-        Symptom("but this version can't convert to it yet", "The scheme is known, but nothing here converts to it.", "Choose one that the sentence names."),
+        Symptom("of this model's linear weights, less than half", "The group size of the scheme does not divide the layers' input sizes.", "Take the scheme and group size that the sentence names."),
         Symptom("holds no job description of this version", "Operator and trainer image are of different versions.", "Use the image that belongs to the operator."),
     ),
     "A model that will not load: memory": (

@@ -46,7 +46,7 @@ def test_the_proof_says_whether_a_kernel_was_run(finished: tuple[Path, dict[str,
     runs = report["qat"]["scheme"] in ("int8", "int8-int4", "fp8-fp8")
     assert report["proof"]["verified_by"] == ("weights and logits" if runs else "weights; kernel not run")
     assert bool(report["proof"]["kernel"]) == runs
-    assert quality(report["losses"], report["proof"]).verified_by == report["proof"]["verified_by"]
+    assert quality(report["losses"], report["proof"], "").verified_by == report["proof"]["verified_by"]
 
 
 def test_the_report_has_the_losses_the_layers_and_the_sizes(finished: tuple[Path, dict[str, Any]]) -> None:
