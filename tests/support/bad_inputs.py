@@ -223,7 +223,7 @@ def _foreign_destination(ground: Ground) -> dict[str, Any]:
 
 
 def _destination_around_the_run(ground: Ground) -> dict[str, Any]:
-    return {"outputs": {"destinations": [{"uri": f"file://{ground.folder}/work/published"}]}}
+    return {"outputs": {"destinations": [{"uri": f"file://{ground.folder / 'work'}/published"}]}}
 
 
 def _s3(uri: str, **keys: str) -> Spoil:
