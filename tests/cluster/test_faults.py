@@ -103,12 +103,27 @@ class Field:
         problems = wrong_at_rest(state_after(self.recorder.history))
         return problems or ([] if await self.recorder.is_up_to_date() else ["the recorder is behind"])
 
+    def never_right(self) -> Callable[[], Awaitable[list[str]]]:
+        """What has been wrong at every look since the first one.
+
+        Pods go on to end while the operator catches up, and each is told of a moment later: there may be no moment at which every status is right.
+        """
+        subjects: set[str] | None = None
+
+        async def still() -> list[str]:
+            nonlocal subjects
+            now = {problem.partition(": ")[0]: problem for problem in wrong_at_rest(state_after(self.recorder.history))}
+            subjects = set(now) if subjects is None else subjects & set(now)
+            return [now[subject] for subject in sorted(subjects)]
+
+        return still
+
     async def comes_right(self, seconds: float) -> float:
-        """Every status is right within the given seconds, which are returned; then every job comes to the end that its name says, and is right again.
+        """Every status was right once within the given seconds, which are returned; then every job comes to the end that its name says, and all are right.
 
         A Job makes its next pod only after a back-off of Kubernetes' own, for which the operator is not to blame.
         """
-        taken = await self.becomes("right", self.wrong, seconds)
+        taken = await self.becomes("right", self.never_right(), seconds)
         await self.becomes("ended as their names say", self.crowd.unexpected, ENDED_SECONDS)
         await self.becomes("right at the end", self.wrong, 10)
         return taken

@@ -151,8 +151,9 @@ NODE = {
     "apiVersion": "v1",
     "kind": "Node",
     "metadata": {"name": "node2", "labels": {"finetune.dev/test": "lost"}},
-    "spec": {},
+    "spec": {"taints": [{"key": "finetune.dev/test", "effect": "NoSchedule"}]},  # no other test's pod may come to rest here
 }
+ON_NODE = {"nodeSelector": {"finetune.dev/test": "lost"}, "tolerations": [{"key": "finetune.dev/test", "operator": "Exists"}]}
 
 
 def node_status(ready: str) -> str:
@@ -175,8 +176,8 @@ def lost(kube: Cluster, operator: OperatorProcess, watches: Watches, make_namesp
     """A job that runs on a node which is only an object: no kubelet stands behind it."""
     kube.kubectl("create", "-f", "-", input=json.dumps(NODE))
     kube.kubectl("patch", "node", "node2", "--subresource=status", "--type=merge", "-p", node_status("True"))
-    kube.wait("a node without taints", lambda: not kube.get("node", "node2")["spec"].get("taints"))
-    made = small_job(kube, make_namespace("lost"), "wait-lost", scheduling={"nodeSelector": {"finetune.dev/test": "lost"}}, **NO_RETRIES)
+    kube.wait("a node that is ready", lambda: len(kube.get("node", "node2")["spec"]["taints"]) == 1)
+    made = small_job(kube, make_namespace("lost"), "wait-lost", scheduling=ON_NODE, **NO_RETRIES)
     made.apply()
     pod = kube.wait("a pod on the node", lambda: [item for item in made.owned("pods") if item["spec"].get("nodeName")])[0]
     named = ("pod", pod["metadata"]["name"], "-n", made.namespace)
