@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from finetune_api.fields import ApiModel
-from finetune_api.rules import ALWAYS, SERVER_ONLY
+from finetune_api.rules import ALWAYS, SERVER_ONLY, Rule
 from finetune_api.spec import GROUP, KIND, PLURAL, VERSION, FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
@@ -62,10 +62,8 @@ def structural_schema(model: type[ApiModel]) -> Schema:
 
 def _root_schema() -> Schema:
     spec = structural_schema(FineTuneJobSpec)
-    spec["x-kubernetes-validations"] = [
-        {"rule": rule.cel, "message": f"spec.{rule.field}: {rule.message}", "fieldPath": f".{rule.field}"}
-        for rule in (*ALWAYS, *SERVER_ONLY)
-    ]
+    for rule in (*ALWAYS, *SERVER_ONLY):
+        _place(rule, spec)
     status = structural_schema(FineTuneJobStatus)
     status["properties"]["conditions"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
     return {
@@ -80,6 +78,17 @@ def _root_schema() -> Schema:
             "status": status,
         },
     }
+
+
+def _place(rule: Rule, spec: Schema) -> None:
+    """Writes a rule where it is checked; `fieldPath` leads from there to the field that it is about."""
+    node = spec
+    for key in rule.at.split(".") if rule.at else ():
+        node = node["properties"][key.removesuffix("[]")]
+        node = node["items"] if key.endswith("[]") else node
+    below = rule.field.removeprefix(rule.at.removesuffix("[]")).removeprefix(".")
+    written = {"rule": rule.cel, "message": f"spec.{rule.field}: {rule.message}"}
+    node.setdefault("x-kubernetes-validations", []).append(written | ({"fieldPath": f".{below}"} if below else {}))
 
 
 def _structural(schema: Schema, definitions: dict[str, Schema]) -> Schema:

@@ -1,6 +1,8 @@
 """The table of validation rules: what the structure of the spec alone can't express.
 
 A row is said twice, as CEL for the API server and as Python for `finetune validate`; a differential property test holds the two together.
+Each stands at the field that it is about, or at the object that holds all it speaks of: there it costs the API server nothing where that is not written,
+and every write of an object, each status included, is checked against all of them.
 Rows for fields that no code serves yet are made from the fields' own marks.
 """
 
@@ -22,15 +24,17 @@ class Rule:
 
     Attributes:
         field: path of the field that the message names, below `spec`.
-        cel: holds when the spec is good; `self` is the spec.
+        cel: holds when the spec is good; `self` is what stands at `at`.
         holds: the same in Python, on the spec's JSON values; only called when the structure is right.
         message: what is expected, and the mend.
+        at: path below `spec` of what the rule is checked on, where that is written; `[]` is each item of a list, empty the spec itself.
     """
 
     field: str
     cel: str
     holds: Callable[[Spec], bool]
     message: str
+    at: str = ""
 
 
 def value_at(spec: Spec, path: str, default: Any = None) -> Any:
@@ -44,13 +48,13 @@ def value_at(spec: Spec, path: str, default: Any = None) -> Any:
 
 
 def written(path: str) -> str:
-    """CEL: whether a dotted path of the spec is written."""
+    """CEL: whether a dotted path below `self` is written."""
     keys = path.split(".")
     return " && ".join(f"has(self.{'.'.join(keys[: end + 1])})" for end in range(len(keys)))
 
 
 def _or_default(path: str, default: str) -> str:
-    """CEL: the value at a path, or its default."""
+    """CEL: the value at a path below `self`, or its default."""
     return f"({written(path)} ? self.{path} : {default})"
 
 
@@ -63,10 +67,10 @@ def _not_yet_rules() -> Iterator[Rule]:
         served = marks["served"] or [info.get_default(call_default_factory=True, validated_data={})]
         listed = json.dumps(served)
         if "artifacts" in path:
-            cel, holds = f"!({written(field)}) || self.{field}.all(item, item in {listed})", _items_in(field, served)
+            cel, holds = f"self.all(item, item in {listed})", _items_in(field, served)
         else:
-            cel, holds = f"!({written(field)}) || self.{field} in {listed}", _value_in(field, served)
-        yield Rule(field, cel, holds, str(marks["notYet"]))
+            cel, holds = f"self in {listed}", _value_in(field, served)
+        yield Rule(field, cel, holds, str(marks["notYet"]), at=field)
 
 
 def _value_in(field: str, served: list[Any]) -> Callable[[Spec], bool]:
@@ -79,43 +83,47 @@ def _items_in(field: str, served: list[Any]) -> Callable[[Spec], bool]:
 
 def _matching(field: str, scheme: str, pattern: str, message: str) -> Rule:
     """A source of one scheme has one form."""
-    cel = f"!({written(field)}) || !self.{field}.startsWith('{scheme}://') || self.{field}.matches('{pattern}')"
+    cel = f"!self.startsWith('{scheme}://') || self.matches('{pattern}')"
 
     def holds(spec: Spec) -> bool:
         uri = value_at(spec, field, "")
         return not uri.startswith(f"{scheme}://") or re.search(pattern, uri) is not None
 
-    return Rule(field, cel, holds, message)
+    return Rule(field, cel, holds, message, at=field)
 
 
-def _only_scheme(field: str, scheme: str, *uris: str) -> Rule:
-    """A field that belongs to one scheme: one of the URIs that it opens has it."""
+def _only_scheme(section: str, scheme: str, *uris: str) -> Rule:
+    """A section's endpoint belongs to one scheme: one of the URIs that it opens has it."""
     one_has = " || ".join(f"({written(uri)} && self.{uri}.startsWith('{scheme}://'))" for uri in uris)
+    paths = [f"{section}.{uri}" for uri in uris]
     return Rule(
-        field,
-        f"!({written(field)}) || self.{field} == '' || {one_has}",
-        lambda spec: not value_at(spec, field, "") or any(value_at(spec, uri, "").startswith(f"{scheme}://") for uri in uris),
-        f"an endpoint belongs to {scheme}:// only; remove it or correct {' or '.join(uris)}",
+        f"{section}.endpoint",
+        f"!has(self.endpoint) || self.endpoint == '' || {one_has}",
+        lambda spec: (
+            not value_at(spec, f"{section}.endpoint", "") or any(value_at(spec, path, "").startswith(f"{scheme}://") for path in paths)
+        ),
+        f"an endpoint belongs to {scheme}:// only; remove it or correct {' or '.join(paths)}",
+        at=section,
     )
 
 
-def _each(field: str, name: str, condition_cel: str, holds: Callable[[Spec], bool], message: str) -> Rule:
-    """A rule that each item of a list fulfils by itself; `name` is the item's in CEL."""
+def _each(field: str, cel: str, holds: Callable[[Spec], bool], message: str) -> Rule:
+    """A rule that each item of a list fulfils by itself."""
 
     def all_hold(spec: Spec) -> bool:
         return all(holds(item) for item in value_at(spec, field, []))
 
-    return Rule(field, f"!({written(field)}) || self.{field}.all({name}, {condition_cel})", all_hold, message)
+    return Rule(field, cel, all_hold, message, at=f"{field}[]")
 
 
-def _destinations(condition_cel: str, holds: Callable[[Spec], bool], message: str) -> Rule:
+def _destinations(cel: str, holds: Callable[[Spec], bool], message: str) -> Rule:
     """A rule that each destination fulfils by itself."""
-    return _each("outputs.destinations", "d", condition_cel, holds, message)
+    return _each("outputs.destinations", cel, holds, message)
 
 
-def _tolerations(condition_cel: str, holds: Callable[[Spec], bool], message: str) -> Rule:
+def _tolerations(cel: str, holds: Callable[[Spec], bool], message: str) -> Rule:
     """A rule that each toleration fulfils by itself, as Kubernetes asks of a pod's."""
-    return _each("scheduling.tolerations", "t", condition_cel, holds, message)
+    return _each("scheduling.tolerations", cel, holds, message)
 
 
 _USER = "^s3://[^/]*@"  # would be taken for a part of the bucket's name, and be read in every `kubectl get -o yaml`
@@ -125,9 +133,10 @@ def _no_secret(field: str, secret: str) -> Rule:
     """Credentials come from a Secret, never from an address."""
     return Rule(
         field,
-        f"!({written(field)}) || !self.{field}.matches('{_USER}')",
+        f"!self.matches('{_USER}')",
         lambda spec: re.search(_USER, value_at(spec, field, "")) is None,
         f"{_KEYLESS}{secret}",
+        at=field,
     )
 
 
@@ -162,19 +171,20 @@ _TABLE: tuple[Rule, ...] = (
     _matching("model.source", "pvc", r"^pvc://[^/]+/.+$", "a model in a claim is pvc://claim/path"),
     _matching("model.source", "builtin", r"^builtin://smollm2-135m$", "the only builtin model is builtin://smollm2-135m"),
     *(_matching(field, scheme, *form) for field in ("dataset.source", "dataset.evaluation.source") for scheme, form in _FORMS.items()),
-    _only_scheme("model.endpoint", "s3", "model.source"),
-    _only_scheme("dataset.endpoint", "s3", "dataset.source", "dataset.evaluation.source"),
+    _only_scheme("model", "s3", "source"),
+    _only_scheme("dataset", "s3", "source", "evaluation.source"),
     _no_secret("model.source", "model.credentials.secretName"),
     _no_secret("dataset.source", "dataset.credentials.secretName"),
     _no_secret("dataset.evaluation.source", "dataset.credentials.secretName"),
     _no_secret("storage.checkpoints.uri", "storage.checkpoints.credentials.secretName"),
     Rule(
         "quantization.groupSize",
-        f"!({written('quantization.groupSize')}) || {_SCHEME} == 'int8-int4' || {_SCHEME} == 'int4' || ({_SCHEME} == 'fp8-int4' && self.quantization.groupSize == 128)",
+        "!has(self.groupSize) || !has(self.scheme) || self.scheme in ['int8-int4', 'int4'] || (self.scheme == 'fp8-int4' && self.groupSize == 128)",
         lambda spec: (
             value_at(spec, "quantization.groupSize") is None or spec["quantization"]["groupSize"] in GROUP_SIZES.get(_scheme(spec), ())
         ),
         "a group size fits int8-int4 and int4 (32, 64, 128) and fp8-int4 (128); the other schemes have one scale for each output channel: remove it",
+        at="quantization",
     ),
     Rule(
         "outputs.artifacts",
@@ -184,43 +194,45 @@ _TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "outputs.artifacts",
-        f"!({written('outputs.artifacts')}) || self.outputs.artifacts.all(a, self.outputs.artifacts.exists_one(b, a == b))",
+        "self.all(a, self.exists_one(b, a == b))",
         lambda spec: _unique(value_at(spec, "outputs.artifacts", [])),
         "an artifact is named once; remove the second one",
+        at="outputs.artifacts",
     ),
     Rule(
         "outputs.destinations",
-        "self.outputs.destinations.all(d, self.outputs.destinations.exists_one(e, d.uri == e.uri))",
+        "self.all(d, self.exists_one(e, d.uri == e.uri))",
         lambda spec: _unique([item["uri"] for item in value_at(spec, "outputs.destinations", [])]),
         "a uri is named once; remove the second one",
+        at="outputs.destinations",
     ),
     _destinations(
-        "!d.uri.startsWith('hf://') || d.uri.matches('^hf://[^/@]+/[^/@]+$')",
+        "!self.uri.startsWith('hf://') || self.uri.matches('^hf://[^/@]+/[^/@]+$')",
         lambda item: not item["uri"].startswith("hf://") or re.search(r"^hf://[^/@]+/[^/@]+$", item["uri"]) is not None,
         "a uri on the Hub is hf://owner/name, without a revision",
     ),
     _destinations(
-        "!has(d.private) || !d.private || d.uri.startsWith('hf://')",
+        "!has(self.private) || !self.private || self.uri.startsWith('hf://')",
         lambda item: not item.get("private") or item["uri"].startswith("hf://"),
         "private belongs to hf:// only; remove it",
     ),
     _destinations(
-        "!has(d.endpoint) || d.endpoint == '' || d.uri.startsWith('s3://')",
+        "!has(self.endpoint) || self.endpoint == '' || self.uri.startsWith('s3://')",
         lambda item: not item.get("endpoint") or item["uri"].startswith("s3://"),
         "endpoint belongs to s3:// only; remove it",
     ),
     _destinations(
-        f"!d.uri.matches('{_USER}')",
+        f"!self.uri.matches('{_USER}')",
         lambda item: re.search(_USER, item["uri"]) is None,
         f"{_KEYLESS}the destination's credentials.secretName",
     ),
     _tolerations(
-        "(has(t.key) && t.key != '') || (has(t.operator) && t.operator == 'Exists')",
+        "(has(self.key) && self.key != '') || (has(self.operator) && self.operator == 'Exists')",
         lambda item: item.get("key", "") != "" or item.get("operator", "Equal") == "Exists",
         "a toleration without a key needs operator Exists; add one of the two",
     ),
     _tolerations(
-        "!has(t.operator) || t.operator != 'Exists' || !has(t.value) || t.value == ''",
+        "!has(self.operator) || self.operator != 'Exists' || !has(self.value) || self.value == ''",
         lambda item: item.get("operator", "Equal") != "Exists" or item.get("value", "") == "",
         "a toleration with operator Exists takes no value; remove it, or use Equal",
     ),
@@ -233,25 +245,26 @@ _TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "storage.workspace.storageClassName",
-        f"!({written('storage.workspace.storageClassName')}) || self.storage.workspace.storageClassName == ''"
-        f" || {_or_default('storage.workspace.persistentVolumeClaim', repr(''))} == ''",
+        f"{_or_default('storageClassName', repr(''))} == '' || {_or_default('persistentVolumeClaim', repr(''))} == ''",
         lambda spec: (
             not value_at(spec, "storage.workspace.storageClassName", "")
             or not value_at(spec, "storage.workspace.persistentVolumeClaim", "")
         ),
         "a workspace is a claim or a volume of a storage class; remove one of the two",
+        at="storage.workspace",
     ),
 )
 
 
 def _placed(field: str, schemes: tuple[str, ...], message: str) -> Rule:
     """Sources that only exist on one kind of machine."""
-    starts = " || ".join(f"self.{field}.startsWith('{scheme}://')" for scheme in schemes)
+    starts = " || ".join(f"self.startsWith('{scheme}://')" for scheme in schemes)
     return Rule(
         field,
-        f"!({written(field)}) || !({starts})",
+        f"!({starts})",
         lambda spec: not any(value_at(spec, field, "").startswith(f"{scheme}://") for scheme in schemes),
         message,
+        at=field,
     )
 
 
@@ -263,7 +276,7 @@ ALWAYS: tuple[Rule, ...] = (*_not_yet_rules(), *_TABLE)
 SERVER_ONLY: tuple[Rule, ...] = (
     *(_placed(field, ("file",), _NO_FILE) for field in _SOURCES),
     _destinations(
-        "!d.uri.startsWith('file://')",
+        "!self.uri.startsWith('file://')",
         lambda item: not item["uri"].startswith("file://"),
         "file:// works only on a laptop; use s3:// or hf://",
     ),

@@ -82,12 +82,20 @@ def test_a_field_without_a_default_is_required(path: str) -> None:
 
 
 def test_every_rule_of_the_server_is_in_the_schema_and_points_at_its_field() -> None:
-    written = ROOT["properties"]["spec"]["x-kubernetes-validations"]
+    written = [(path, rule) for path, schema in NODES for rule in schema.get("x-kubernetes-validations", ())]
     assert len(written) == len(ALWAYS) + len(SERVER_ONLY) >= 30
-    paths = {path.removeprefix("spec") for path, _ in NODES}
-    for rule in written:
-        assert rule["fieldPath"] in paths
-        assert rule["message"].startswith(f"spec{rule['fieldPath']}: ")
+    paths = {path for path, _ in NODES}
+    for path, rule in written:
+        field = f"{path.replace('[]', '')}{rule.get('fieldPath', '')}"
+        assert field in paths
+        assert rule["message"].startswith(f"{field}: ")
+
+
+def test_a_rule_stands_no_higher_than_it_must() -> None:
+    """At `spec` it is worked out at every write of every object."""
+    sections = set(ROOT["properties"]["spec"]["properties"])
+    for rule in ROOT["properties"]["spec"]["x-kubernetes-validations"]:
+        assert len({section for section in sections if f"self.{section}" in rule["rule"]}) >= 2, rule
 
 
 def test_the_status_is_a_subresource() -> None:
