@@ -18,7 +18,7 @@ from finetune_operator.cache import Kind
 from finetune_operator.subject import Json, Key
 
 REQUEST_SECONDS = 15.0
-_PAGE = 250
+PAGE = 250  # objects of a listing that are in memory at a time
 _MERGE = "application/merge-patch+json"
 _JOBS = "/apis/batch/v1/namespaces/{}/jobs"
 _ROOTS = {Kind.FINETUNEJOB: f"/apis/{GROUP}/{VERSION}", Kind.JOB: "/apis/batch/v1", Kind.POD: "/api/v1"}
@@ -128,7 +128,7 @@ class Cluster:
     async def _pages(self, path: str, query: dict[str, str]) -> AsyncIterator[Json]:
         token = ""
         while True:
-            page = await self._request("GET", path, {**query, "limit": _PAGE, "continue": token})
+            page = await self._request("GET", path, {**query, "limit": PAGE, "continue": token})
             yield page
             token = page["metadata"].get("continue") or ""
             if not token:

@@ -12,6 +12,7 @@ from finetune_api.spec import GROUP, PLURAL, VERSION
 
 from finetune_operator.attention import is_new
 from finetune_operator.cache import Cache, Kind
+from finetune_operator.cluster import PAGE
 from finetune_operator.settings import Settings
 from finetune_operator.work_queue import WorkQueue
 
@@ -74,6 +75,7 @@ def build_kopf_settings() -> kopf.OperatorSettings:
     settings.scanning.disabled = True
     settings.persistence.diffbase_storage = _NoDiffBase()
     settings.queueing.idle_timeout = 0.5  # seconds that a task lives on after its object's last event; there may be thousands
+    settings.watching.chunk_size = PAGE  # else a start among 10,000 jobs holds all of their objects at once, more than a GB
     settings.watching.server_timeout = SERVER_TIMEOUT_SECONDS
     settings.watching.client_timeout = CLIENT_TIMEOUT_SECONDS
     settings.watching.label_selectors["batch", "v1", "jobs"] = names.LABEL_JOB

@@ -74,6 +74,7 @@ async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat, me
         tasks = [group.create_task(reconcile()) for _ in range(settings.concurrency)]
         tasks.append(group.create_task(resync(queue, cluster, cache, settings, heartbeat.beat, listed)))
         tasks.append(group.create_task(poller.run(session)))
+        await synced.wait()  # kopf lists everything once more: beside the first round it would double the time until anything is decided
         await events.watch(queue, cache, settings)
         for task in tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""Which job is looked at next: one pending entry a key, a delay or a jittered backoff before it, a head start for a new one, never two workers on one key.
+"""Which job is looked at next: one pending entry a key, a delay or a jittered backoff before it, more turns for new ones, never two workers on one key.
 
 events.py and the resync add keys, the workers of reconcile.py take them. Time comes from outside, so tests need no waiting.
 """
@@ -12,7 +12,7 @@ from finetune_operator.subject import Key
 
 FIRST_BACKOFF_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 60.0
-HEAD_START_SECONDS = 30.0  # by which an urgent key passes those that wait; who has waited longer than this is passed by nobody
+URGENT_TURNS = 3  # of four, where others wait too: a flood of new jobs gets its Jobs first, and leaves news of others a turn
 
 
 class WorkQueue:
@@ -22,7 +22,8 @@ class WorkQueue:
         self._clock = clock
         self._jitter = jitter
         self._due: dict[Key, float] = {}
-        self._heap: list[tuple[float, float, Key]] = []  # by turn, which is when a key is due, or earlier for an urgent one
+        self._lanes: dict[bool, list[tuple[float, Key]]] = {True: [], False: []}  # heaps by when a key is due, of urgent ones and of others
+        self._turns = 0  # that urgent keys had since one of the others had its own
         self._active: set[Key] = set()
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Event()
@@ -31,30 +32,35 @@ class WorkQueue:
         return len(self._due)
 
     def add(self, key: Key, delay_seconds: float = 0.0, *, urgent: bool = False) -> None:
-        """Makes a key due after the delay, or earlier when it already is; an urgent one at once, before others."""
+        """Makes a key due after the delay, or earlier when it already is; an urgent one has three turns of four."""
         due = self._clock() + delay_seconds
         if key in self._due and self._due[key] <= due:
             return
         self._due[key] = due
         if key not in self._active:
-            heapq.heappush(self._heap, (due - HEAD_START_SECONDS * urgent, due, key))
+            heapq.heappush(self._lanes[urgent], (due, key))
             self._changed.set()
 
     def poll(self) -> tuple[Key | None, float | None]:
         """(a key that is due, None) or (None, seconds until one is; None when nothing waits). The key counts as being worked on."""
-        while self._heap:
-            _, due, key = self._heap[0]
-            if key in self._active or self._due.get(key) != due:
-                heapq.heappop(self._heap)
-                continue
-            wait_seconds = due - self._clock()
-            if wait_seconds > 0:
-                return None, wait_seconds
-            heapq.heappop(self._heap)
-            del self._due[key]
-            self._active.add(key)
-            return key, None
-        return None, None
+        now = self._clock()
+        fronts = {urgent: due for urgent in self._lanes if (due := self._front(urgent)) is not None}
+        ready = [urgent for urgent, due in fronts.items() if due <= now]
+        if not ready:
+            return None, min(fronts.values()) - now if fronts else None
+        urgent = ready[0] if len(ready) == 1 else self._turns < URGENT_TURNS
+        self._turns = self._turns + 1 if urgent else 0
+        _, key = heapq.heappop(self._lanes[urgent])
+        del self._due[key]
+        self._active.add(key)
+        return key, None
+
+    def _front(self, urgent: bool) -> float | None:
+        """When the first key of a lane is due; None for an empty one. Entries that an earlier wish or a worker has overtaken are dropped."""
+        lane = self._lanes[urgent]
+        while lane and (lane[0][1] in self._active or self._due.get(lane[0][1]) != lane[0][0]):
+            heapq.heappop(lane)
+        return lane[0][0] if lane else None
 
     def waiting_seconds(self) -> list[float]:
         """How long each key that is due has waited for a worker."""
@@ -95,5 +101,5 @@ class WorkQueue:
     def _release(self, key: Key) -> None:
         self._active.discard(key)
         if key in self._due:
-            heapq.heappush(self._heap, (self._due[key], self._due[key], key))
+            heapq.heappush(self._lanes[False], (self._due[key], key))
             self._changed.set()

@@ -3,6 +3,7 @@
 import pytest
 from finetune_api import names
 from finetune_operator.cache import Cache
+from finetune_operator.cluster import PAGE
 from finetune_operator.events import build_kopf_settings, build_registry
 from finetune_operator.subject import Json, Key
 from finetune_operator.work_queue import WorkQueue
@@ -69,6 +70,10 @@ def test_kopf_does_not_scan_for_kinds_and_namespaces() -> None:
 
 def test_kopf_has_no_peering_objects() -> None:
     assert build_kopf_settings().peering.standalone is True
+
+
+def test_kopf_lists_in_pages_as_we_do() -> None:
+    assert build_kopf_settings().watching.chunk_size == PAGE
 
 
 def test_the_api_server_sends_only_jobs_and_pods_of_ours() -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from finetune_operator.subject import Key
-from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, HEAD_START_SECONDS, LAST_BACKOFF_SECONDS, WorkQueue
+from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, WorkQueue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,18 +57,19 @@ def test_an_outdated_wish_for_the_same_moment_gives_no_second_worker_the_key(que
 
 def test_an_urgent_key_comes_before_those_that_wait(queue: WorkQueue, clock: Clock) -> None:
     queue.add(A)
-    clock.now += HEAD_START_SECONDS - 1
+    clock.now += 29
     queue.add(B, urgent=True)
-    assert queue.waiting_seconds() == [HEAD_START_SECONDS - 1, 0.0]
+    assert queue.waiting_seconds() == [29, 0.0]
     assert queue.poll() == (B, None)
     assert queue.poll() == (A, None)
 
 
-def test_no_urgent_key_comes_before_one_that_has_waited_long(queue: WorkQueue, clock: Clock) -> None:
-    queue.add(A)
-    clock.now += HEAD_START_SECONDS + 1
-    queue.add(B, urgent=True)
-    assert queue.poll() == (A, None)
+def test_others_have_their_turn_however_many_urgent_keys_there_are(queue: WorkQueue) -> None:
+    for index in range(20):
+        queue.add(Key("ml", f"new-{index:02}"), urgent=True)
+        queue.add(Key("ml", f"old-{index:02}"))
+    taken = "".join(str(queue.poll()[0]).partition("/")[2][0] for _ in range(40))
+    assert taken == "nnno" * 6 + "nn" + "o" * 14
 
 
 def test_what_was_added_during_the_work_comes_after_it(queue: WorkQueue) -> None:

@@ -1,14 +1,14 @@
 """work_queue.py under any order of calls: hypothesis plays events, workers and the clock, beside a model of what the queue promises.
 
 The promises: never two workers on one key; one pending entry a key; an added key is never lost; a failing key never delays another; a bounded backoff;
-an urgent key passes those that have waited for less than its head start.
+of four turns, urgent keys have three where others wait too.
 """
 
 import asyncio
 from typing import Any
 
 from finetune_operator.subject import Key
-from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, HEAD_START_SECONDS, LAST_BACKOFF_SECONDS, WorkQueue
+from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, URGENT_TURNS, WorkQueue
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
@@ -25,7 +25,8 @@ class _Calls(RuleBasedStateMachine):
 
     Attributes:
         due: the model: when each pending key is due.
-        urgent: the pending keys that have a head start.
+        urgent: the pending keys that were added as such.
+        turns: how many of them were taken since one of the others was.
         held: the keys that a worker has.
         failures: how often each key has failed in a row.
     """
@@ -37,6 +38,7 @@ class _Calls(RuleBasedStateMachine):
         self.queue = WorkQueue(lambda: self.now, lambda: self.jitter)
         self.due: dict[Key, float] = {}
         self.urgent: set[Key] = set()
+        self.turns = 0
         self.held: set[Key] = set()
         self.failures: dict[Key, int] = {}
 
@@ -109,6 +111,7 @@ class _Calls(RuleBasedStateMachine):
         """A worker got this key."""
         assert key not in self.held, "two workers on one key"
         assert self.due.pop(key) <= self.now, "before its time"
+        self.turns = self.turns + 1 if key in self.urgent else 0
         self.urgent.discard(key)
         self.held.add(key)
 
@@ -117,9 +120,17 @@ class _Calls(RuleBasedStateMachine):
 
     @property
     def free(self) -> list[tuple[float, Key]]:
-        """Pending keys that no worker has, and when they are due, in the order of their turns."""
-        turns = sorted((due - HEAD_START_SECONDS * (key in self.urgent), due, key) for key, due in self.due.items() if key not in self.held)
-        return [(due, key) for _, due, key in turns]
+        """Pending keys that no worker has, in the order in which they are due."""
+        return sorted((due, key) for key, due in self.due.items() if key not in self.held)
+
+    @property
+    def next(self) -> Key | None:
+        """Whose turn it is now."""
+        ready = [key for due, key in self.free if due <= self.now]
+        urgent = [key for key in ready if key in self.urgent]
+        others = [key for key in ready if key not in self.urgent]
+        first, second = (urgent, others) if self.turns < URGENT_TURNS else (others, urgent)
+        return next(iter([*first, *second]), None)
 
     @invariant()
     def each_pending_key_stands_once(self) -> None:
@@ -146,11 +157,11 @@ class Polled(_Calls):
 
     @rule()
     def a_worker_asks(self) -> None:
-        free = self.free
+        free, expected = self.free, self.next
         key, wait_seconds = self.queue.poll()
-        if free and free[0][0] <= self.now:
-            assert (key, wait_seconds) == (free[0][1], None)
-            self.take(free[0][1])
+        if expected is not None:
+            assert (key, wait_seconds) == (expected, None)
+            self.take(expected)
         else:
             assert key is None
             assert wait_seconds == (free[0][0] - self.now if free else None)
