@@ -54,11 +54,13 @@ unsloth-setup: $(UV) ## the environment of the unsloth backend, whose versions d
 cluster-setup: ## the programs of the test cluster: Debian packages, and Kubernetes, helm and versitygw from Go modules
 	@tests/cluster/setup.sh
 
+# What needs no cluster has one thread a process, so it runs in as many as there are cores; the clusters need the machine to themselves.
 test: ## everything: lint, types, import rules, unit, trainer, cluster and end-to-end tests
 	@$(MAKE) --no-print-directory -j2 setup cluster-setup
 	@$(MAKE) --no-print-directory lint
 	@images/build.sh --in-time operator trainer & building=$$!; status=0; \
-	$(PY) -m pytest tests/unit tests/trainer tests/cluster tests/e2e $(ARGS) || status=$$?; \
+	$(PY) -m pytest tests/unit tests/trainer --numprocesses $$(nproc) --dist loadfile $(ARGS) || status=$$?; \
+	$(PY) -m pytest tests/cluster tests/e2e $(ARGS) || status=$$?; \
 	wait $$building || true; exit $$status
 
 test-unsloth: setup unsloth-setup ## the unsloth backend on the CPU, in its own environment: the same whole runs, the proof included; plain peft loads its adapter
