@@ -5,23 +5,25 @@ from dataclasses import replace
 from quality_cell import Recipe
 
 SEEDS, DATA, BITS = (0, 1, 2), ("docstrings", "bodies"), (4, 3)
-OURS = Recipe("", 0, "exact", switch=50, distill=0.5, rewarm=1.0)
+OURS = Recipe("", 0, "exact", switch=50, distill=0.5)
 _TRIED = replace(OURS, data="docstrings", bits=4, steps=50, switch=25)
+_FIRST = replace(_TRIED, switch=0, distill=0.0)
 
 TRIED = {
     "50 steps, plain LoRA": Recipe("docstrings", 0, "lora", steps=50),
-    "half, two cosines": _TRIED,
+    "from the first step": _FIRST,
+    "half, one cosine": _TRIED,
+    "from the first step, twice the rate": replace(_FIRST, peak=2e-3),
+    "half, two cosines": replace(_TRIED, rewarm=1.0),
+    "half, one cosine, teacher alone": replace(_TRIED, distill=1.0),
+    "half, one cosine, no teacher": replace(_TRIED, distill=0.0),
+    "from the first step, rank 64": replace(_FIRST, rank=64),
+    "one cosine, 70 %": replace(_TRIED, switch=15),
     "half, two cosines, twice the rate": replace(_TRIED, rewarm=2.0),
-    "half, two cosines, teacher alone": replace(_TRIED, distill=1.0),
-    "half, one cosine": replace(_TRIED, rewarm=0.0),
-    "half, two cosines, no teacher": replace(_TRIED, distill=0.0),
-    "two cosines, 40 %": replace(_TRIED, switch=30),
-    "two cosines, 70 %": replace(_TRIED, switch=15),
-    "half, two cosines, temperature 2": replace(_TRIED, temperature=2.0),
-    "half, two cosines, scales every 10 steps": replace(_TRIED, refit=10),
-    "half, two cosines, largest value": replace(_TRIED, least_squares=False),
-    "half, two cosines, rank 64": replace(_TRIED, rank=64),
-    "from the first step": replace(_TRIED, switch=0, distill=0.0, rewarm=0.0),
+    "half, one cosine, temperature 2": replace(_TRIED, temperature=2.0),
+    "half, one cosine, scales every 10 steps": replace(_TRIED, refit=10),
+    "from the first step, scales every 10 steps": replace(_FIRST, refit=10),
+    "half, one cosine, largest value": replace(_TRIED, least_squares=False),
 }
 """Half as many steps as the grid's: what pays is looked for here, and confirmed there."""
 

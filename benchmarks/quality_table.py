@@ -126,7 +126,7 @@ def tried_table(cells: dict[str, Cell]) -> str:
     lora = cells.get("tried-50-steps-plain-LoRA")
     if not tried or lora is None:
         return ""
-    first = cells.get("tried-half-two-cosines", next(iter(tried.values())))
+    first = cells.get("tried-half-one-cosine", next(iter(tried.values())))
     rows = []
     for name, cell in tried.items():
         share, interval = recovery(lora.losses["tuned"], lora.losses["ptq 4 largest"], cell.losses["quantized"])
