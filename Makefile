@@ -34,13 +34,14 @@ $(UV):
 	rm -rf $$bootstrap
 
 # A virtual environment ($1) from hashed requirements ($2); nothing to do when they are as they were. $3 says what it takes, $4 ends it.
+# Compiled at once: where PYTHONDONTWRITEBYTECODE is set, each process that imports torch and transformers would take twice as long to begin.
 define environment
 	@wanted="$$(cat $2 | sha256sum) $$($(PYTHON) --version)"; \
 	mkdir -p $(CACHE); exec 9>$(CACHE)/.$(notdir $1).lock; flock -n 9 || { echo "waiting for another set-up"; flock 9; }; \
 	[ "$$(cat $1/.requirements 2>/dev/null)" = "$$wanted" ] || { \
 	  echo "installing $3"; \
 	  $(UV) venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $1; \
-	  $(UV) pip sync --python $1 --require-hashes $2; $4 \
+	  $(UV) pip sync --python $1 --require-hashes --compile-bytecode $2; $4 \
 	  echo "$$wanted" > $1/.requirements; }
 endef
 
