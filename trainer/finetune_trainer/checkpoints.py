@@ -1,6 +1,8 @@
 """Checkpoints: complete or ignored. A checkpoint counts only with its seal, which is written last and names every file's digest.
 
 transformers writes the files (adapter, optimizer, schedule, sampler position, RNG); phases.py seals them, stages/train.py asks for the newest.
+It writes them in place, and that is as good as aside and renamed: all of them are on the disk before the seal, and the seal itself is written aside, synced
+and renamed. A kill or a loss of power at any moment leaves a folder with its seal and every byte, or one without a seal that nobody resumes from.
 A checkpoint of another trainDigest is never resumed from.
 """
 

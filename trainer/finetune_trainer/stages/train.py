@@ -38,7 +38,7 @@ from finetune_trainer.teacher import teacher_hidden
 from finetune_trainer.termination_signal import stopping_later
 from finetune_trainer.token_loss import output_head, predict, summed_loss
 
-_KEPT_CHECKPOINTS = 2
+_KEPT_CHECKPOINTS = 2  # transformers deletes the oldest before the new one is sealed: with 1, a kill in between would leave none
 _START = "start.safetensors"
 _TEACHER_WEIGHT = 0.5
 # The second is its name in the transformers that unsloth asks for.
