@@ -14,13 +14,13 @@ from finetune_operator.attention import is_new, is_unfinished
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import ApiError, Cluster, Listing
 from finetune_operator.metrics import NO_PHASE
+from finetune_operator.pacing import pause_after
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Key
 from finetune_operator.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 FIRST_RETRY_SECONDS = 5.0
-SHARE = 0.05  # of the time, at most, that is spent on rounds
 
 
 async def resync(
@@ -51,11 +51,6 @@ async def resync(
         except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
             logger.warning("Not everything can be listed: %s: %s; trying again in %.0f s", type(error).__name__, error, pause_seconds)
         await pause(pause_seconds, settings.resync_seconds, beat)
-
-
-def pause_after(round_seconds: float, resync_seconds: float) -> float:
-    """Seconds until the next round."""
-    return max(resync_seconds, round_seconds / SHARE - round_seconds)
 
 
 async def pause(seconds: float, beat_seconds: float, beat: Callable[[], None]) -> None:

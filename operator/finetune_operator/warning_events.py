@@ -1,22 +1,27 @@
 """The warning events of a namespace, listed once for all jobs that wait in it: each listing costs the API server a look at every event there.
 
 Called by observation.py. They only explain a wait, so nothing waits for them: while they are listed, and where that fails, what was known before stands.
+In a flood of 10,000 jobs a listing takes seconds, and one every five of them would be the larger half of the API server's work: so they get rarer.
 """
 
 import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 import aiohttp
 
 from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.pacing import pause_after
 from finetune_operator.subject import Json
 
 logger = logging.getLogger(__name__)
-FRESH = timedelta(seconds=5)
+FRESH_SECONDS, STALE_SECONDS = 5.0, 60.0  # between two listings: at least, and at most
+
+
+_NEVER = datetime.max.replace(tzinfo=UTC)  # nobody lists what is being listed
 
 
 class _Warning(NamedTuple):
@@ -35,18 +40,21 @@ class WarningEvents:
     cluster: Cluster
     is_ours: Callable[[str], bool]
     now: Callable[[], datetime]
-    _listed: dict[str, datetime] = field(default_factory=dict)
+    _again: dict[str, datetime] = field(default_factory=dict)
     _known: dict[str, dict[str, list[_Warning]]] = field(default_factory=dict)
 
     async def about(self, namespace: str, uid: str, since: datetime) -> tuple[str, ...]:
         """Texts of the warnings about the object of this UID that were seen since then, newest first."""
-        now = self.now()
-        if now - self._listed.get(namespace, now - FRESH) >= FRESH:
-            self._listed[namespace] = now
+        begun = self.now()
+        if begun >= self._again.get(namespace, begun):
+            self._again[namespace] = _NEVER
             try:
                 self._known[namespace] = await self._list(namespace)
             except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
                 logger.warning("The events of namespace %s can't be listed: %s: %s", namespace, type(error).__name__, error)
+            finally:
+                pause_seconds = pause_after((self.now() - begun).total_seconds(), FRESH_SECONDS)
+                self._again[namespace] = self.now() + timedelta(seconds=min(pause_seconds, STALE_SECONDS))
         found = self._known.get(namespace, {}).get(uid, [])
         return tuple(warning.text for warning in sorted(found, reverse=True) if warning.seen >= since)
 

@@ -8,7 +8,8 @@ from typing import cast
 import pytest
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import ApiError, Cluster, Listing
-from finetune_operator.resync import SHARE, pause, pause_after, resync
+from finetune_operator.pacing import SHARE, pause_after
+from finetune_operator.resync import pause, resync
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Key
 from finetune_operator.work_queue import WorkQueue

@@ -8,9 +8,10 @@ from typing import cast
 import pytest
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.subject import Json
-from finetune_operator.warning_events import FRESH, WarningEvents
+from finetune_operator.warning_events import FRESH_SECONDS, STALE_SECONDS, WarningEvents
 from support.simulated_cluster import NOW, written
 
+FRESH = timedelta(seconds=FRESH_SECONDS)
 EARLIER, LATER = NOW - timedelta(minutes=1), NOW + timedelta(minutes=1)
 
 
@@ -30,6 +31,7 @@ class Events:
     Attributes:
         listings: how often they were asked for.
         failure: what the next listing ends with.
+        takes: how long a listing takes.
     """
 
     def __init__(self, *events: Json) -> None:
@@ -37,10 +39,12 @@ class Events:
         self.listings = 0
         self.now = NOW
         self.failure: Exception | None = None
+        self.takes = timedelta()
         self.warnings = WarningEvents(cast("Cluster", self), lambda uid: uid.startswith("our"), lambda: self.now)
 
     async def list_warnings(self, _namespace: str) -> AsyncIterator[list[Json]]:
         self.listings += 1
+        self.now += self.takes
         await asyncio.sleep(0)
         if self.failure:
             raise self.failure
@@ -80,6 +84,26 @@ def test_they_are_listed_again_when_they_are_not_fresh() -> None:
     events.events.append(event("our-pod", "no claim"))
     events.now += FRESH
     assert events.about("our-pod") == [("no claim",)]
+
+
+@pytest.mark.parametrize(("takes", "pause"), [(0.1, FRESH_SECONDS), (1.0, 19.0), (10.0, STALE_SECONDS)])
+def test_what_takes_long_is_listed_less_often(takes: float, pause: float) -> None:
+    events = Events()
+    events.takes = timedelta(seconds=takes)
+    events.about("our-pod")
+    events.now += timedelta(seconds=pause - 0.01)
+    events.about("our-pod")
+    assert events.listings == 1
+    events.now += timedelta(seconds=0.01)
+    events.about("our-pod")
+    assert events.listings == 2
+
+
+def test_no_listing_begins_while_another_one_lasts() -> None:
+    events = Events()
+    events.takes = timedelta(seconds=30)
+    events.about("our-pod", "our-job", "our-third")
+    assert events.listings == 1
 
 
 @pytest.mark.parametrize("failure", [ApiError(504, "Timeout", "etcd"), TimeoutError(), ConnectionResetError()])
