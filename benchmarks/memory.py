@@ -98,12 +98,16 @@ def _estimated(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> d
 def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> dict[str, int]:
     """Bytes that each phase's peak lies above what the process had before."""
     import torch
+    from finetune_trainer import adapter  # noqa: F401 what _prepared imports counts as there before
     from finetune_trainer.qat.prepare import mode_of, set_fake_quantization
     from finetune_trainer.qat.scales import fit_scales
+    from finetune_trainer.stages import load  # noqa: F401
     from finetune_trainer.stages.data import Example
     from finetune_trainer.stages.evaluate import TOKENS_AT_ONCE, measure, pad
     from finetune_trainer.teacher import adapter_values, in_place, teacher_hidden
     from finetune_trainer.token_loss import output_head, predict, summed_loss
+    from transformers.models.llama import modeling_llama  # noqa: F401
+    from trl.trainer.utils import add_fused_lm_head  # noqa: F401
 
     torch.manual_seed(0)
     before, peaks = _resident("VmRSS"), {}
@@ -206,7 +210,12 @@ def _in_a_process(case: int) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit, with a + where files of the tree have changed since."""
+    commit, changed = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "trainer", "crds", "benchmarks/memory.py"))
+    )
+    return commit + ("+" if changed else "")
 
 
 if __name__ == "__main__":
