@@ -88,7 +88,7 @@ demo: setup ## fine-tunes a small model on this machine: one YAML in, one verifi
 
 crd: setup ## the CRD, the chart's RBAC rules and the generated pages of docs/ from the code
 	@$(PY) -m finetune_api.crd && $(PY) -m finetune_api.docs && $(PY) -m finetune_operator.metrics && $(PY) -m finetune_operator.permissions
-	@$(PY) -m finetune_trainer.qat.schemes_page && $(PY) -m finetune_trainer.troubleshooting
+	@$(PY) -m finetune_trainer.qat.schemes_page && $(PY) -m finetune_trainer.memory.page && $(PY) -m finetune_trainer.troubleshooting
 
 lock: $(UV) ## the pinned, hashed requirement files; unsloth's has the trainer's versions wherever unsloth allows them
 	@for target in operator trainer unsloth dev; do \
@@ -117,7 +117,7 @@ bench-schemes: setup ## size and held-out loss of each scheme on SmolLM2; measur
 	@$(PY) benchmarks/schemes.py $(ARGS) && $(PY) -m finetune_trainer.qat.schemes_page
 
 bench-memory: setup ## the memory estimate against what training processes really take; the rows of docs/memory.md
-	@$(PY) benchmarks/memory.py $(ARGS)
+	@$(BENCH_THREADS) $(PY) benchmarks/memory.py $(ARGS) && $(PY) -m finetune_trainer.memory.page
 
 bench-mirror: setup cluster-setup ## what a checkpoint costs: bytes, and seconds to seal, mirror and fetch it
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/mirror.py $(ARGS)

@@ -1,140 +1,169 @@
-"""The memory estimate against what a training process really grows by (`make bench-memory`).
+"""The memory estimate against what a training process really grows by (`make bench-memory`): six rows, each measured in a process of its own.
 
-Each case is two processes: one estimates, from the configuration alone; one trains a few steps with SFTTrainer's own loss and AdamW, and reads its
-peak resident set from the kernel, less what it was before the model was loaded. SmolLM2-135M and a 2-layer, 1,024-wide Llama; int8-int4, rank 32,
-float32, every step under exact QAT. Ends with one JSON line per row; `--results` keeps them in benchmarks/results/memory.json and puts them into
-docs/memory.md. `--case` is what the processes run.
+SmolLM2-135M and a 2-layer, 1,024-wide Llama; int8-int4, rank 32, float32. Every phase of a job, from the product's own parts: steps of plain LoRA, the
+switch with its held-out rows, and steps under exact QAT with a teacher, each of two micro-batches. What is compared is the peak resident set, read from the
+kernel for each phase, less what the process had before it loaded the model. Rows that are in benchmarks/results/memory.json are not measured again.
 """
 
 import argparse
 import json
 import os
-import re
+import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
-PAGE = ROOT / "docs" / "memory.md"
 MODELS = ("SmolLM2-135M", "Llama, 2 x 1,024")
 SHAPES = ((1, 512, False), (4, 256, False), (1, 1024, True))
-STEPS = 2
-BAR = 0.10
+STEPS, ACCUMULATION = 2, 2  # of each phase; micro-batches of a step
+PHASES = ("tune", "switch", "adapt")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", action="store_true", help="keep the rows in benchmarks/results and docs/memory.md")
     parser.add_argument("--cases", nargs="+", type=int, default=range(len(MODELS) * len(SHAPES)), help="which rows, from 0")
-    parser.add_argument("--case", type=int)
-    parser.add_argument("--what", choices=("estimated", "measured"))
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
+    parser.add_argument("--case", type=int, help="what the processes run: prints one row")
     chosen = parser.parse_args()
-    if chosen.what:
-        print(json.dumps(_estimated(chosen.case) if chosen.what == "estimated" else _measured(chosen.case)))
+    if chosen.case is not None:
+        print(json.dumps(_row(chosen.case)))
         return
-    rows = [compare(case) for case in chosen.cases]
-    if chosen.results:
-        keep(rows)
+    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+    for case in chosen.cases:
+        name = name_of(case)
+        if name not in known or chosen.fresh:
+            known[name] = _in_a_process(case) | {"commit": _commit()}
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(
+                json.dumps({"rows": {name_of(item): known[name_of(item)] for item in range(6) if name_of(item) in known}}, indent=1) + "\n"
+            )
+        print(json.dumps({name: known[name]}), flush=True)
 
 
-def compare(case: int) -> dict[str, Any]:
-    """One row of the table."""
-    estimated, measured = (_in_a_process(case, what) for what in ("estimated", "measured"))
+def name_of(case: int) -> str:
+    """Of the row in results and docs."""
     model, (rows, tokens, checkpointed) = _case(case)
-    error = estimated["peak"] / measured["bytes"] - 1
-    row = {
-        "model": model,
-        "rows": rows,
-        "tokens": tokens,
-        "checkpointed": checkpointed,
-        "estimated": estimated,
-        "measured": measured["bytes"],
-        "error": round(error, 4),
-        "bar": BAR,
-        "holds": abs(error) <= BAR,
-    }
-    print(json.dumps(row), flush=True)
-    return row
-
-
-def keep(rows: list[dict[str, Any]]) -> None:
-    """Writes the rows where the docs take them from, and into the docs."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"command": "make bench-memory ARGS=--results", "rows": rows}, indent=1) + "\n")
-    PAGE.write_text(with_table(PAGE.read_text(), rows))
-
-
-def with_table(page: str, rows: list[dict[str, Any]]) -> str:
-    """The page with the rows between its marks."""
-    return re.sub(r"(<!-- rows -->\n).*(<!-- end of rows -->)", lambda marks: marks[1] + table(rows) + marks[2], page, flags=re.DOTALL)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    head = (
-        "| model | micro-batch | weights | adapter | optimizer | activations | estimated peak | measured | difference |\n"
-        + "|---" * 9
-        + "|\n"
-    )
-    return head + "".join(_line(row) for row in rows)
-
-
-def _line(row: dict[str, Any]) -> str:
-    shape = f"{row['rows']} x {row['tokens']:,}" + (", checkpointed" if row["checkpointed"] else "")
-    parts = " | ".join(f"{row['estimated'][part] / 1e9:.2f}" for part in ("weights", "adapter", "optimizer", "activations", "peak"))
-    return f"| {row['model']} | {shape} | {parts} | {row['measured'] / 1e9:.2f} | {row['error']:+.1%} |\n"
+    return f"{model}: {rows} x {tokens:,}{' checkpointed' if checkpointed else ''}"
 
 
 def _case(case: int) -> tuple[str, tuple[int, int, bool]]:
     return MODELS[case // len(SHAPES)], SHAPES[case % len(SHAPES)]
 
 
-def _estimated(case: int) -> dict[str, int]:
-    _quiet()
-    import torch
-    from finetune_trainer.memory.dry_run import Step, empty_model
-    from finetune_trainer.memory.estimate import estimate_of
+def _row(case: int) -> dict[str, Any]:
+    """Both sides. The measured one comes first: what the estimate leaves behind would serve it."""
+    from finetune_trainer.reporting.quiet import quiet_bars, quiet_libraries
+    from finetune_trainer.reporting.report import versions
 
-    name, (rows, tokens, checkpointed) = _case(case)
-    step = Step(rows, tokens, quantized=True, checkpointed=checkpointed)
-    found = estimate_of(empty_model(_config(name), _spec(), torch.float32), [step])
-    return {part: getattr(found, part) for part in ("weights", "adapter", "optimizer", "activations", "peak")}
-
-
-def _measured(case: int) -> dict[str, int]:
-    _quiet()
-    import torch
-    from trl.trainer.utils import add_fused_lm_head
-
-    torch.manual_seed(0)
+    quiet_libraries()
+    quiet_bars()
     name, (rows, tokens, checkpointed) = _case(case)
     folder = _folder(name)
-    before = _resident("VmRSS")
-    model, optimizer = _prepared(folder, checkpointed)
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
-    input_ids = torch.randint(0, model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
-    for _ in range(STEPS):
-        output = model(input_ids=input_ids, labels=input_ids, fused_lm_head=True, use_cache=False)
-        (-output.log_probs.sum() / input_ids.numel()).backward()
-        del output
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"bytes": _resident("VmHWM") - before}
+    measured = _measured(folder, rows, tokens, checkpointed=checkpointed)
+    estimated = _estimated(folder, rows, tokens, checkpointed=checkpointed)
+    return {"estimated": estimated, "measured": measured, "versions": versions(), "machine": platform.machine()}
 
 
-def _prepared(folder: Path, checkpointed: bool) -> Any:
-    """The model as stages/load.py and stages/train.py make it, every step under exact QAT, and its optimizer."""
+def _estimated(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> dict[str, dict[str, int]]:
+    """The parts of each phase's peak."""
+    from dataclasses import asdict, replace
+
+    import torch
+    from finetune_trainer.memory.dry_run import HeldOutBatch, Step, empty_model
+    from finetune_trainer.memory.estimate import Kind, Lengths, needed_by
+    from transformers import AutoConfig
+
+    class Checkpointing(Kind):
+        """A job on a CPU never checkpoints; this row shows that the estimate could tell."""
+
+        def traced(self, rows: int) -> list[Step | HeldOutBatch]:
+            return [replace(item, checkpointed=checkpointed) if isinstance(item, Step) else item for item in super().traced(rows)]
+
+    model = empty_model(AutoConfig.from_pretrained(folder), _spec(), torch.float32)
+
+    def phase(name: str) -> dict[str, int]:
+        lengths = Lengths(tokens, tokens if name == "switch" else 0)
+        kind = Checkpointing(False, name == "tune", name == "adapt", True, True, ACCUMULATION * rows, lengths)
+        found = needed_by(model, kind)(rows, True)
+        return {**asdict(found), "peak": found.peak}
+
+    return {name: phase(name) for name in PHASES}
+
+
+def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> dict[str, int]:
+    """Bytes that each phase's peak lies above what the process had before."""
+    import torch
+    from finetune_trainer import adapter  # noqa: F401 what _prepared imports counts as there before
+    from finetune_trainer.qat.prepare import mode_of, set_fake_quantization
+    from finetune_trainer.qat.scales import fit_scales
+    from finetune_trainer.stages import load  # noqa: F401
+    from finetune_trainer.stages.data import Example
+    from finetune_trainer.stages.evaluate import TOKENS_AT_ONCE, measure, pad
+    from finetune_trainer.teacher import adapter_values, in_place, teacher_hidden
+    from finetune_trainer.token_loss import output_head, predict, summed_loss
+    from transformers.models.llama import modeling_llama  # noqa: F401
+    from trl.trainer.utils import add_fused_lm_head  # noqa: F401
+
+    torch.manual_seed(0)
+    before, peaks = _resident("VmRSS"), {}
+    model, optimizer = _prepared(folder, checkpointed=checkpointed)
+    base, mode = model.get_base_model(), mode_of(model)
+    mode.keep_codes = True
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(count: int) -> list[Example]:
+        """Rows of different lengths, as real ones are."""
+        lengths = [tokens - index for index in range(count)]
+        ids = [tuple(torch.randint(0, model.config.vocab_size, (length,), generator=generator).tolist()) for length in lengths]
+        return [Example(item, item) for item in ids]
+
+    def tune(batch: dict[str, Any]) -> torch.Tensor:
+        return -model(**batch, fused_lm_head=True, use_cache=False).log_probs.sum()
+
+    def adapt(batch: dict[str, Any]) -> torch.Tensor:
+        taught = teacher_hidden(model, teacher, batch)
+        return summed_loss(output_head(base), predict(base, **batch), taught, 0.5)
+
+    def steps(loss_of: Any) -> None:
+        for _ in range(STEPS):
+            for _ in range(ACCUMULATION):
+                (loss_of(pad(drawn(rows), 0)) / (ACCUMULATION * rows * tokens)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with _peak_of("tune", peaks, before):
+        steps(tune)
+    with _peak_of("switch", peaks, before):
+        teacher = adapter_values(model)
+        with in_place(model, teacher):
+            fit_scales(model)
+        for fake_quant in (False, True):
+            measure(model, drawn(2 * max(1, TOKENS_AT_ONCE // tokens)), fake_quant=fake_quant)
+    set_fake_quantization(model, enabled=True)
+    with _peak_of("adapt", peaks, before):
+        steps(adapt)
+    return peaks
+
+
+def _prepared(folder: Path, *, checkpointed: bool) -> Any:
+    """The model as stages/load.py and stages/train.py make it, and its optimizer."""
     import torch
     from finetune_trainer.adapter import add_adapter
     from finetune_trainer.qat.prepare import follow_optimizer, prepare
     from finetune_trainer.stages.load import load_base
+    from trl.trainer.utils import add_fused_lm_head
 
     model = add_adapter(load_base(folder, "float32", trust_remote_code=False), _spec().lora).train()
-    prepare(model, _spec().quantization, enabled=True)
+    prepare(model, _spec().quantization, enabled=False)
     if checkpointed:
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     optimizer = torch.optim.AdamW([item for item in model.parameters() if item.requires_grad], lr=1e-4, fused=True)
     follow_optimizer(model, optimizer)
     return model, optimizer
@@ -145,12 +174,6 @@ def _spec() -> Any:
 
     source = {"model": {"source": "builtin://smollm2-135m"}, "dataset": {"source": "builtin://python-docs"}}
     return FineTuneJobSpec.model_validate(source | {"outputs": {"destinations": [{"uri": "file:///nowhere"}]}})
-
-
-def _config(name: str) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(_folder(name))
 
 
 def _folder(name: str) -> Path:
@@ -168,11 +191,11 @@ def _folder(name: str) -> Path:
     return folder
 
 
-def _quiet() -> None:
-    from finetune_trainer.reporting.quiet import quiet_bars, quiet_libraries
-
-    quiet_libraries()
-    quiet_bars()
+@contextmanager
+def _peak_of(phase: str, peaks: dict[str, int], before: int) -> Iterator[None]:
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+    yield
+    peaks[phase] = _resident("VmHWM") - before
 
 
 def _resident(name: str) -> int:
@@ -180,10 +203,19 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _in_a_process(case: int, what: str) -> dict[str, int]:
-    command = [sys.executable, "-W", "ignore::FutureWarning", __file__, "--case", str(case), "--what", what]
+def _in_a_process(case: int) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore::FutureWarning", __file__, "--case", str(case)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _commit() -> str:
+    """The commit, with a + where files of the tree have changed since."""
+    commit, changed = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "trainer", "crds", "benchmarks/memory.py"))
+    )
+    return commit + ("+" if changed else "")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,14 @@ def run(job: Job = None, workdir: Workdir = None, cache: Cache = None) -> None:
     description = _description(job)
     workdir, cache = _folders(description, workdir, cache)
     from finetune_trainer import pipeline
+    from finetune_trainer.memory.shrink import OutOfMemory, start_anew
     from finetune_trainer.reporting.summary import print_summary
 
-    with _debug_log(workdir):
-        report = pipeline.run(description, workdir, cache)
+    try:
+        with _debug_log(workdir):
+            report = pipeline.run(description, workdir, cache)
+    except OutOfMemory:
+        start_anew(description, workdir, cache)
     print_summary(report, workdir, _destinations(description))
 
 

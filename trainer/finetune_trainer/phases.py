@@ -85,7 +85,7 @@ class Phases(TrainerCallback):
         follow_optimizer(self._work.model, getattr(optimizer, "optimizer", optimizer))
         mode = mode_of(self._work.model)
         if mode is not None:
-            mode.keep_codes = self._work.plan.accumulation > 1
+            mode.keep_codes = self.plan.keeps_codes and self.plan.accumulation > 1
 
     def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Turns to exact QAT at the switch; a run that resumes behind it turns at once."""
@@ -123,7 +123,7 @@ class Phases(TrainerCallback):
         folder = checkpoints.folder_of(Path(args.output_dir), state.global_step)
         if self.switch is not None:
             self.switch.save(folder)
-        checkpoints.seal(folder, self._work.ctx.job.train_digest, {"inputs": self._work.inputs, "micro_batch": self.plan.micro_batch})
+        checkpoints.seal(folder, self._work.ctx.job.train_digest, {"inputs": self._work.inputs, **self.plan.cut})
         if self._work.mirror is None:
             return
         try:
@@ -181,7 +181,7 @@ class Phases(TrainerCallback):
             return None, None
         with stopping_at_once(), work.ctx.reporter.timed("switch"):
             tuned = measure(work.model, work.held_out, fake_quant=False)
-            ptq = measure(work.model, work.held_out, fake_quant=True)
+            ptq = measure(work.model, work.held_out, fake_quant=True, keep_codes=work.plan.keeps_codes)
         work.ctx.reporter.note(
             f"At the switch to quantization-aware steps: held-out loss {mean_loss(tuned.rows):.4g} as tuned, {mean_loss(ptq.rows):.4g} if quantized now."
         )

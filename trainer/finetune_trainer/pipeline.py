@@ -101,7 +101,9 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     reporter.enter(Stage.EVALUATING)
     quantized = ctx.spec.quantization.scheme is not Scheme.NONE
     losses = stages.once(
-        Stage.EVALUATING, evaluate.Losses, lambda: evaluate.run(ctx, trained.model, rows, trained.switch, quantized=quantized)
+        Stage.EVALUATING,
+        evaluate.Losses,
+        lambda: evaluate.run(ctx, trained.model, rows, trained.switch, quantized=quantized, keep_codes=trained.plan.keeps_codes),
     )
     converted = proof = None
     if Artifact.QUANTIZED in ctx.spec.wanted_artifacts:

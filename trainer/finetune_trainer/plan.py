@@ -2,8 +2,9 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec, Scheme
 
@@ -23,6 +24,7 @@ class Plan:
         micro_batch: rows of one forward pass; divides the effective batch.
         accumulation: micro-batches of one optimizer step.
         warmup_steps: steps over which the learning rate rises.
+        keeps_codes: whether quantized weights are kept from one micro-batch to the next, which is faster, and takes one byte a weight.
         reduced: whether the micro-batch was chosen smaller because memory had run out.
     """
 
@@ -31,6 +33,7 @@ class Plan:
     micro_batch: int
     accumulation: int
     warmup_steps: int
+    keeps_codes: bool = True
     reduced: bool = False
 
     @property
@@ -38,13 +41,24 @@ class Plan:
         """Rows of an optimizer step: the effective batch."""
         return self.micro_batch * self.accumulation
 
+    @property
+    def cut(self) -> dict[str, int | bool]:
+        """How the batch is cut, for those who go on: another micro-batch adds up gradients in another order."""
+        return {"micro_batch": self.micro_batch, "keeps_codes": self.keeps_codes, "reduced": self.reduced}
+
+    def with_cut(self, known: Mapping[str, Any]) -> "Plan":
+        """The same steps, cut as `cut` has it; what it does not say is as it is here."""
+        cut = {name: known.get(name, value) for name, value in self.cut.items()}
+        return replace(self.with_micro_batch(cut.pop("micro_batch")), **cut)
+
     def with_micro_batch(self, rows: int) -> "Plan":
         """The same steps, cut otherwise; `rows` divides the effective batch."""
         return replace(self, micro_batch=rows, accumulation=self.batch // rows)
 
     def halved(self) -> "Plan":
-        """The same effective batch in micro-batches of half the rows, or of the next fewer that divide it."""
-        return replace(self.with_micro_batch(largest_divisor(self.batch, max(1, self.micro_batch // 2))), reduced=True)
+        """The same effective batch in micro-batches of half the rows, or of the next fewer that divide it, with nothing kept for speed."""
+        fewer = largest_divisor(self.batch, max(1, self.micro_batch // 2))
+        return replace(self.with_micro_batch(fewer), keeps_codes=False, reduced=True)
 
     def fitted(self, fits: Callable[[int], bool]) -> "Plan | None":
         """The plan with the largest micro-batch, of at most its own rows, that fits; None when not even a single row does.
@@ -69,11 +83,11 @@ def plan(spec: FineTuneJobSpec, rows: int, longest: int, *, on_gpu: bool = False
         on_gpu: whether it is for a GPU.
     """
     training, quantization = spec.training, spec.quantization
-    steps = training.epochs * math.ceil(rows / training.batch_size)
-    adapt = 0 if quantization.scheme is Scheme.NONE else math.ceil(steps * quantization.qat_percent / 100)
+    steps, quantizes = training.epochs * math.ceil(rows / training.batch_size), quantization.scheme is not Scheme.NONE
+    adapt = math.ceil(steps * quantization.qat_percent / 100) if quantizes else 0
     tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else MICRO_BATCH_TOKENS
     micro_batch = largest_divisor(training.batch_size, max(1, tokens // longest))
-    return Plan(steps, steps - adapt, micro_batch, training.batch_size // micro_batch, math.ceil(steps * _WARMUP_SHARE))
+    return Plan(steps, steps - adapt, micro_batch, training.batch_size // micro_batch, math.ceil(steps * _WARMUP_SHARE), quantizes)
 
 
 def largest_divisor(number: int, limit: int) -> int:

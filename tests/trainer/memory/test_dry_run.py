@@ -6,10 +6,22 @@ import pytest
 import torch
 from finetune_api.spec import FineTuneJobSpec, LoraSpec, QuantizationSpec
 from finetune_trainer.adapter import add_adapter
-from finetune_trainer.memory.dry_run import Step, UntraceableError, empty_model, peak_bytes, run
-from finetune_trainer.memory.estimate import Kind, estimate_of, remembered
+from finetune_trainer.memory.dry_run import (
+    HeldOutBatch,
+    Step,
+    UntraceableError,
+    code_bytes,
+    empty_model,
+    evaluate,
+    factor_bytes,
+    peak_bytes,
+    run,
+)
+from finetune_trainer.memory.estimate import PARTS, Kind, Lengths, needed_by
 from finetune_trainer.memory.tracking import LiveBytes
-from finetune_trainer.qat.prepare import prepare
+from finetune_trainer.qat.linear import weight_codes
+from finetune_trainer.qat.prepare import exact_layers, mode_of, prepare
+from finetune_trainer.qat.scales import fit_scales
 from peft import PeftModel
 from support.run_contexts import run_spec
 from support.tiny_model import tiny_llama
@@ -27,17 +39,22 @@ def model_of(config: PreTrainedConfig | None = None, scheme: str = "int8-int4") 
     return empty_model(config or tiny_llama(**WIDE).config, spec(scheme), torch.float32)
 
 
-def real_peak(step: Step) -> int:
-    """What the same step takes with real weights."""
+def real_model(*, enabled: bool = True) -> PeftModel:
     model = add_adapter(tiny_llama(**WIDE), LoraSpec(rank=4)).train()
-    prepare(model, QuantizationSpec(), enabled=step.quantized)
-    if step.checkpointed:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    prepare(model, QuantizationSpec(), enabled=enabled)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    return model
+
+
+def real_peak(traced: Step | HeldOutBatch) -> int:
+    """What the same takes with real weights."""
+    model = real_model(enabled=traced.quantized)
+    if isinstance(traced, Step) and traced.checkpointed:
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     with LiveBytes() as tracker:
         for held in (*model.parameters(), *model.buffers()):
             tracker.count(held)
-        run(model, step)
+        run(model, traced) if isinstance(traced, Step) else evaluate(model, traced)
     return tracker.peak
 
 
@@ -47,6 +64,43 @@ def real_peak(step: Step) -> int:
 def test_shapes_alone_come_to_the_bytes_of_the_real_step(quantized: bool, checkpointed: bool, padded: bool) -> None:
     step = Step(2, 96, padded=padded, quantized=quantized, checkpointed=checkpointed)
     assert peak_bytes(model_of(), step) == pytest.approx(real_peak(step), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "traced",
+    [
+        Step(2, 96, quantized=True, taught=True),
+        Step(2, 96, quantized=True, accumulated=True),
+        HeldOutBatch(4, 96, True),
+        HeldOutBatch(1, 96),
+    ],
+)
+def test_a_teacher_micro_batches_before_and_held_out_rows_count_as_they_do(traced: Step | HeldOutBatch) -> None:
+    assert peak_bytes(model_of(), traced) == pytest.approx(real_peak(traced), rel=0.05)
+
+
+def test_micro_batches_before_take_more_and_a_batch_of_held_out_rows_less() -> None:
+    model = model_of()
+    plain = peak_bytes(model, Step(2, 96, quantized=True))
+    gradients = sum(item.numel() * 4 for item in model.parameters() if item.requires_grad)
+    assert plain < peak_bytes(model, Step(2, 96, quantized=True, accumulated=True)) <= plain + gradients
+    assert peak_bytes(model, HeldOutBatch(2, 96, quantized=True)) < plain
+
+
+@pytest.mark.parametrize("scheme", ["int8-int4", "int8", "fp8-int4"])
+def test_what_quantization_keeps_is_counted_to_the_byte(scheme: str) -> None:
+    model = add_adapter(tiny_llama(**WIDE), LoraSpec(rank=4)).train()
+    prepare(model, QuantizationSpec.model_validate({"scheme": scheme}), enabled=True)
+    fit_scales(model)
+    layers = [layer for _, layer in exact_layers(model)]
+    mode = mode_of(model)
+    assert mode is not None
+    mode.keep_codes = True
+    kept = [part for layer in layers for part in weight_codes(layer) if isinstance(part, torch.Tensor)]
+    assert len(kept) >= 2 * len(layers) > 0
+    assert code_bytes(model_of(scheme=scheme)) == sum(part.nbytes for part in kept)
+    assert factor_bytes(model_of(scheme=scheme)) == sum(layer.exact.shrink.nbytes for layer in layers if layer.exact.shrink is not None)
+    assert code_bytes(model_of(scheme="none")) == factor_bytes(model_of(scheme="none")) == 0
 
 
 def test_the_model_is_empty_again_afterwards_and_the_next_answer_is_the_same() -> None:
@@ -78,27 +132,56 @@ def test_decoders_of_other_families_need_no_formula(kind: type[PreTrainedConfig]
     assert peak_bytes(model, Step(1, 64, quantized=True)) > weights
 
 
+def kind(**changes: Any) -> Kind:
+    settings = {"on_gpu": False, "tunes": True, "adapts": True, "distills": True, "quantizes": True, "batch": 8, "lengths": Lengths(64, 64)}
+    return Kind(**(settings | changes))
+
+
 def test_the_parts_are_the_model_its_adapter_and_adamw() -> None:
     model = model_of()
     trained = sum(item.numel() for item in model.parameters() if item.requires_grad) * 4
-    found = estimate_of(model, [Step(1, 64)])
+    found = needed_by(model, kind(adapts=False, lengths=Lengths(64, 0)))(1, True)
     assert found.adapter == trained
     assert found.optimizer == 3 * trained
     assert found.weights == pytest.approx(sum(item.numel() for item in model.parameters()) * 4 - trained, rel=0.01)
-    assert found.peak == found.weights + found.adapter + found.optimizer + found.activations
+    assert found.quantization == 0
+    assert found.peak == sum(getattr(found, part) for part in PARTS)
     assert found.activations > 0
     assert "a micro-batch of 1 row of 64 tokens needs" in found.sentence
 
 
-def test_both_phases_are_looked_at_and_each_size_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapter_at_the_switch_its_factors_and_kept_codes_come_on_top_of_an_adapting_step() -> None:
+    model = model_of()
+    needed = needed_by(model, kind(tunes=False, distills=False, lengths=Lengths(64, 0)))
+    trained = sum(item.numel() for item in model.parameters() if item.requires_grad) * 4
+    without, kept = needed(1, False), needed(1, True)
+    assert without.adapter == 2 * trained
+    assert without.quantization == factor_bytes(model)
+    assert kept.peak - without.peak == code_bytes(model)
+    assert needed(8, True) == needed(8, False)  # a batch of one micro-batch keeps none
+
+
+def test_every_phase_is_looked_at_and_each_size_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_trainer.memory import estimate
 
-    steps: list[Step] = []
-    monkeypatch.setattr(estimate, "peak_bytes", lambda _, step: steps.append(step) or 10**6)
-    needed = remembered(model_of(), Kind(on_gpu=True, tunes=True, adapts=True), 64)
-    assert needed(2) == needed(2)
-    assert [step.quantized for step in steps] == [False, True]
+    seen: list[Step | HeldOutBatch] = []
+    monkeypatch.setattr(estimate, "peak_bytes", lambda _, traced: seen.append(traced) or 10**6)
+    needed = needed_by(model_of(), kind(on_gpu=True))
+    assert [needed(rows, keeps) for rows in (2, 8, 2) for keeps in (False, True)]
+    steps, batches = [[item for item in seen if isinstance(item, sort)] for sort in (Step, HeldOutBatch)]
+    assert [(step.rows, step.quantized, step.taught, step.accumulated) for step in steps] == [
+        (2, False, False, True),
+        (2, True, True, True),
+        (8, False, False, False),
+        (8, True, True, False),
+    ]
     assert all(step.checkpointed and step.fused_loss and step.padded for step in steps)
+    assert batches == [HeldOutBatch(32, 64, quantized=True)]
+
+
+def test_held_out_rows_that_take_more_than_a_step_are_what_counts() -> None:
+    model = model_of()
+    assert needed_by(model, kind(lengths=Lengths(8, 0)))(1, False).peak < needed_by(model, kind(lengths=Lengths(8, 512)))(1, False).peak
 
 
 def test_a_model_whose_code_looks_at_values_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

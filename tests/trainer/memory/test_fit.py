@@ -6,7 +6,7 @@ import pytest
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import CapacityError
 from finetune_trainer.memory import fit
-from finetune_trainer.memory.estimate import FILLED
+from finetune_trainer.memory.estimate import FILLED, Lengths
 from finetune_trainer.memory.fit import Place
 from finetune_trainer.memory.gpus import CONTEXT_BYTES, GPU_BYTES
 from finetune_trainer.plan import Plan, divisors
@@ -16,7 +16,7 @@ from support.run_contexts import refused, run_spec
 from support.tiny_model import tiny_llama
 
 CONFIG = tiny_llama().config
-LONGEST = 64
+LENGTHS = Lengths(64, 64)
 
 
 def spec(**more: Any) -> FineTuneJobSpec:
@@ -48,12 +48,13 @@ def test_halving_keeps_the_batch_and_ends_at_one_row(batch: int, data: st.DataOb
 
 
 def test_less_memory_gives_a_smaller_micro_batch_and_the_same_memory_the_same() -> None:
-    needed = fit.estimates_of(spec(), CONFIG, plan_of(8, 8), LONGEST, on_gpu=False)
-    for rows in (1, 2, 4, 8):
-        place = Place(int(needed(rows).peak / FILLED) + 1, False, "here", "more")
-        chosen = [fit.fitted(spec(), CONFIG, plan_of(8, 8), LONGEST, place) for _ in range(2)]
-        assert chosen[0] == chosen[1]
-        assert chosen[0][0].micro_batch == chosen[0][1].rows == rows
+    needed = fit.estimates_of(spec(), CONFIG, plan_of(8, 8), LENGTHS, on_gpu=False)
+    for rows, keeps_codes in ((1, True), (4, False), (4, False), (8, False)):
+        place = Place(int(needed(rows, keeps_codes).peak / FILLED) + 1, False, "here", "more")
+        chosen, estimate = fit.fitted(spec(), CONFIG, plan_of(8, 8), LENGTHS, place)
+        assert estimate == needed(rows, chosen.keeps_codes)
+        assert chosen.micro_batch == rows
+        assert chosen.keeps_codes is keeps_codes or needed(rows, False).peak == needed(rows, True).peak
 
 
 def test_what_fits_nowhere_is_refused_with_the_estimate_and_three_ways_out() -> None:
@@ -61,11 +62,11 @@ def test_what_fits_nowhere_is_refused_with_the_estimate_and_three_ways_out() -> 
     with refused(
         CapacityError, "1 row of 64 tokens needs", "resources.memory 1Mi", "training.maxLength", "model.dtype", "resources.memory)"
     ):
-        fit.fitted(spec(), CONFIG, plan_of(8, 8), LONGEST, place)
+        fit.fitted(spec(), CONFIG, plan_of(8, 8), LENGTHS, place)
 
 
 def test_a_place_that_nobody_knows_refuses_nothing() -> None:
-    plan, _ = fit.fitted(spec(), CONFIG, plan_of(8, 8), LONGEST, Place(None, True, "a GPU", ""))
+    plan, _ = fit.fitted(spec(), CONFIG, plan_of(8, 8), LENGTHS, Place(None, True, "a GPU", ""))
     assert plan.micro_batch == 8
 
 
@@ -84,7 +85,7 @@ def test_a_pods_room_is_what_its_spec_promises(resources: dict[str, Any], on_gpu
 
 
 def test_a_pod_with_a_gpu_needs_memory_for_the_weights_as_well() -> None:
-    _, needed = fit.fitted(spec(), CONFIG, plan_of(8, 8), LONGEST, Place(None, True, "a GPU", ""))
+    _, needed = fit.fitted(spec(), CONFIG, plan_of(8, 8), LENGTHS, Place(None, True, "a GPU", ""))
     fit.require_host_memory(spec(resources={"memory": "2Gi"}), needed)
     with refused(CapacityError, "resources.memory 1Gi", "raise resources.memory"):
         fit.require_host_memory(spec(resources={"memory": "1Gi"}), needed)

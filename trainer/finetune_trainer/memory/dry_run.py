@@ -1,4 +1,4 @@
-"""One training step on fake tensors: the real model code, loss and backward pass, with shapes and no values.
+"""One training step, or one batch of held-out rows, on fake tensors: the real model code, losses and backward pass, with shapes and no values.
 
 Any decoder that transformers can build is measured as it is: no formula for an architecture, no weights, no GPU. Called by estimate.py.
 Not yet run on a GPU: for one, the step is traced with a CPU's operators, whose attention keeps what a GPU's flash attention keeps.
@@ -15,13 +15,15 @@ from finetune_api.spec import FineTuneJobSpec, Scheme
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune_trainer.adapter import add_adapter
 from finetune_trainer.failures import first_line, is_out_of_memory
 from finetune_trainer.memory.tracking import LiveBytes
-from finetune_trainer.qat.prepare import drop_caches, mode_of, prepare
+from finetune_trainer.qat.linear import ExactLoraLinear, base_linear, weight_codes
+from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization, free_codes, mode_of, prepare
+from finetune_trainer.token_loss import Prediction, output_head, summed_loss, token_losses
 
 _LOSS_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for
 
@@ -40,7 +42,9 @@ class Step:
         padded: whether the rows differ in length, so that attention keeps a mask [rows, 1, tokens, tokens] for each layer.
         quantized: whether it is a step of exact quantization-aware training.
         checkpointed: whether layers are computed again in the backward pass instead of kept.
-        fused_loss: whether the loss runs in kernels that need no scratch tensors (a GPU's).
+        fused_loss: whether trl's loss runs in kernels that need no scratch tensors (a GPU's).
+        taught: whether a teacher's forward pass comes first, and the loss is the one with a teacher.
+        accumulated: whether micro-batches before it have left their gradients.
     """
 
     rows: int
@@ -49,6 +53,23 @@ class Step:
     quantized: bool = False
     checkpointed: bool = False
     fused_loss: bool = False
+    taught: bool = False
+    accumulated: bool = False
+
+
+@dataclass(frozen=True)
+class HeldOutBatch:
+    """A forward pass over held-out rows, without gradients.
+
+    Attributes:
+        rows: rows of the batch; several are taken to differ in length.
+        tokens: tokens of each.
+        quantized: whether weights and activations are fake-quantized.
+    """
+
+    rows: int
+    tokens: int
+    quantized: bool = False
 
 
 def empty_model(config: PreTrainedConfig, spec: FineTuneJobSpec, dtype: torch.dtype) -> PeftModel:
@@ -66,43 +87,109 @@ def empty_model(config: PreTrainedConfig, spec: FineTuneJobSpec, dtype: torch.dt
     return model.train()
 
 
-def peak_bytes(model: PeftModel, step: Step) -> int:
-    """The most bytes alive during a step: weights, adapter, its gradients, and what the passes keep and make. Without optimizer states.
+def peak_bytes(model: PeftModel, traced: Step | HeldOutBatch) -> int:
+    """The most bytes alive meanwhile: weights, adapter, its gradients, and what the passes keep and make. Without optimizer states.
 
     Args:
         model: from `empty_model`; its parameters are fake tensors within the call, and what they were afterwards.
-        step: what is traced.
+        traced: what is run.
 
     Raises:
         UntraceableError: the model's code needs values.
     """
     mode = mode_of(model)
     if mode is not None:
-        mode.enabled = step.quantized
-    _checkpoint(model, step.checkpointed)
+        mode.enabled = traced.quantized
+    is_step = isinstance(traced, Step)
+    _checkpoint(model, enabled=is_step and traced.checkpointed)
+    with _traced(model) as tracker, _fused() if is_step and traced.fused_loss else nullcontext():
+        run(model, traced) if is_step else evaluate(model, traced)
+    return tracker.peak
+
+
+def code_bytes(model: PeftModel) -> int:
+    """Bytes of the quantized weights of all adapted layers, which are kept from one micro-batch to the next where they fit."""
+    mode = mode_of(model)
+    if mode is None:
+        return 0
+    layers = [layer for _, layer in exact_layers(model) if isinstance(layer, ExactLoraLinear)]
+    with fake_quantization(model, enabled=True, keep_codes=True), _traced(model) as tracker:
+        before = tracker.live
+        for layer in layers:
+            weight_codes(layer)
+        return tracker.live - before
+
+
+def factor_bytes(model: PeftModel) -> int:
+    """Bytes of what the search for scales has found: a float32 factor for each group of weights, of every layer that is quantized."""
+    bases = [(layer.exact.quantizer, base_linear(layer)) for _, layer in exact_layers(model)]
+    return sum(4 * base.out_features * (base.in_features // quantizer.block(base.in_features)) for quantizer, base in bases)
+
+
+def run(model: PeftModel, step: Step) -> None:
+    """The step itself, on whatever tensors the model has: the loss of stages/train.py (trl's own, or the one with a teacher) and its backward pass."""
+    input_ids, mask = _batch(step.rows, step.tokens, padded=step.padded)
+    if step.accumulated:
+        for item in model.parameters():
+            item.grad = torch.zeros_like(item) if item.requires_grad else None
+    if step.taught:
+        loss = _taught_loss(model, input_ids, mask)
+    else:
+        loss = -model(input_ids=input_ids, attention_mask=mask, labels=input_ids, fused_lm_head=True, use_cache=False).log_probs.sum()
+    (loss / step.tokens).backward()
+    model.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def evaluate(model: PeftModel, batch: HeldOutBatch) -> None:
+    """The batch itself, as stages/evaluate.py measures it."""
+    base = model.get_base_model()
+    input_ids, mask = _batch(batch.rows, batch.tokens, padded=batch.rows > 1)
+    model.eval()
+    try:
+        token_losses(output_head(base), Prediction(_hidden(base, input_ids, mask), input_ids[:, 1:].flatten()))
+    finally:
+        model.train()
+
+
+def _taught_loss(model: PeftModel, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    base = model.get_base_model()
+    with torch.no_grad(), fake_quantization(model, enabled=False):
+        taught = _hidden(base, input_ids, mask)
+    return summed_loss(output_head(base), Prediction(_hidden(base, input_ids, mask), input_ids[:, 1:].flatten()), taught, weight=0.5)
+
+
+def _batch(rows: int, tokens: int, *, padded: bool) -> tuple[Tensor, Tensor | None]:
+    """input_ids [rows, tokens], and the mask that attention makes for rows of different lengths."""
+    mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool) if padded else None
+    return torch.zeros(rows, tokens, dtype=torch.long), mask
+
+
+def _hidden(base: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """What token_loss.predict keeps where every token is trained; which are, only values could tell."""
+    hidden = base.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+@contextmanager
+def _traced(model: PeftModel) -> Iterator[LiveBytes]:
+    """Fake tensors within the block, counted; nothing of them is left in the model.
+
+    Raises:
+        UntraceableError: the model's code needs values.
+    """
     tracker = LiveBytes()
     drop_caches(model)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), tracker, _faked(model), _fused() if step.fused_loss else nullcontext():
-            run(model, step)
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker, _faked(model):
+            yield tracker
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise UntraceableError(f"{type(error).__name__}: {first_line(error)}") from error
     finally:
+        free_codes(model, frozen=True)
         drop_caches(model)
-    return tracker.peak
-
-
-def run(model: PeftModel, step: Step) -> None:
-    """The step itself, on whatever tensors the model has: trl's own loss (SFTTrainer.compute_loss) and its backward pass."""
-    input_ids = torch.zeros(step.rows, step.tokens, dtype=torch.long)
-    shape = (step.rows, 1, step.tokens, step.tokens)
-    mask = torch.ones(shape, dtype=torch.bool) if step.padded else None
-    output = model(input_ids=input_ids, attention_mask=mask, labels=input_ids, fused_lm_head=True, use_cache=False)
-    loss = -output.log_probs.sum() / step.tokens
-    loss.backward()
-    model.zero_grad(set_to_none=True)
 
 
 def _checkpoint(model: PeftModel, enabled: bool) -> None:

@@ -4,16 +4,20 @@ Called by the `finetune estimate` command, by preflight (stages/rehearse.py) and
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
+from finetune_api.spec import FineTuneJobSpec, Scheme
 from peft import PeftModel
 
-from finetune_trainer.memory.dry_run import Step, peak_bytes
+from finetune_trainer.memory.dry_run import HeldOutBatch, Step, code_bytes, factor_bytes, peak_bytes
 from finetune_trainer.plan import Plan
+from finetune_trainer.stages.data import Example
+from finetune_trainer.stages.evaluate import TOKENS_AT_ONCE
 
 PROCESS_BYTES = 2**30  # Python, torch and the libraries before a model is loaded: 0.9 GB measured
 FILLED = 0.9  # of what there is: allocators leave fragments, and the estimate may be off by a few percent
+PARTS = ("weights", "adapter", "optimizer", "quantization", "activations")
 _MOMENTS = 2  # AdamW's, in the adapter's dtype
 
 
@@ -23,8 +27,10 @@ class Estimate:
 
     Attributes:
         weights: the base model, once.
-        adapter: LoRA's factors.
+        adapter: LoRA's factors, and from the switch on their values there.
         optimizer: their gradients and AdamW's two moments.
+        quantization: what is kept beside the weights: a factor for each group's scale, and, where they fit, the quantized weights from one
+            micro-batch to the next.
         activations: all that a forward and backward pass keeps or makes, at the worst moment.
         rows: rows of the micro-batch.
         tokens: tokens of each row.
@@ -33,6 +39,7 @@ class Estimate:
     weights: int
     adapter: int
     optimizer: int
+    quantization: int
     activations: int
     rows: int
     tokens: int
@@ -40,57 +47,113 @@ class Estimate:
     @property
     def peak(self) -> int:
         """All of it."""
-        return self.weights + self.adapter + self.optimizer + self.activations
+        return sum(getattr(self, part) for part in PARTS)
 
     @property
     def sentence(self) -> str:
         """For the user: the parts and their sum."""
-        parts = ", ".join(f"{name} {gigabytes(getattr(self, name))}" for name in ("weights", "adapter", "optimizer", "activations"))
+        parts = ", ".join(f"{name} {gigabytes(getattr(self, name))}" for name in PARTS)
         rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
         return f"a micro-batch of {rows} of {self.tokens} tokens needs {gigabytes(self.peak)} ({parts})"
 
 
+Needed = Callable[[int, bool], Estimate]
+"""The estimate as a function of the micro-batch's rows, and of whether quantized weights are kept from one to the next."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the longest row that is trained on, and of the longest one that is held out (0 without any)."""
+
+    trained: int
+    held_out: int
+
+    @classmethod
+    def of(cls, train: Sequence[Example], held_out: Sequence[Example]) -> "Lengths":
+        """Those of the data."""
+        trained, measured = (max((len(example.input_ids) for example in rows), default=0) for rows in (train, held_out))
+        return cls(trained, measured)
+
+
 @dataclass(frozen=True)
 class Kind:
-    """How the steps of a training run.
+    """What a training does, as far as it takes memory.
 
     Attributes:
         on_gpu: with activation checkpointing and fused loss kernels.
         tunes: whether it has steps without fake quantization.
         adapts: whether it has steps under exact quantization-aware training.
+        distills: whether those learn from the adapter at the switch.
+        quantizes: whether the held-out rows are measured on the quantized model too.
+        batch: rows of an optimizer step.
+        lengths: tokens of the longest rows.
     """
 
     on_gpu: bool
     tunes: bool
     adapts: bool
+    distills: bool
+    quantizes: bool
+    batch: int
+    lengths: Lengths
 
     @classmethod
-    def of(cls, plan: Plan, *, on_gpu: bool) -> "Kind":
-        """The phases of this plan."""
-        return cls(on_gpu, tunes=plan.switch_step > 0, adapts=plan.switch_step < plan.steps)
+    def of(cls, spec: FineTuneJobSpec, plan: Plan, lengths: Lengths, *, on_gpu: bool) -> "Kind":
+        """That of this job and plan."""
+        tunes, adapts = plan.switch_step > 0, plan.switch_step < plan.steps
+        distills = spec.quantization.distill and tunes and adapts
+        return cls(on_gpu, tunes, adapts, distills, spec.quantization.scheme is not Scheme.NONE, plan.batch, lengths)
 
-    def steps(self, rows: int, tokens: int) -> list[Step]:
-        """One step of each phase; several rows are taken to differ in length."""
-        phases = [quantized for quantized, wanted in ((False, self.tunes), (True, self.adapts)) if wanted]
-        return [Step(rows, tokens, rows > 1, quantized, checkpointed=self.on_gpu, fused_loss=self.on_gpu) for quantized in phases]
+    def traced(self, rows: int) -> list[Step | HeldOutBatch]:
+        """One step of each phase, with several rows that differ in length, and a batch of held-out rows."""
+        step = Step(
+            rows,
+            self.lengths.trained,
+            padded=rows > 1,
+            checkpointed=self.on_gpu,
+            fused_loss=self.on_gpu,
+            accumulated=rows < self.batch,
+        )
+        adapting = replace(step, quantized=True, taught=self.distills)
+        measured = self.lengths.held_out
+        batches = [HeldOutBatch(max(1, TOKENS_AT_ONCE // measured), measured, self.quantizes)] if measured else []
+        return [*([step] if self.tunes else []), *([adapting] if self.adapts else []), *batches]
+
+    def keeps_codes(self, traced: Step | HeldOutBatch) -> bool:
+        """Whether quantized weights are kept there, if they fit: between micro-batches and between batches of held-out rows."""
+        return traced.quantized and (isinstance(traced, HeldOutBatch) or traced.accumulated)
 
 
-def estimate_of(model: PeftModel, steps: Sequence[Step]) -> Estimate:
-    """The largest of the steps' peaks, in parts.
+def needed_by(model: PeftModel, kind: Kind) -> Needed:
+    """What a training needs; each size is traced once.
 
     Args:
         model: from dry_run.empty_model.
-        steps: one of each phase of the training, all of the same shape.
+        kind: what it does.
     """
     weights, adapter = (_bytes(model, trained=trained) for trained in (False, True))
-    peak = max(peak_bytes(model, step) for step in steps) + _MOMENTS * adapter
-    optimizer = (1 + _MOMENTS) * adapter
-    return Estimate(weights, adapter, optimizer, max(0, peak - weights - adapter - optimizer), steps[0].rows, steps[0].tokens)
+    peak, factors, codes = cache(lambda traced: peak_bytes(model, traced)), factor_bytes(model), code_bytes(model)
+
+    def at(traced: Step | HeldOutBatch, rows: int, keeps_codes: bool) -> Estimate:
+        gradients = adapter if isinstance(traced, Step) else 0
+        kept = (factors if traced.quantized else 0) + (codes if keeps_codes and kind.keeps_codes(traced) else 0)
+        activations = max(0, peak(traced) - weights - adapter - gradients)
+        copies = 2 if traced.quantized else 1
+        return Estimate(weights, copies * adapter, gradients + _MOMENTS * adapter, kept, activations, rows, kind.lengths.trained)
+
+    def needed(rows: int, keeps_codes: bool) -> Estimate:
+        return max((at(traced, rows, keeps_codes) for traced in kind.traced(rows)), key=lambda found: found.peak)
+
+    return cache(needed)
 
 
-def remembered(model: PeftModel, kind: Kind, tokens: int) -> Callable[[int], Estimate]:
-    """The estimate as a function of the micro-batch's rows, each size traced once."""
-    return cache(lambda rows: estimate_of(model, kind.steps(rows, tokens)))
+def largest(plan: Plan, needed: Needed, room: int) -> tuple[Plan, Estimate] | None:
+    """The plan with the largest micro-batch that fits, which keeps quantized weights if they fit too; None when not even a single row does."""
+    fitting = plan.fitted(lambda rows: fits(needed(rows, False).peak, room))
+    if fitting is None:
+        return None
+    fitting = replace(fitting, keeps_codes=plan.keeps_codes and fits(needed(fitting.micro_batch, True).peak, room))
+    return fitting, needed(fitting.micro_batch, fitting.keeps_codes)
 
 
 def fits(need: int, room: int) -> bool:

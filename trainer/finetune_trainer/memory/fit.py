@@ -4,7 +4,6 @@ Called by stages/train.py for this machine and by stages/rehearse.py for the pod
 checkpoint, since another one adds up gradients in another order.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedConfig
 from finetune_trainer.errors import CapacityError
 from finetune_trainer.memory.capacity import gpu_room, process_room, quantity_bytes
 from finetune_trainer.memory.dry_run import UntraceableError, empty_model
-from finetune_trainer.memory.estimate import PROCESS_BYTES, Estimate, Kind, fits, gigabytes, remembered
+from finetune_trainer.memory.estimate import PROCESS_BYTES, Estimate, Kind, Lengths, Needed, fits, gigabytes, largest, needed_by
 from finetune_trainer.memory.gpus import CONTEXT_BYTES, GPU_BYTES
 from finetune_trainer.plan import Plan
 
@@ -60,7 +59,7 @@ def training_dtype(dtype: str, *, on_gpu: bool) -> torch.dtype:
     return {"auto": torch.bfloat16 if on_gpu else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def fitted(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, longest: int, place: Place) -> tuple[Plan, Estimate | None]:
+def fitted(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, lengths: Lengths, place: Place) -> tuple[Plan, Estimate | None]:
     """The plan with the largest micro-batch that fits into the place, and what it needs. The same for the same arguments.
 
     A model that can't be traced is not refused: its plan stays as it is, without an estimate.
@@ -68,32 +67,29 @@ def fitted(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, longest:
     Raises:
         CapacityError: not even one row fits; the sentence has the estimate and three ways out.
     """
-    estimates, room = estimates_of(spec, config, plan, longest, on_gpu=place.on_gpu), place.room
     try:
-        chosen = plan if room is None else plan.fitted(lambda rows: fits(estimates(rows).peak, room))
-        if chosen is not None:
-            return chosen, estimates(chosen.micro_batch)
-        needed = estimates(1)
+        needed = estimates_of(spec, config, plan, lengths, on_gpu=place.on_gpu)
+        if place.room is None:
+            return plan, needed(plan.micro_batch, plan.keeps_codes)
+        found = largest(plan, needed, place.room)
     except UntraceableError:
         return plan, None
+    if found is not None:
+        return found
     raise CapacityError(
-        f"The training does not fit: {needed.sentence}, but {place.name} has {gigabytes(max(0, room or 0))} for it; "
+        f"The training does not fit: {needed(1, False).sentence}, but {place.name} has {gigabytes(max(0, place.room))} for it; "
         f"{WAYS_OUT.format(more=place.more)}."
     )
 
 
-def estimates_of(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, longest: int, *, on_gpu: bool) -> Callable[[int], Estimate]:
-    """What the job needs, as a function of the micro-batch's rows."""
+def estimates_of(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, lengths: Lengths, *, on_gpu: bool) -> Needed:
+    """What the job needs, as a function of the micro-batch's rows.
+
+    Raises:
+        UntraceableError: nobody knows, also when it is asked.
+    """
     model = empty_model(config, spec, training_dtype(spec.model.dtype, on_gpu=on_gpu))
-    return remembered(model, Kind.of(plan, on_gpu=on_gpu), longest)
-
-
-def least_sentence(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, longest: int, *, on_gpu: bool) -> str:
-    """What a micro-batch of one row is estimated to need, for the user."""
-    try:
-        return estimates_of(spec, config, plan, longest, on_gpu=on_gpu)(1).sentence
-    except UntraceableError:
-        return "nothing, since this model's code can't be traced without its weights"
+    return needed_by(model, Kind.of(spec, plan, lengths, on_gpu=on_gpu))
 
 
 def require_host_memory(spec: FineTuneJobSpec, estimate: Estimate) -> None:

@@ -12,7 +12,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.errors import CapacityError, SpecError
 from finetune_trainer.memory import fit
 from finetune_trainer.memory.dry_run import UntraceableError
-from finetune_trainer.memory.estimate import Estimate, fits
+from finetune_trainer.memory.estimate import Estimate, Lengths, largest
 from finetune_trainer.memory.fit import Place
 from finetune_trainer.memory.gpus import CONTEXT_BYTES, GPU_BYTES
 from finetune_trainer.plan import plan
@@ -80,10 +80,12 @@ def _fit_all(ctx: RunContext, config: PreTrainedConfig, places: list[Place], *, 
     batch, tokens = ctx.spec.training.batch_size, ctx.spec.training.max_length
     # As many rows as make two steps, so that each phase has one: how often they are repeated changes nothing.
     steps = plan(ctx.spec, 2 * batch, tokens, on_gpu=on_gpu)
-    needed = fit.estimates_of(ctx.spec, config, steps, tokens, on_gpu=on_gpu)
-    rooms = [(place.name, max(0, place.room or 0)) for place in places]
-    chosen = [steps.fitted(lambda rows, room=room: fits(needed(rows).peak, room)) for _, room in rooms]
-    found = [
-        Fitted(name, room, needed(fitting.micro_batch) if fitting else None) for (name, room), fitting in zip(rooms, chosen, strict=True)
-    ]
-    return needed(1), found
+    evaluation = ctx.spec.dataset.evaluation
+    lengths = Lengths(tokens, tokens if evaluation.percent or evaluation.source else 0)
+    needed = fit.estimates_of(ctx.spec, config, steps, lengths, on_gpu=on_gpu)
+    found = []
+    for place in places:
+        room = max(0, place.room or 0)
+        _, estimate = largest(steps, needed, room) or (None, None)
+        found.append(Fitted(place.name, room, estimate))
+    return needed(1, False), found

@@ -1,91 +1,80 @@
-"""Out of memory in the middle of a training: half the micro-batch, twice the accumulation, the same effective batch, from the last checkpoint.
+"""Out of memory in the midst of a training: half the micro-batch, twice the accumulation, the same effective batch, from the last checkpoint.
 
-stages/train.py hands over one attempt at the training. Each attempt begins with the same weights, whatever the one before it left behind.
+The next attempt runs in a fresh process (cli.py starts it), and finds here how the one before it ended; stages/train.py calls the rest. In the
+same process the memory would not come back: what a library's modules, an allocator's arenas or a GPU's context hold on to counts against the next.
 """
 
-import gc
-from collections.abc import Callable
+import json
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn
 
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from finetune_api import names
+from finetune_api.job import JobDescription
 
-from finetune_trainer.checkpoints import Checkpoint
+from finetune_trainer import atomic
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import CapacityError
-from finetune_trainer.failures import first_line, is_out_of_memory
 from finetune_trainer.plan import Plan
-from finetune_trainer.qat.prepare import drop_caches, free_codes, set_fake_quantization
 
-Result = TypeVar("Result")
-
-_GIVING_UP = "Out of memory with a micro-batch of a single row ({error}); lower training.maxLength, set model.dtype to bfloat16, or give it more memory"
+FILE = "out-of-memory.json"
 
 
-def shrinking(
-    ctx: RunContext,
-    plan: Plan,
-    start: Checkpoint | None,
-    attempt: Callable[[Plan, Checkpoint | None], Result],
-    restore: Callable[[], Checkpoint | None],
-    needs: Callable[[], str],
-) -> Result:
-    """Attempts the training until it no longer runs out of memory.
+class OutOfMemory(CapacityError):  # noqa: N818 the next attempt goes on with less
+    """The training ran out of memory, and a smaller micro-batch is left to try: another run of the same job does."""
+
+
+def give_up_or_shrink(ctx: RunContext, plan: Plan, told: str, needs: str) -> CapacityError:
+    """How an attempt ends that ran out of memory; leaves the smaller plan for the next one where there is a smaller one.
 
     Args:
-        ctx: told of each retry.
-        plan: the first attempt's.
-        start: the checkpoint that the first attempt goes on from.
-        attempt: trains to the end from a checkpoint, or from the weights that `restore` left.
-        restore: brings the model back to where the training began, and finds the newest checkpoint.
-        needs: what a single row needs, for the sentence that gives up.
+        plan: what was too much.
+        told: the allocator's own words.
+        needs: what the plan was estimated to need.
+    """
+    smaller = plan.halved()
+    if smaller.cut == plan.cut:
+        forget(ctx)
+        return CapacityError(
+            f"Out of memory with a micro-batch of a single row ({told}); lower training.maxLength, set model.dtype to bfloat16, "
+            f"or give it more memory. Estimated: {needs}."
+        )
+    atomic.write_text(ctx.workdir / FILE, json.dumps({"trainDigest": ctx.job.train_digest, **smaller.cut}))
+    sentence = (
+        f"Out of memory with micro-batches of {plan.micro_batch} rows ({told}): "
+        f"going on with {smaller.micro_batch}, {smaller.accumulation} of them a step, and nothing kept for speed."
+    )
+    ctx.reporter.note(sentence)
+    return OutOfMemory(sentence)
+
+
+def remembered(ctx: RunContext) -> Mapping[str, int | bool]:
+    """How the attempt before this one, which ran out of memory, left the batch to be cut; empty where none did."""
+    try:
+        known = dict(json.loads((ctx.workdir / FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return known if known.pop("trainDigest", None) == ctx.job.train_digest else {}
+
+
+def forget(ctx: RunContext) -> None:
+    """This training is over: another one may fit with more rows at once."""
+    (ctx.workdir / FILE).unlink(missing_ok=True)
+
+
+def start_anew(job: JobDescription, workdir: Path, cache: Path) -> NoReturn:
+    """Puts a fresh run of the same job in this process's place, under the same process id, limits and standard streams.
 
     Raises:
-        CapacityError: a single row is too much.
+        OSError: the program can't be started.
     """
-    while True:
-        try:
-            return attempt(plan, start)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            told = first_line(error)
-        # Outside of the handler: the traceback held every frame, and with them all that had filled the memory.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if plan.micro_batch == 1:
-            raise CapacityError(f"{_GIVING_UP.format(error=told)}. Estimated: {needs()}.")
-        before, plan = plan, plan.halved()
-        start = restore()
-        ctx.reporter.note(
-            f"Out of memory with micro-batches of {before.micro_batch} rows: going on with {plan.micro_batch}, {plan.accumulation} of them a step."
-        )
-
-
-class Start:
-    """The weights a training begins with, kept in a file: memory is what may be short."""
-
-    def __init__(self, model: PeftModel, file: Path) -> None:
-        self._model, self._file = model, file
-        save_file({name: item.detach() for name, item in self._trained()}, file)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Brings them back, without gradients, codes or fake quantization."""
-        self._model.zero_grad(set_to_none=True)
-        set_fake_quantization(self._model, enabled=False)
-        known = load_file(self._file)
-        for name, item in self._trained():
-            item.copy_(known[name])
-        drop_caches(self._model, frozen=False)
-        free_codes(self._model)
-
-    def remove(self) -> None:
-        """The training is over."""
-        self._file.unlink(missing_ok=True)
-
-    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, item) for name, item in self._model.named_parameters() if item.requires_grad]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the folder's own
+            os.set_inheritable(int(name), int(name) <= 2)  # a GPU's memory is given back when its device file is closed
+    command = [sys.executable, "-P", "-m", "finetune_trainer.cli", "run", "--workdir", str(workdir), "--cache", str(cache)]
+    os.execve(sys.executable, command, os.environ | {names.ENV_JOB: job.to_json()})  # noqa: S606 our own words

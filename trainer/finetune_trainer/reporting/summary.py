@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from finetune_trainer.memory.report import Told
     from finetune_trainer.stages.rehearse import Rehearsed
 
-PARTS = ("weights", "adapter", "optimizer", "activations", "peak")
+PARTS = ("weights", "adapter", "optimizer", "quantization", "activations", "peak")
 
 
 def print_summary(report: dict[str, Any], workdir: Path, destinations: list[str]) -> None:

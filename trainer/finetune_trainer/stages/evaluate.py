@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from finetune_trainer.switch import Switch
 
 NOTHING_HELD_OUT = "No held-out data: no loss is measured (dataset.evaluation)."
-_TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048
 _RESAMPLES = 1000
 _FEWEST_ROWS = 6
 
@@ -73,7 +73,7 @@ class HeldOut:
     greedy: list[int]
 
 
-def run(ctx: RunContext, model: PeftModel, data: Data, switch: "Switch | None", *, quantized: bool) -> Losses:
+def run(ctx: RunContext, model: PeftModel, data: Data, switch: "Switch | None", *, quantized: bool, keep_codes: bool) -> Losses:
     """Measures what is still to be measured after training.
 
     Args:
@@ -82,13 +82,14 @@ def run(ctx: RunContext, model: PeftModel, data: Data, switch: "Switch | None", 
         data: holds the held-out examples.
         switch: what was measured at the switch.
         quantized: whether the job ships a quantized model.
+        keep_codes: whether its quantized weights are kept from batch to batch (one byte a weight).
     """
     if not data.held_out:
         ctx.reporter.note(NOTHING_HELD_OUT)
         return Losses()
     with model.disable_adapter():
         base = measure(model, data.held_out, fake_quant=False)
-    shipped = measure(model, data.held_out, fake_quant=quantized)
+    shipped = measure(model, data.held_out, fake_quant=quantized, keep_codes=keep_codes)
     seed = ctx.spec.training.seed
     over_base = difference(shipped.rows, base.rows, seed)
     means = {"base": mean_loss(base.rows), "quantized" if quantized else "tuned": mean_loss(shipped.rows)}
@@ -151,13 +152,17 @@ def difference(one: RowLosses, other: RowLosses, seed: int) -> Interval | None:
 
 
 @torch.no_grad()
-def measure(model: PeftModel, examples: Sequence[Example], *, fake_quant: bool) -> HeldOut:
-    """The loss of each example, and the most likely token wherever one is trained."""
+def measure(model: PeftModel, examples: Sequence[Example], *, fake_quant: bool, keep_codes: bool = True) -> HeldOut:
+    """The loss of each example, and the most likely token wherever one is trained.
+
+    Args:
+        keep_codes: quantize each weight once for all batches (one byte a weight), or once for each; the result is the same.
+    """
     before = model.training
     model.eval()
     results: dict[int, tuple[float, list[int]]] = {}
     try:
-        with fake_quantization(model, enabled=fake_quant, keep_codes=True):
+        with fake_quantization(model, enabled=fake_quant, keep_codes=keep_codes):
             for batch in _batches(examples):
                 results |= dict(zip(batch, _measure_batch(model, [examples[index] for index in batch]), strict=True))
     finally:
@@ -183,7 +188,7 @@ def _batches(examples: Sequence[Example]) -> list[list[int]]:
     """Indices of examples of similar length, at most a fixed number of tokens at once."""
     batches: list[list[int]] = []
     for index in sorted(range(len(examples)), key=lambda item: len(examples[item].input_ids)):
-        if batches and (len(batches[-1]) + 1) * len(examples[index].input_ids) <= _TOKENS_AT_ONCE:
+        if batches and (len(batches[-1]) + 1) * len(examples[index].input_ids) <= TOKENS_AT_ONCE:
             batches[-1].append(index)
         else:
             batches.append([index])

@@ -15,7 +15,7 @@ from finetune_trainer import backends, sources
 from finetune_trainer.adapter import add_adapter
 from finetune_trainer.context import RunContext
 from finetune_trainer.memory import fit
-from finetune_trainer.memory.estimate import Estimate
+from finetune_trainer.memory.estimate import Estimate, Lengths
 from finetune_trainer.memory.gpus import GPU_BYTES
 from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.prepare import prepare
@@ -77,9 +77,9 @@ def _prepare(ctx: RunContext, model: PeftModel) -> None:
 def _require_fit(ctx: RunContext, config: PreTrainedConfig, rows: Data) -> tuple[Plan, Estimate | None]:
     """Holds the estimate against the pod that the job asks for, or on a laptop against this machine."""
     place = fit.promised_pod(ctx.spec) if ctx.job.in_cluster else fit.this_machine()
-    longest = max(len(example.input_ids) for example in rows.train)
-    steps = plan(ctx.spec, len(rows.train), longest, on_gpu=place.on_gpu)
-    steps, needed = fit.fitted(ctx.spec, config, steps, longest, place)
+    lengths = Lengths.of(rows.train, rows.held_out)
+    steps = plan(ctx.spec, len(rows.train), lengths.trained, on_gpu=place.on_gpu)
+    steps, needed = fit.fitted(ctx.spec, config, steps, lengths, place)
     if needed is None:
         ctx.reporter.note(fit.NOT_ESTIMATED)
     elif ctx.job.in_cluster and place.on_gpu:

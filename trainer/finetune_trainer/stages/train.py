@@ -4,9 +4,7 @@ Resumable at any step, bit for bit on a CPU. SIGTERM saves the last completed st
 The CUDA path (bfloat16, gradient checkpointing) has not yet run on a GPU.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +20,9 @@ from finetune_trainer import checkpoints, finished
 from finetune_trainer.checkpoints import Checkpoint
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import Checkpointed
-from finetune_trainer.memory import fit
-from finetune_trainer.memory.shrink import Start, shrinking
+from finetune_trainer.failures import first_line, is_out_of_memory
+from finetune_trainer.memory import fit, shrink
+from finetune_trainer.memory.estimate import Estimate, Lengths
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.phases import Phases, Work
 from finetune_trainer.plan import Plan, plan
@@ -39,11 +38,9 @@ from finetune_trainer.termination_signal import stopping_later
 from finetune_trainer.token_loss import output_head, predict, summed_loss
 
 _KEPT_CHECKPOINTS = 2  # transformers deletes the oldest before the new one is sealed: with 1, a kill in between would leave none
-_START = "start.safetensors"
 _TEACHER_WEIGHT = 0.5
 # The second is its name in the transformers that unsloth asks for.
 _CHECKPOINTING = "activation_checkpointing" if hasattr(SFTConfig, "activation_checkpointing") else "gradient_checkpointing"
-Attempt = tuple[SFTTrainer, Phases, Checkpoint | None]
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     """Trains, or goes on where the newest complete checkpoint stands.
 
     Raises:
+        CapacityError: not even a single row fits; OutOfMemory, where fewer rows at once may.
         Checkpointed: SIGTERM came; the last completed step is saved.
         DataError: a loss or gradient is not finite, or a token is unknown to the model.
     """
@@ -81,16 +79,18 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     mirror = Mirror.of(ctx)
     inputs = finished.digest_of(loaded.resolved, data.digest, loaded.backend.NAME)
     prepared = _prepare(ctx, loaded, data)
-
-    def attempt(steps: Plan, start: Checkpoint | None) -> Attempt:
-        phases = Phases(Work(ctx, loaded.model, data.held_out, steps, inputs, mirror, start))
+    start = find_checkpoint(ctx, mirror, inputs)
+    steps, needed = _plan(ctx, loaded, data, start)
+    phases = Phases(Work(ctx, loaded.model, data.held_out, steps, inputs, mirror, start))
+    try:
         trainer = _trainer(ctx, loaded, data, steps, phases)
         with stopping_later(phases.stop):
             trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
-        return trainer, phases, start
-
-    trainer, phases, start = _within_memory(ctx, loaded, data, partial(find_checkpoint, ctx, mirror, inputs), attempt)
-    steps = phases.plan
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        needs = needed.sentence if needed else "nothing, since this model's code can't be traced without its weights"
+        raise shrink.give_up_or_shrink(ctx, steps, first_line(error) or type(error).__name__, needs) from error
     done = trainer.state.global_step
     if phases.stopping:
         saved = (
@@ -98,38 +98,22 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
         )
         raise Checkpointed(f"Stopped by SIGTERM {saved}.")
     phases.finish()
+    shrink.forget(ctx)
     last_loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
     return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, steps.steps, start.step if start else 0, last_loss, steps)
 
 
-def _within_memory(
-    ctx: RunContext,
-    loaded: Loaded,
-    data: Data,
-    find: Callable[[], Checkpoint | None],
-    attempt: Callable[[Plan, Checkpoint | None], Attempt],
-) -> Attempt:
-    """Attempts the training with the micro-batch of its checkpoint, or else the largest that fits, and with less where that was too much."""
-    start, place = find(), fit.this_machine()
-    longest = max(len(example.input_ids) for example in data.train)
-    steps = plan(ctx.spec, len(data.train), longest, on_gpu=place.on_gpu)
-    sized = (ctx.spec, loaded.model.get_base_model().config, steps, longest)
-    known = start.facts.get("micro_batch") if start else None
-    if known:
-        steps = steps.with_micro_batch(known)
-    else:
-        steps, needed = fit.fitted(*sized, place)
-        ctx.reporter.note(f"Memory: {needed.sentence}." if needed else fit.NOT_ESTIMATED)
-    begun = Start(loaded.model, ctx.workdir / _START)
-
-    def restore() -> Checkpoint | None:
-        begun.restore()
-        return find()
-
-    try:
-        return shrinking(ctx, steps, start, attempt, restore, lambda: fit.least_sentence(*sized, on_gpu=place.on_gpu))
-    finally:
-        begun.remove()
+def _plan(ctx: RunContext, loaded: Loaded, data: Data, start: Checkpoint | None) -> tuple[Plan, Estimate | None]:
+    """The plan with the micro-batch of the attempts before this one, or else with the largest that fits; and what it needs."""
+    place, lengths = fit.this_machine(), Lengths.of(data.train, data.held_out)
+    steps = plan(ctx.spec, len(data.train), lengths.trained, on_gpu=place.on_gpu)
+    # Where memory ran out since the checkpoint, what was left for this attempt is the smaller one.
+    known = shrink.remembered(ctx) or (start.facts if start else {})
+    if "micro_batch" in known:
+        steps, place = steps.with_cut(known), replace(place, room=None)
+    steps, needed = fit.fitted(ctx.spec, loaded.model.get_base_model().config, steps, lengths, place)
+    ctx.reporter.note(f"Memory: {needed.sentence}." if needed else fit.NOT_ESTIMATED)
+    return steps, needed
 
 
 def find_checkpoint(ctx: RunContext, mirror: Mirror | None, inputs: str) -> Checkpoint | None:
