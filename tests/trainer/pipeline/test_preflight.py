@@ -60,7 +60,7 @@ def test_what_was_checked_is_said_in_a_few_lines_and_nothing_is_made(tmp_path: P
         f"{STEPS} optimizer steps, the last 2",
         "published",
     ):
-        assert words in said
+        assert words in " ".join(said.split())  # a long path breaks the line
     assert len(said.splitlines()) < 20
     assert not (tmp_path / "published").exists()
     assert list((tmp_path / "work").iterdir()) == []
@@ -88,7 +88,7 @@ def test_a_pod_that_can_not_hold_the_training_is_never_asked_for(tmp_path: Path,
     huge_model(tmp_path / "huge")
     ctx = context(tmp_path, run_spec(resources=resources), in_cluster=True)
     config = load.empty_base(tmp_path / "huge", trust_remote_code=False).config
-    rows = SimpleNamespace(train=[SimpleNamespace(input_ids=range(64))])
+    rows = SimpleNamespace(train=[SimpleNamespace(input_ids=range(64))], held_out=[])
     with refused(CapacityError, told):
         rehearse._require_fit(ctx, config, rows)
 
