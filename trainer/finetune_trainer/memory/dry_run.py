@@ -1,7 +1,7 @@
 """One training step, or one batch of held-out rows, on fake tensors: the real model code, losses and backward pass, with shapes and no values.
 
 Any decoder that transformers can build is measured as it is: no formula for an architecture, no weights, no GPU. Called by estimate.py.
-Not yet run on a GPU: for one, the step is traced with a CPU's operators, whose attention keeps what a GPU's flash attention keeps.
+For a GPU the step is traced with a CPU's operators, whose attention keeps what a GPU's flash attention keeps.
 """
 
 import copy
@@ -25,6 +25,8 @@ from finetune_trainer.qat.linear import ExactLoraLinear, base_linear, weight_cod
 from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization, free_codes, mode_of, prepare
 from finetune_trainer.token_loss import Prediction, output_head, summed_loss, token_losses
 
+# The second is its name in the transformers that unsloth asks for.
+_CHECKPOINTING = "activation_checkpointing" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient_checkpointing"
 _LOSS_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for
 
 
@@ -194,11 +196,12 @@ def _traced(model: PeftModel) -> Iterator[LiveBytes]:
 
 def _checkpoint(model: PeftModel, enabled: bool) -> None:
     base = model.get_base_model()
-    if enabled and not base.is_activation_checkpointing:
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    if enabled and not checkpointed:
         # No random number is drawn here, and a fake tensor can't hold the generator's state.
-        base.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    elif not enabled and base.is_activation_checkpointing:
-        base.activation_checkpointing_disable()
+        getattr(base, f"{_CHECKPOINTING}_enable")({"use_reentrant": False, "preserve_rng_state": False})
+    elif not enabled and checkpointed:
+        getattr(base, f"{_CHECKPOINTING}_disable")()
 
 
 @contextmanager
