@@ -19,7 +19,7 @@ export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup unsloth-setup test test-unsloth pytest lint format types demo crd lock images cluster soak soak-trainer bench-qat bench-quality bench-schemes bench-memory bench-mirror bench-operator clean-images clean
+.PHONY: help setup cluster-setup unsloth-setup test test-unsloth pytest lint format types demo crd lock images cluster soak soak-trainer bench-qat bench-quality bench-schemes bench-memory bench-mirror bench-gpu bench-operator clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -124,6 +124,9 @@ bench-mirror: setup cluster-setup ## what a checkpoint costs: bytes, and seconds
 
 bench-quality: setup ## what exact QAT recovers of PTQ's loss, on real text: makes the missing cells (minutes each), prints the table; FRESH=2 makes two again
 	@$(BENCH_THREADS) $(PY) -W ignore benchmarks/quality.py $(if $(FRESH),--fresh $(FRESH)) $(ARGS)
+
+bench-gpu: setup ## exact QAT on an NVIDIA GPU: training, the kernels that serve, what compiled quantizers would gain
+	@$(PY) -W ignore benchmarks/gpu.py $(ARGS)
 
 bench-operator: setup cluster-setup ## the operator under load: latency, throughput, writes, memory; minutes with ARGS="--jobs 300"
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/operator_bench.py $(ARGS)

@@ -81,11 +81,12 @@ class Phases(TrainerCallback):
         self.stopping = True
 
     def on_train_begin(self, _args: Any, _state: Any, _control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Weight codes live until the next optimizer step."""
+        """Weight codes live until the next optimizer step, where they are read again: by other micro-batches, or by a GPU's checkpointed layers."""
         follow_optimizer(self._work.model, getattr(optimizer, "optimizer", optimizer))
         mode = mode_of(self._work.model)
         if mode is not None:
-            mode.keep_codes = self.plan.keeps_codes and self.plan.accumulation > 1
+            reread = self.plan.accumulation > 1 or self._work.model.device.type == "cuda"
+            mode.keep_codes = self.plan.keeps_codes and reread
 
     def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Turns to exact QAT at the switch; a run that resumes behind it turns at once."""

@@ -161,6 +161,12 @@ def test_the_adapter_at_the_switch_its_factors_and_kept_codes_come_on_top_of_an_
     assert needed(8, True) == needed(8, False)  # a batch of one micro-batch keeps none
 
 
+def test_on_a_gpu_a_batch_of_one_micro_batch_keeps_codes_too() -> None:
+    model = model_of()
+    needed = needed_by(model, kind(on_gpu=True, tunes=False, distills=False, lengths=Lengths(64, 0)))
+    assert needed(8, True).peak - needed(8, False).peak == code_bytes(model)
+
+
 def test_every_phase_is_looked_at_and_each_size_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_trainer.memory import estimate
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from support.tiny_jobs import STEPS, description, run, tiny_job
 from support.tiny_model import save_tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where `run` trains
 BOTH = {"outputs": {"artifacts": ["adapter", "quantized"]}}
 
 
@@ -43,7 +45,7 @@ def test_every_weight_is_equal_and_no_logit_differs(finished: tuple[Path, dict[s
 
 def test_the_proof_says_whether_a_kernel_was_run(finished: tuple[Path, dict[str, Any]]) -> None:
     report = finished[1]
-    runs = report["qat"]["scheme"] in ("int8", "int8-int4", "fp8-fp8")
+    runs = report["qat"]["scheme"] in ("int8", "int8-int4", "fp8-fp8") or (DEVICE.type == "cuda" and find_spec("mslk") is not None)
     assert report["proof"]["verified_by"] == ("weights and logits" if runs else "weights; kernel not run")
     assert bool(report["proof"]["kernel"]) == runs
     assert quality(report["losses"], report["proof"], "").verified_by == report["proof"]["verified_by"]
@@ -83,26 +85,31 @@ def test_everything_is_published_and_nothing_half_written_stays(finished: tuple[
 
 def test_the_adapter_loads_in_plain_peft_and_gives_the_tuned_models_loss(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = finished
-    base = AutoModelForCausalLM.from_pretrained(folder / "model")
-    model = PeftModel.from_pretrained(base, folder / "published" / "lora_model")
     recorded = load_file(folder / "work" / "proof" / "reference.safetensors")
-    with torch.no_grad():
-        tuned = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"]).logits
-        with model.disable_adapter():
-            plain = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"]).logits
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=recorded["logits"].dtype)
+    model = PeftModel.from_pretrained(base, folder / "published" / "lora_model").to(DEVICE)
+    tuned = logits_of(model, recorded)
+    with model.disable_adapter():
+        plain = logits_of(model, recorded)
     assert not torch.equal(tuned, plain)
     assert (tuned - recorded["logits"]).abs().max() < 0.2  # the reference is quantized, the adapter's model is not
 
 
 def test_the_shipped_folder_loads_in_plain_transformers(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = finished
-    model = AutoModelForCausalLM.from_pretrained(folder / "published" / "model-torchao")
+    model = AutoModelForCausalLM.from_pretrained(folder / "published" / "model-torchao").to(DEVICE)
     recorded = load_file(folder / "published" / "proof" / "reference.safetensors")
-    reference = kernel_of(model, model.device) == REFERENCE
-    with torch.no_grad(), nullcontext() if reference else reference_arithmetic(model):
-        logits = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"], use_cache=False).logits
-    assert torch.equal(logits, recorded["logits"])
+    with nullcontext() if kernel_of(model, DEVICE) == REFERENCE else reference_arithmetic(model):
+        assert torch.equal(logits_of(model, recorded), recorded["logits"])
     assert AutoTokenizer.from_pretrained(folder / "published" / "model-torchao").chat_template
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, recorded: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Those of the recorded batch, on the CPU."""
+    batch = {name: recorded[name].to(DEVICE) for name in ("input_ids", "attention_mask")}
+    logits: torch.Tensor = model(**batch, use_cache=False).logits
+    return logits.cpu()
 
 
 def test_an_export_with_one_other_code_is_refused_by_the_proof(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

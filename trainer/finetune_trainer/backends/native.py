@@ -1,4 +1,4 @@
-"""The native backend: transformers and peft as they are, on a CPU and on a GPU (not yet run on a GPU)."""
+"""The native backend: transformers and peft as they are, on a CPU and on a GPU."""
 
 from finetune_api.spec import LoraSpec, Scheme
 from peft import PeftModel

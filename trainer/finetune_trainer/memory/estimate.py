@@ -120,8 +120,8 @@ class Kind:
         return [*([step] if self.tunes else []), *([adapting] if self.adapts else []), *batches]
 
     def keeps_codes(self, traced: Step | HeldOutBatch) -> bool:
-        """Whether quantized weights are kept there, if they fit: between micro-batches and between batches of held-out rows."""
-        return traced.quantized and (isinstance(traced, HeldOutBatch) or traced.accumulated)
+        """Whether quantized weights are kept there, if they fit: where more than one forward pass reads them."""
+        return traced.quantized and (isinstance(traced, HeldOutBatch) or traced.accumulated or traced.checkpointed)
 
 
 def needed_by(model: PeftModel, kind: Kind) -> Needed:

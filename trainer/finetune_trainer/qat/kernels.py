@@ -2,12 +2,13 @@
 
 A kernel adds up in another order and rounds in other places, so its result can't be the same bits; and one bit is enough for another code of
 the next layer's input, so that logits drift apart without any defect. Hence each layer is held against the reference on the same input.
-Used by the proof's fresh process (stages/verify_folder.py). The CUDA kernels have not yet been run.
+Used by the proof's fresh process (stages/verify_folder.py).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,15 +28,11 @@ def kernel_of(model: nn.Module, device: torch.device) -> str:
     if weights <= {IntxUnpackedToInt8Tensor}:
         return REFERENCE
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if weights == {Float8Tensor}:
+    # torchao takes mslk's kernels wherever they are and run.
+    mslk = capability is not None and capability >= _MSLK_CAPABILITY and find_spec("mslk") is not None
+    if weights == {Float8Tensor} and not mslk:
         return "torch._scaled_mm" if capability is None or capability >= _FLOAT8_CAPABILITY else ""
-    runs = (
-        weights == {Int4Tensor}
-        and capability is not None
-        and capability >= _MSLK_CAPABILITY
-        and hasattr(torch.ops.mslk, "f8i4bf16_rowwise")
-    )
-    return "mslk" if runs else ""
+    return "mslk" if mslk and weights in ({Int4Tensor}, {Float8Tensor}) else ""
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

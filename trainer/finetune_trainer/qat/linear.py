@@ -4,7 +4,7 @@ prepare.py turns a model's linear layers into these, in place; convert.py export
 Fake quantization is not idempotent: nothing here ever quantizes a weight that was quantized before.
 
 The backward pass is the low-rank straight-through estimator of L4Q (arXiv 2402.04902) and LR-QAT (arXiv 2406.06385): with y = Wq Xq and the
-quantizers taken as identity, dX = dY Wq, dA = s (dY B)^T Xq, dB = s dY^T (Xq A^T). Not yet run on a GPU.
+quantizers taken as identity, dX = dY Wq, dA = s (dY B)^T Xq, dB = s dY^T (Xq A^T).
 """
 
 import weakref

@@ -42,7 +42,7 @@ def measured(ctx: RunContext, stages: dict[str, float], parts: dict[str, float],
 
 
 def _computes_bfloat16(device: str) -> bool:
-    """Whether the device has bfloat16 arithmetic, rather than converting every value (the CUDA side: not yet run on a GPU)."""
+    """Whether the device has bfloat16 arithmetic, rather than converting every value."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

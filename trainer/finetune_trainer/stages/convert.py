@@ -77,7 +77,7 @@ def write_reference(ctx: RunContext, trained: Trained) -> None:
 
 
 def leave_gpu(model: PeftModel) -> None:
-    """Moves the trained model to the CPU, so that the fresh process of verify has the GPU's memory to itself. Not yet run on a GPU."""
+    """Moves the trained model to the CPU, so that the fresh process of verify has the GPU's memory to itself."""
     if model.device.type != "cuda":
         return
     model.to("cpu")

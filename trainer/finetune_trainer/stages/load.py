@@ -1,6 +1,6 @@
 """Load: the base model and its tokenizer, from safetensors only, and the LoRA adapter on top, through the run's backend.
 
-Runs no code from the model's repository unless the spec asks for it. CUDA is used where there is one (not yet run on a GPU).
+Runs no code from the model's repository unless the spec asks for it. CUDA is used where there is one.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Train: LoRA first (tune), then the last steps under exact quantization-aware training (adapt), on trl's SFTTrainer.
 
 Resumable at any step, bit for bit on a CPU. SIGTERM saves the last completed step. What happens between steps is in phases.py.
-The CUDA path (bfloat16, gradient checkpointing) has not yet run on a GPU.
+On a GPU: bfloat16 and activation checkpointing; there flash attention's backward pass adds up in no fixed order, so that steps of large models differ in the last bits.
 """
 
 from dataclasses import dataclass, replace

@@ -2,7 +2,7 @@
 
 By weights: every dequantized weight of the exported folder has the digest of the one that training used. By logits: the largest difference
 on the recorded batch is 0.0. Kernels that dequantize give these logits themselves; of others each layer is held against the arithmetic of the
-training, on the same input, within rounding; where no kernel runs, that is said. And it writes a sentence. Not yet run on a GPU.
+training, on the same input, within rounding; where no kernel runs, that is said. And it writes a sentence.
 """
 
 import json

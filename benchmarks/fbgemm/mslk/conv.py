@@ -1,0 +1,1 @@
+"""Its kernels are registered with the package."""
