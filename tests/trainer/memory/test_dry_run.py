@@ -6,6 +6,7 @@ import pytest
 import torch
 from finetune_api.spec import FineTuneJobSpec, LoraSpec, QuantizationSpec
 from finetune_trainer.adapter import add_adapter
+from finetune_trainer.memory import dry_run
 from finetune_trainer.memory.dry_run import (
     HeldOutBatch,
     Step,
@@ -77,6 +78,33 @@ def test_shapes_alone_come_to_the_bytes_of_the_real_step(quantized: bool, checkp
 )
 def test_a_teacher_micro_batches_before_and_held_out_rows_count_as_they_do(traced: Step | HeldOutBatch) -> None:
     assert peak_bytes(model_of(), traced) == pytest.approx(real_peak(traced), rel=0.05)
+
+
+DEEP = (
+    Step(1, 96),
+    Step(2, 96, padded=True),
+    Step(2, 96, padded=True, checkpointed=True, fused_loss=True),
+    Step(2, 96, padded=True, quantized=True, taught=True, accumulated=True),
+    Step(4, 8, quantized=True),
+    HeldOutBatch(4, 96, quantized=True),
+)
+
+
+@pytest.mark.parametrize("traced", DEEP)
+@pytest.mark.parametrize("changes", [{}, {"vocab_size": 50_000}, {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 64}])
+def test_a_deep_model_takes_what_its_first_layers_say(changes: dict[str, int], traced: Step | HeldOutBatch) -> None:
+    model = model_of(tiny_llama(**(WIDE | changes), num_hidden_layers=9).config)
+    found = peak_bytes(model, traced)
+    assert found == pytest.approx(dry_run._peak(model, traced), rel=0.002)
+    assert len(model.get_base_model().model.layers) == 9
+
+
+def test_layers_that_differ_are_all_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(tiny_llama(**WIDE, num_hidden_layers=6).config)
+    alike = peak_bytes(model, Step(1, 32))
+    model.get_base_model().model.layers[5].mlp.up_proj = torch.nn.Linear(128, 512, bias=True, device="meta")
+    monkeypatch.setattr(dry_run._Layers, "shortened", lambda *_: pytest.fail("some are left out"))
+    assert peak_bytes(model, Step(1, 32)) != alike
 
 
 def test_micro_batches_before_take_more_and_a_batch_of_held_out_rows_less() -> None:

@@ -30,6 +30,9 @@ _CHECKPOINTING = "activation_checkpointing" if hasattr(PreTrainedModel, "activat
 _LOSS_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for
 
 
+_FEW_LAYERS = (2, 4)  # of a deep model are traced, an even number each, since two kinds of attention may take turns; the rest takes as much
+
+
 class UntraceableError(Exception):
     """This model's code looks at values, such as the experts that a router chooses, so its step can't be traced without weights."""
 
@@ -102,11 +105,61 @@ def peak_bytes(model: PeftModel, traced: Step | HeldOutBatch) -> int:
     mode = mode_of(model)
     if mode is not None:
         mode.enabled = traced.quantized
+    _checkpoint(model, enabled=isinstance(traced, Step) and traced.checkpointed)
+    stack = _layers(model)
+    if stack is None:
+        return _peak(model, traced)
+    peaks = []
+    for count in _FEW_LAYERS:
+        with stack.shortened(count):
+            peaks.append(_peak(model, traced))
+    per_layer = (peaks[1] - peaks[0]) // (_FEW_LAYERS[1] - _FEW_LAYERS[0])
+    return peaks[1] + (stack.count - _FEW_LAYERS[1]) * per_layer
+
+
+def _peak(model: PeftModel, traced: Step | HeldOutBatch) -> int:
     is_step = isinstance(traced, Step)
-    _checkpoint(model, enabled=is_step and traced.checkpointed)
     with _traced(model) as tracker, _fused() if is_step and traced.fused_loss else nullcontext():
         run(model, traced) if is_step else evaluate(model, traced)
     return tracker.peak
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """A model's decoder layers, where all are alike, so that each one more takes as much as the one before."""
+
+    holder: nn.Module
+    name: str
+
+    @property
+    def count(self) -> int:
+        return len(self.holder.get_submodule(self.name))  # type: ignore[arg-type]
+
+    @contextmanager
+    def shortened(self, count: int) -> Iterator[None]:
+        """The model has only the first of them within the block."""
+        layers = self.holder.get_submodule(self.name)
+        self.holder._modules[self.name] = nn.ModuleList(list(layers.children())[:count])
+        try:
+            yield
+        finally:
+            self.holder._modules[self.name] = layers
+
+
+def _layers(model: PeftModel) -> _Layers | None:
+    """None where layers differ, or are so few that all are traced."""
+    depth = getattr(model.get_base_model().config, "num_hidden_layers", 0)
+    for holder in model.get_base_model().modules():
+        for name, found in holder.named_children():
+            if isinstance(found, nn.ModuleList) and len(found) == depth > max(_FEW_LAYERS):
+                return _Layers(holder, name) if len({_shape(layer) for layer in found}) == 1 else None
+    return None
+
+
+def _shape(layer: nn.Module) -> tuple[object, ...]:
+    """What makes layers alike: the same modules with weights of the same sizes."""
+    modules = tuple((path, type(module)) for path, module in layer.named_modules())
+    return modules, tuple((path, item.shape, item.dtype) for path, item in layer.named_parameters())
 
 
 def code_bytes(model: PeftModel) -> int:
