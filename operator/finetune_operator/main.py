@@ -26,6 +26,7 @@ from finetune_operator.progress import ProgressPoller
 from finetune_operator.reconcile import Reconciler, work
 from finetune_operator.resync import resync
 from finetune_operator.settings import Settings
+from finetune_operator.subject import Key
 from finetune_operator.warning_events import WarningEvents
 from finetune_operator.work_queue import WorkQueue
 
@@ -58,7 +59,7 @@ async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat, me
     heartbeat.lead()
     metrics.show_queue(queue)
     poller = ProgressPoller(queue.add, time.time)
-    reconciler = build_reconciler(cluster, cache, poller, settings)
+    reconciler = build_reconciler(cluster, cache, poller, settings, queue.__contains__)
 
     async def reconcile() -> None:
         await synced.wait()
@@ -81,11 +82,16 @@ async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat, me
 
 
 def build_reconciler(
-    cluster: Cluster, cache: Cache, poller: ProgressPoller, settings: Settings, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    cluster: Cluster,
+    cache: Cache,
+    poller: ProgressPoller,
+    settings: Settings,
+    has_news: Callable[[Key], bool],
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Reconciler:
     """A reconciler and the two halves that it acts through."""
     observer = Observer(cluster, cache, poller, WarningEvents(cluster, cache.is_child, now), now)
-    return Reconciler(observer, Executor(cluster, cache, settings, now), settings)
+    return Reconciler(observer, Executor(cluster, cache, settings, now), settings, has_news)
 
 
 async def _crd_is_there(cluster: Cluster, settings: Settings) -> None:

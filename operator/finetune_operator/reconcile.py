@@ -5,6 +5,7 @@ Each step is crash-safe: what is lost between two of them is found again by the 
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -28,12 +29,14 @@ class Reconciler:
     """What a reconcile needs.
 
     Attributes:
+        has_news: whether another look at a job is wanted already.
         doubtful: jobs whose last pass did not come to its end, so that nobody knows what it has done.
     """
 
     observer: Observer
     executor: Executor
     settings: Settings
+    has_news: Callable[[Key], bool]
     doubtful: set[Key] = field(default_factory=set)
 
     async def reconcile(self, key: Key) -> float | None:
@@ -61,7 +64,8 @@ class Reconciler:
     async def _act_on(self, world: World) -> float | None:
         plan = decide(world, self.observer.now(), self.settings)
         await self.executor.execute(world.subject, plan)
-        if ends(world, plan):
+        # News, most often the echo of the end itself, bring one more pass: it decides on what is kept, and would have to read what is not.
+        if ends(world, plan) and not self.has_news(world.subject.key):
             self.observer.cache.drop(world.subject.key)
         return plan.again_seconds
 

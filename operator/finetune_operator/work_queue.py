@@ -31,6 +31,10 @@ class WorkQueue:
     def __len__(self) -> int:
         return len(self._due)
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether another look at a key is wanted."""
+        return key in self._due
+
     def add(self, key: Key, delay_seconds: float = 0.0, *, urgent: bool = False) -> None:
         """Makes a key due after the delay, or earlier when it already is; an urgent one has three turns of four."""
         due = self._clock() + delay_seconds

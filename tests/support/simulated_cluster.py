@@ -280,7 +280,8 @@ class SimulatedCluster:
         """An operator that has just begun, and has listed everything."""
         cache = Cache()
         poller = ProgressPoller(lambda _: None, lambda: 0.0)
-        process = Process(build_reconciler(cast("Cluster", self), cache, poller, settings, lambda: self.now), cache)
+        reconciler = build_reconciler(cast("Cluster", self), cache, poller, settings, lambda _: process.waits, lambda: self.now)
+        process = Process(reconciler, cache)
         self.resync(process)
         return process
 

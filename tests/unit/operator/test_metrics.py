@@ -158,7 +158,7 @@ def test_a_pass_that_is_cancelled_is_no_error(metrics: Metrics) -> None:
 async def test_a_worker_counts_its_passes_and_how_they_failed(metrics: Metrics, handler: Handler, kind: str) -> None:
     queue = WorkQueue(asyncio.get_running_loop().time)
     async with api_server(handler, metrics) as cluster:
-        reconciler = build_reconciler(cluster, Cache(), ProgressPoller(queue.add, lambda: 0.0), Settings())
+        reconciler = build_reconciler(cluster, Cache(), ProgressPoller(queue.add, lambda: 0.0), Settings(), queue.__contains__)
         async with running(work(queue, reconciler, metrics)):
             queue.add(A)
             await until(lambda: value_of(metrics, "reconcile_errors_total", kind=kind) == 1)
@@ -168,7 +168,7 @@ async def test_a_worker_counts_its_passes_and_how_they_failed(metrics: Metrics, 
 async def test_a_worker_times_a_pass_that_succeeds(metrics: Metrics) -> None:
     queue = WorkQueue(asyncio.get_running_loop().time)
     async with api_server(answering(404, {}), metrics) as cluster:
-        reconciler = build_reconciler(cluster, Cache(), ProgressPoller(queue.add, lambda: 0.0), Settings())
+        reconciler = build_reconciler(cluster, Cache(), ProgressPoller(queue.add, lambda: 0.0), Settings(), queue.__contains__)
         async with running(work(queue, reconciler, metrics)):
             queue.add(A)
             await until(lambda: value_of(metrics, "reconcile_seconds_count") == 1)

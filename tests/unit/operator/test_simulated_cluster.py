@@ -11,7 +11,7 @@ from finetune_api.validation import parse_spec
 from finetune_operator.cache import Kind
 from finetune_operator.cluster import ApiError
 from finetune_operator.diagnosis import container_state
-from finetune_operator.subject import Json, is_being_deleted, is_finished
+from finetune_operator.subject import Json, Key, is_being_deleted, is_finished
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
@@ -263,6 +263,20 @@ def test_an_operator_that_was_down_longer_than_the_ttl_still_learns_how_the_run_
     cluster.reconcile()
     assert cluster.finetunejob is not None
     assert cluster.finetunejob["status"]["phase"] == "Succeeded"
+
+
+def test_the_echo_of_an_end_that_is_heard_before_its_answer_asks_for_nothing() -> None:
+    cluster = finished(0)
+    process = cluster.start_process()
+    operator = cluster.start_operator(process)
+    cluster.step(operator)
+    assert cluster.finetunejob is not None
+    assert cluster.finetunejob["status"]["phase"] == "Succeeded"
+    process.waits = True  # the echo
+    while not operator.ended:
+        cluster.step(operator)
+    assert cluster.start_operator(process).ended, "the second pass makes no request"
+    assert process.cache.finetunejob(Key("ml", "tiny")) is None, "and keeps nothing"
 
 
 def test_a_sleeping_operator_makes_no_job_for_a_spec_that_was_edited_meanwhile() -> None:

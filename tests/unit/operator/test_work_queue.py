@@ -46,6 +46,15 @@ def test_no_two_workers_have_one_key(queue: WorkQueue) -> None:
     assert queue.poll() == (None, None)
 
 
+def test_a_key_is_wanted_until_it_is_taken_and_when_it_is_added_during_the_work(queue: WorkQueue) -> None:
+    queue.add(A)
+    assert A in queue
+    queue.poll()
+    assert A not in queue
+    queue.add(A)
+    assert A in queue
+
+
 def test_an_outdated_wish_for_the_same_moment_gives_no_second_worker_the_key(queue: WorkQueue, clock: Clock) -> None:
     queue.add(A, 5.0)
     queue.add(A)
