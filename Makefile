@@ -56,11 +56,13 @@ cluster-setup: ## the programs of the test cluster: Debian packages, and Kuberne
 	@tests/cluster/setup.sh
 
 # What needs no cluster has one thread a process, so it runs in as many as there are cores; the clusters need the machine to themselves.
-test: ## everything: lint, types, import rules, unit, trainer, cluster and end-to-end tests
+test: ## everything: lint, types, import rules, unit, trainer, unsloth, cluster and end-to-end tests
 	@$(MAKE) --no-print-directory -j2 setup cluster-setup
+	@$(MAKE) --no-print-directory unsloth-setup
 	@$(MAKE) --no-print-directory lint
 	@images/build.sh --in-time operator trainer & building=$$!; status=0; \
 	$(PY) -m pytest tests/unit tests/trainer --numprocesses $$(nproc) --dist loadfile $(ARGS) || status=$$?; \
+	$(MAKE) --no-print-directory test-unsloth || status=$$?; \
 	$(PY) -m pytest tests/cluster tests/e2e $(ARGS) || status=$$?; \
 	wait $$building || true; exit $$status
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from finetune_trainer.context import RunContext
-from finetune_trainer.qat.prepare import prepare
 from finetune_trainer.stages import data, load
-from finetune_trainer.stages.evaluate import held_out_loss
+from finetune_trainer.stages.evaluate import mean_loss, measure
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.run_contexts import RecordingReporter
@@ -50,7 +49,7 @@ def test_its_adapter_has_the_same_loss_in_plain_peft(tmp_path: Path) -> None:
     ctx = RunContext(description(tmp_path / "job.yaml"), tmp_path / "work", tmp_path / "cache", RecordingReporter())
     rows = data.run(ctx, load.tokenizer_of(ctx, tmp_path / "model"))
     model = trained_adapter(tmp_path)
-    assert held_out_loss(model, rows.held_out, fake_quant=False) == report["losses"]["tuned"] < report["losses"]["base"]
+    assert mean_loss(measure(model, rows.held_out, fake_quant=False).rows) == report["losses"]["tuned"] < report["losses"]["base"]
 
 
 def test_its_exact_model_is_the_same_here_bit_for_bit(tmp_path: Path) -> None:
@@ -59,11 +58,9 @@ def test_its_exact_model_is_the_same_here_bit_for_bit(tmp_path: Path) -> None:
     assert report_of(tmp_path)["proof"]["max_logit_difference"] == 0.0
     recorded = load_file(tmp_path / "published" / "proof" / "reference.safetensors")
     batch = {name: recorded[name] for name in ("input_ids", "attention_mask")}
-    adapter = trained_adapter(tmp_path)
-    prepare(adapter, description(tmp_path / "job.yaml").spec.quantization)
-    for model in (adapter, AutoModelForCausalLM.from_pretrained(tmp_path / "published" / "model-torchao")):
-        with torch.no_grad():
-            assert torch.equal(model(**batch, use_cache=False).logits, recorded["logits"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "published" / "model-torchao")
+    with torch.no_grad():
+        assert torch.equal(model(**batch, use_cache=False).logits, recorded["logits"])
     # Nothing of unsloth's own: neither its banner nor the folder of code that it writes.
     assert "Unsloth" not in done.stdout + done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.jsonl", "job.yaml", "work", "cache", "published"}
