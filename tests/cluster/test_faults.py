@@ -200,7 +200,8 @@ async def test_nothing_is_lost_doubled_or_stuck_under_fire(field: Field, seed: i
 
 
 async def test_an_api_server_that_was_away_is_met_by_an_operator_that_lost_nothing(field: Field) -> None:
-    deployment = field.deployment(as_a_kubelet, LEASE_NAMESPACE=field.crowd.namespace)
+    # A container that is restarted has its pod's name, as the chart gives it, and takes up the Lease of the one before.
+    deployment = field.deployment(as_a_kubelet, LEASE_NAMESPACE=field.crowd.namespace, LEASE_IDENTITY="the-pod")
     async with deployment.running():
         before = await field.crowd.apply(JOBS)
         await field.becomes("begun", lambda: field.jobless(before), 60)
