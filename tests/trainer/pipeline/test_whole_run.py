@@ -184,6 +184,15 @@ def test_the_quality_gate_publishes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "published").exists()
 
 
+def test_a_loss_above_the_limit_of_the_spec_publishes_nothing(tmp_path: Path) -> None:
+    from finetune_trainer.errors import QualityError
+
+    changes = {"quantization": {"qatPercent": 0, "groupSize": 64}, "quality": {"maxLossIncreasePercent": "0.001"}, **BOTH}
+    with pytest.raises(QualityError, match=r"above the tuned one's .* quality\.maxLossIncreasePercent allows 0.001 %.* Nothing was published"):
+        run(tiny_job(tmp_path, changes), tmp_path / "work")
+    assert not (tmp_path / "published").exists()
+
+
 def test_the_quality_gate_can_only_warn(tmp_path: Path) -> None:
     run(job_that_unlearns(tmp_path, quality={"onFailure": "Warn"}), tmp_path / "work")
     assert json.loads((tmp_path / "published" / "manifest.json").read_text())["files"]

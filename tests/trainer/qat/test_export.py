@@ -1,16 +1,19 @@
 """What is trained is what is shipped: the exported model, in memory and reloaded by plain transformers, computes the training's logits."""
 
 import json
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from finetune_api.spec import Scheme
 from finetune_trainer.errors import DataError
+from finetune_trainer.qat import export
 from finetune_trainer.qat.export import exported_tensor, plain_model, tensor_digest, trained_digests, weight_digests
 from finetune_trainer.qat.kernels import reference_arithmetic
-from finetune_trainer.qat.linear import fake_quantized_weight, merged_weight
+from finetune_trainer.qat.linear import base_linear, fake_quantized_weight, merged_weight
 from finetune_trainer.qat.prepare import exact_layers, prepare
 from finetune_trainer.qat.schemes import SCHEMES as TABLE
 from finetune_trainer.qat.tensors import QUANTIZED, dense
@@ -50,6 +53,23 @@ def test_the_exported_model_has_the_logits_of_the_training(scheme: Scheme, dtype
     model = exact_model(scheme, dtype=dtype)
     difference = plain_logits(exported(model, scheme)) - training_logits(model, IDS, MASK)
     assert float(difference.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_that_is_consumed_gives_up_each_weight_before_the_next_is_exported(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, model = weight_digests(exported(exact_model(scheme), scheme)), exact_model(scheme)
+    weights = [weakref.ref(base_linear(layer).weight.untyped_storage()) for _, layer in exact_layers(model)]
+    given_up: list[int] = []
+
+    def export_one(*arguments: Any) -> Tensor:
+        given_up.append(sum(weight() is None for weight in weights))
+        return exported_tensor(*arguments)
+
+    monkeypatch.setattr(export, "exported_tensor", export_one)
+    assert weight_digests(plain_model(model, scheme, SKIPPED, trust_remote_code=False, consume=True)) == expected
+    assert given_up == list(range(len(weights)))
+    assert not any(weight() for weight in weights)
+    assert not any(layer.exact.cached for _, layer in exact_layers(model))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from finetune_trainer.errors import DataError
-from finetune_trainer.qat.linear import ExactLinear, fake_quantized_weight, merged_weight, weight_codes
+from finetune_trainer.qat.linear import ExactLinear, base_linear, fake_quantized_weight, merged_weight, weight_codes
 from finetune_trainer.qat.prepare import exact_layers, group_size_of, merged_layers, plain_name
 from finetune_trainer.qat.schemes import SCHEMES
 from finetune_trainer.qat.tensors import dense
@@ -35,14 +35,17 @@ def exported_tensor(name: str, layer: ExactLinear, scheme: Scheme) -> Tensor:
     return SCHEMES[scheme].tensor(codes, quantizer.block(codes.codes.shape[1]))
 
 
-def plain_model(model: PeftModel, scheme: Scheme, skipped: Collection[str], *, trust_remote_code: bool) -> PreTrainedModel:
+def plain_model(
+    model: PeftModel, scheme: Scheme, skipped: Collection[str], *, trust_remote_code: bool, consume: bool = False
+) -> PreTrainedModel:
     """A model without adapters whose exact layers hold torchao tensors; everything else is shared with `model`, not copied.
 
     Args:
-        model: the prepared model with its final adapter; it is left as it is.
+        model: the prepared model with its final adapter.
         scheme: the one that the model was prepared for.
         skipped: names of linear layers that stay unquantized.
         trust_remote_code: whether the model's own code may run.
+        consume: whether each of the model's weights is freed once its exported tensor is there; otherwise the model is left as it is.
     """
     base = model.get_base_model()
     config = copy.deepcopy(base.config)
@@ -59,6 +62,9 @@ def plain_model(model: PeftModel, scheme: Scheme, skipped: Collection[str], *, t
         _assign(plain, f"{name}.weight", merged_weight(layer))
     for name, layer in exact_layers(model):
         _assign(plain, f"{name}.weight", exported_tensor(name, layer, scheme))
+        if consume:
+            weight = base_linear(layer).weight
+            weight.data, layer.exact.cached = weight.new_empty(0), None
     plain.tie_weights()
     plain.generation_config = base.generation_config
     _mark_quantized(plain, SCHEMES[scheme].config(group_size_of(model)), skipped)

@@ -26,7 +26,7 @@ def measured(ctx: RunContext, stages: dict[str, float], parts: dict[str, float],
     return Measured(
         stages=stages,
         parts=parts,
-        steps=trained.steps - trained.resumed_from,
+        steps=trained.plan.steps - trained.resumed_from,
         device=device,
         dtype=str(trained.model.dtype).removeprefix("torch."),
         computes_bfloat16=_computes_bfloat16(device),

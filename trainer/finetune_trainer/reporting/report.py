@@ -46,7 +46,7 @@ def build_report(
         "data": {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), "dropped": data.dropped},
         "training": {
             "backend": loaded.backend.NAME,
-            "steps": trained.steps,
+            "steps": trained.plan.steps,
             "resumedFrom": trained.resumed_from,
             "lastLoss": trained.final_loss,
         },

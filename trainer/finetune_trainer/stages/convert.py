@@ -1,6 +1,6 @@
 """Convert: writes model-torchao/ from the final adapter, and the proof's reference from the model in training mode.
 
-The training's model is left as it was. Whatever is written appears at once and whole, or not at all.
+The training's model gives up its weights layer by layer, so that memory holds the weights about once. Whatever is written appears at once and whole, or not at all.
 """
 
 import gc
@@ -16,7 +16,7 @@ from finetune_trainer import atomic
 from finetune_trainer.canonical import sort_metadata
 from finetune_trainer.context import RunContext
 from finetune_trainer.qat.export import plain_model, trained_digests
-from finetune_trainer.qat.prepare import drop_caches, fake_quantization, free_codes
+from finetune_trainer.qat.prepare import drop_caches, fake_quantization, free_codes, mode_of
 from finetune_trainer.stages.train import Trained
 
 _ROWS, _TOKENS = 2, 32
@@ -41,20 +41,22 @@ def run(ctx: RunContext, trained: Trained) -> Converted:
     Raises:
         OSError: no space, or not writable.
     """
-    write_reference(ctx, trained)
-    prepared = trained.prepared
-    if prepared is None:
+    prepared, mode = trained.prepared, mode_of(trained.model)
+    if prepared is None or mode is None:
         raise ValueError("convert needs a quantization scheme; the pipeline skips it for none")
+    mode.keep_codes = False
+    free_codes(trained.model)
+    write_reference(ctx, trained)
+    base = trained.model.get_base_model()
+    before = sum(item.numel() * item.element_size() for name, item in base.named_parameters() if ".lora_" not in name)
     with atomic.folder(ctx.quantized) as folder:
         plain = plain_model(
-            trained.model, ctx.spec.quantization.scheme, prepared.skipped, trust_remote_code=ctx.spec.model.trust_remote_code
+            trained.model, ctx.spec.quantization.scheme, prepared.skipped, trust_remote_code=ctx.spec.model.trust_remote_code, consume=True
         )
         plain.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
         for path in folder.glob("*.safetensors"):
             sort_metadata(path)
-    base = trained.model.get_base_model()
-    before = sum(item.numel() * item.element_size() for name, item in base.named_parameters() if ".lora_" not in name)
     return Converted(before, sum(path.stat().st_size for path in ctx.quantized.glob("*.safetensors")))
 
 

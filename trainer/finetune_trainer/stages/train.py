@@ -52,7 +52,6 @@ class Trained:
         plan: its steps and micro-batches.
         prepared: what is quantized; None for scheme none.
         switch: the adapter at the switch and what it did on the held-out rows; None without quantization.
-        steps: optimizer steps in all.
         resumed_from: the step this attempt started at.
         final_loss: training loss of the last step, whichever attempt made it.
     """
@@ -61,7 +60,6 @@ class Trained:
     tokenizer: PreTrainedTokenizerBase
     prepared: Prepared | None
     switch: Switch | None
-    steps: int
     resumed_from: int
     final_loss: float | None
     plan: Plan
@@ -100,7 +98,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     phases.finish()
     shrink.forget(ctx)
     last_loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
-    return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, steps.steps, start.step if start else 0, last_loss, steps)
+    return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, start.step if start else 0, last_loss, steps)
 
 
 def _plan(ctx: RunContext, loaded: Loaded, data: Data, start: Checkpoint | None) -> tuple[Plan, Estimate | None]:
