@@ -188,7 +188,9 @@ def test_a_loss_above_the_limit_of_the_spec_publishes_nothing(tmp_path: Path) ->
     from finetune_trainer.errors import QualityError
 
     changes = {"quantization": {"qatPercent": 0, "groupSize": 64}, "quality": {"maxLossIncreasePercent": "0.001"}, **BOTH}
-    with pytest.raises(QualityError, match=r"above the tuned one's .* quality\.maxLossIncreasePercent allows 0.001 %.* Nothing was published"):
+    with pytest.raises(
+        QualityError, match=r"above the tuned one's .* quality\.maxLossIncreasePercent allows 0.001 %.* Nothing was published"
+    ):
         run(tiny_job(tmp_path, changes), tmp_path / "work")
     assert not (tmp_path / "published").exists()
 
