@@ -113,7 +113,7 @@ def attempt(what: str, part: Callable[..., dict[str, Any]], *arguments: Any) -> 
 
 
 def training_figures(size: str, arm: str, profile: bool) -> dict[str, Any]:
-    """Seconds of a step, tokens a second and the peak of what PyTorch allocates, beside what the estimate says."""
+    """Seconds of a step, tokens a second and the peak of what PyTorch allocates."""
     torch.manual_seed(0)
     scheme = None if arm == "lora" else Scheme(arm.split()[0])
     model = lora_model(size)

@@ -28,8 +28,6 @@ from finetune_trainer.token_loss import Prediction, output_head, summed_loss, to
 # The second is its name in the transformers that unsloth asks for.
 _CHECKPOINTING = "activation_checkpointing" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient_checkpointing"
 _LOSS_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for
-
-
 _FEW_LAYERS = (2, 4)  # of a deep model are traced, an even number each, since two kinds of attention may take turns; the rest takes as much
 
 

@@ -63,9 +63,8 @@ def run(ctx: RunContext) -> Rehearsed:
     data.require_known_tokens(rows, vocabulary)
     if not rows.held_out:
         ctx.reporter.note(NOTHING_HELD_OUT)
-    steps, needed = _require_fit(
-        ctx, base.config, rows
-    )  # before the weights: what fits nowhere need not be downloaded, and may not even be mapped
+    # Before the weights: what fits nowhere need not be downloaded, and may not even be mapped.
+    steps, needed = _require_fit(ctx, base.config, rows)
     if sources.keeps_weights(ctx):
         load.check_weights(sources.fetch_model(ctx).path, trust_remote_code=ctx.spec.model.trust_remote_code)
     return Rehearsed(described.resolved, parameters, adapted, rows, steps, needed)

@@ -63,7 +63,7 @@ class MslkFloat8Activations:
     """For each token, as mslk quantizes the input of an Int4Tensor with float8 activations.
 
     Source: mslk `quantize_fp8_row` (quantize/triton/fp8_quantize.py): scale = max(max|x|, 1/512) / 448 in float32, codes divided by it. mslk itself has
-    not been run; FBGEMM 1.6, which it comes from, multiplies by the reciprocal (1 code in 1,000 differs by one) and has 1e-12 for the floor.
+    not been run; FBGEMM 1.6, which it comes from, multiplies by the reciprocal (about 1 code in 1,000 differs) and has 1e-12 for the floor.
     """
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """The grids of torchao's Int4Tensor with plain packing, which keeps two codes in a byte: with a zero point for int4, without one for fp8-int4.
 
 torchao makes these tensors with a CUDA library (mslk) only; what it computes is done here in plain PyTorch. The arithmetic inside mslk's
-kernels is within rounding of that (int4: 0.2 steps of bfloat16, fp8-int4: 0.9, which rounds the scaled weight once more; on an H200).
+kernels is within rounding of that (int4: 0.2 steps of bfloat16, fp8-int4: 0.9, where the scaled weight may be rounded once more; on an H200).
 """
 
 from dataclasses import dataclass
