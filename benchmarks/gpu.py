@@ -66,9 +66,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=ARMS)
     parser.add_argument("--profile", action="store_true", help="the kernels that take most time in a step of each arm")
     chosen = parser.parse_args()
+    if set(chosen.parts) != {"estimates"} and not torch.cuda.is_available():
+        sys.exit("bench-gpu needs an NVIDIA GPU, and PyTorch finds none here; --parts estimates needs none")
     for what, part, arguments in parts(chosen):
-        if part is not estimate_figures and not torch.cuda.is_available():
-            sys.exit("bench-gpu needs an NVIDIA GPU, and PyTorch finds none here; --parts estimates needs none")
         attempt(what, part, *arguments)
 
 
