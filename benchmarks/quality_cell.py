@@ -20,6 +20,7 @@ from finetune_api.spec import LoraSpec, QuantizationSpec
 from finetune_trainer.adapter import add_adapter
 from finetune_trainer.qat.prepare import exact_layers, follow_optimizer, mode_of, prepare, set_fake_quantization
 from finetune_trainer.qat.quantizers import WeightQuantizer
+from finetune_trainer.qat.quantizers.integers import SymmetricGrid
 from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.schedule import rate_factor
 from finetune_trainer.stages.data import Example
@@ -271,7 +272,7 @@ def _prepare_exact(model: PeftModel, bits: int) -> None:
     """As the product prepares int8-int4, with a grid of fewer bits where asked for."""
     prepare(model, QuantizationSpec(), enabled=False)
     for _, layer in exact_layers(model):
-        layer.exact.quantizer = WeightQuantizer(bits=bits, group_size=GROUP)
+        layer.exact.quantizer = WeightQuantizer(SymmetricGrid(bits), GROUP)
 
 
 def fake_quantize_apart(model: PeftModel, bits: int) -> None:

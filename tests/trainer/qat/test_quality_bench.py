@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_model import tiny_llama
+from finetune_trainer.stages.data import Example
+from support.tiny_model import save_tiny_model, tiny_llama
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 
+import quality_cell
 import quality_model
 import quality_table
+from quality_data import Rows
+
+HELD_OUT = 3
 
 
 def test_the_rotation_leaves_the_function_and_changes_the_weights() -> None:
@@ -60,3 +65,53 @@ def test_where_ptq_costs_nothing_nothing_is_recovered() -> None:
 
 def test_a_cell_without_its_reference_waits_for_it() -> None:
     assert quality_table.compare({name: found for name, found in CELLS.items() if "lora" not in name}) == []
+
+
+@pytest.fixture
+def tiny_cells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A tiny model and tiny rows in place of SmolLM2 and text."""
+
+    def rows(_name: str, seed: int, train: int, held_out: int, _tokenizer: object) -> Rows:
+        made = tuple(_example(seed + index) for index in range(train + held_out))
+        return Rows(made[held_out:], made[:held_out], "digest")
+
+    model = save_tiny_model(tmp_path / "model")
+    monkeypatch.setattr(quality_cell, "rotated_model", lambda _: model)
+    monkeypatch.setattr(quality_cell, "rows", rows)
+    monkeypatch.setattr(quality_cell, "HELD_OUT", HELD_OUT)
+    monkeypatch.setattr(quality_cell, "_SAVE_EVERY", 1)
+
+
+def _example(index: int) -> Example:
+    tokens = [(7 * index + place) % 50 + 5 for place in range(8)]
+    return Example(tuple(tokens), (-100, -100, *tokens[2:]))
+
+
+@pytest.mark.usefixtures("tiny_cells")
+@pytest.mark.parametrize(
+    ("recipe", "models"),
+    [
+        pytest.param(
+            {"method": "lora"},
+            {"base", "tuned", *(f"ptq {bits} {scales}" for bits in (4, 3) for scales in ("largest", "least squares"))},
+            id="lora",
+        ),
+        pytest.param({"method": "exact", "bits": 3, "switch": 1}, {"at the switch", "quantized"}, id="exact"),
+        pytest.param({"method": "split", "bits": 4}, {"as trained", "quantized"}, id="split"),
+    ],
+)
+def test_a_cell_comes_to_its_end_and_to_the_same_one_after_a_stop(tmp_path: Path, recipe: dict[str, Any], models: set[str]) -> None:
+    wanted = quality_cell.Recipe("text", 0, steps=2, **recipe)
+    whole = quality_cell.make(wanted, tmp_path / "undisturbed", lambda _: None)
+    assert set(whole["losses"]) == models
+    assert all(len(losses) == HELD_OUT and min(losses) > 0 for losses in whole["losses"].values())
+    with pytest.raises(quality_cell.Paused):
+        quality_cell.make(wanted, tmp_path / "stopped", lambda _: None, until=0.0)
+    assert quality_cell.make(wanted, tmp_path / "stopped", lambda _: None)["losses"] == whole["losses"]
+
+
+@pytest.mark.usefixtures("tiny_cells")
+def test_fewer_bits_cost_more(tmp_path: Path) -> None:
+    losses = quality_cell.make(quality_cell.Recipe("text", 0, "lora", steps=1), tmp_path, lambda _: None)["losses"]
+    away = {bits: sum(abs(one - two) for one, two in zip(losses[f"ptq {bits} largest"], losses["tuned"], strict=True)) for bits in (3, 4)}
+    assert away[3] > away[4] > 0
