@@ -1,6 +1,7 @@
 """What benchmarks/operator_bench.py stands on: a cluster with fake nodes, the operator of this checkout as a user of its own, and exact eyes on both.
 
-Times are the process's own clock: a request's start, and the moment when its watch event arrived. Writes are counted from the API server's audit log.
+Times are the process's own clock: a request's start, and the moment when its watch event arrived. Writes are counted from the API server's audit log,
+and in a burst it also says when they were done: on a full machine the API server cuts watches that fall behind, and the news is seconds late.
 """
 
 import asyncio
@@ -10,9 +11,10 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -64,6 +66,7 @@ class Follower:
     Attributes:
         applied: when the request that made it began.
         jobs: when its first Job was seen.
+        owners: FineTuneJobs by their Jobs' names.
         statuses: when its first status was seen.
         phases: its phase.
         preflights: names of Jobs that only check.
@@ -71,6 +74,7 @@ class Follower:
 
     applied: dict[str, float] = field(default_factory=dict)
     jobs: dict[str, float] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
     statuses: dict[str, float] = field(default_factory=dict)
     phases: dict[str, str] = field(default_factory=dict)
     preflights: set[str] = field(default_factory=set)
@@ -82,6 +86,7 @@ class Follower:
         label = item["metadata"].get("labels", {}).get(names.LABEL_JOB)
         if kind == "ADDED" and label:
             self.jobs.setdefault(label, time.perf_counter())
+            self.owners[item["metadata"]["name"]] = label
             if item["metadata"]["name"].endswith("-pre"):
                 self.preflights.add(item["metadata"]["name"])
             self._changed.set()
@@ -100,9 +105,9 @@ class Follower:
         """How many are in a phase."""
         return self._counts[phase]
 
-    def delays(self, wanted: Iterable[str]) -> list[float]:
-        """Seconds from apply to Job, sorted."""
-        return sorted(self.jobs[name] - self.applied[name] for name in wanted)
+    def delays(self, until: Mapping[str, float], wanted: Iterable[str]) -> list[float]:
+        """Seconds from apply to this moment of each, sorted."""
+        return sorted(until[name] - self.applied[name] for name in wanted)
 
     async def until(self, what: str, condition: Callable[[], bool], seconds: float) -> None:
         """Waits for the watches to make the condition true.
@@ -133,9 +138,17 @@ class AuditLog:
         return len(self._entries)
 
     def writes(self, since: int, user: str = "operator") -> list[Json]:
-        """Since a mark: resource ("jobs", "finetunejobs/status", ...), name, verb and HTTP status of each."""
+        """Since a mark: resource ("jobs", "finetunejobs/status", ...), name, verb, HTTP status and time of each."""
         self._read()
         return [entry for entry in self._entries[since:] if entry["user"] == user]
+
+    def first(self, resource: str, since: int) -> dict[str, float]:
+        """When the operator's first write of this resource to each name was done, in seconds of perf_counter."""
+        found: dict[str, float] = {}
+        for entry in self.writes(since):
+            if entry["resource"] == resource and entry["code"] < 300:
+                found.setdefault(entry["name"], entry["at"])
+        return found
 
     async def quiet(self) -> int:
         """Waits until nothing was written for a while, the Lease aside; a mark of then."""
@@ -167,6 +180,7 @@ def _summary(entry: Json) -> Json:
         "resource": resource,
         "name": target.get("name", ""),
         "code": entry["responseStatus"]["code"],
+        "at": datetime.fromisoformat(entry["stageTimestamp"]).timestamp() - time.time() + time.perf_counter(),
     }
 
 
@@ -188,6 +202,13 @@ class World:
             await self.api.request("POST", FINETUNEJOBS, finetunejob(name, gpus))
 
         await in_parallel(wanted, one)
+
+    def first_jobs(self, mark: int) -> dict[str, float]:
+        """When the first Job of each FineTuneJob was stored, by the audit log since a mark."""
+        found: dict[str, float] = {}
+        for name, at in self.audit.first("jobs", mark).items():
+            found.setdefault(self.seen.owners[name], at)
+        return found
 
     async def handled(self, name: str, seconds: float = 60) -> float:
         """Applies one FineTuneJob that runs for ever and returns the seconds until its Job was there."""
