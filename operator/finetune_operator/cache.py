@@ -68,6 +68,7 @@ class Cache:
     def __init__(self) -> None:
         self._known: dict[Kind, dict[str, _Known]] = {kind: {} for kind in Kind}
         self._kept: dict[Kind, dict[Key, dict[str, bytes]]] = {kind: {} for kind in Kind}
+        self._ended: set[Key] = set()
         self._long_names: dict[Key, str] = {}
         self._deleted: set[tuple[Kind, str]] = set()
         self._deleted_earlier: set[tuple[Kind, str]] = set()
@@ -84,25 +85,35 @@ class Cache:
         if known and known.version >= version:
             return None
         self._known[kind][uid] = _Known(version, known.place if known else place)
+        if kind is Kind.FINETUNEJOB:
+            self._ended.discard(place)
+        elif place in self._ended:
+            return None
         kept = json.dumps(_picked(raw, _KEPT[kind]), separators=(",", ":")).encode()
         objects = self._kept[kind].setdefault(place, {})
         before, objects[uid] = objects.get(uid), kept
-        return self._key(place) if kept != before else None
+        return self._key(place) if kept != before and self._is_kept(place) else None
 
-    def forget(self, kind: Kind, raw: Json) -> Key:
-        """The object is deleted. Returns the job to look at."""
+    def forget(self, kind: Kind, raw: Json) -> Key | None:
+        """The object is deleted. Returns the job to look at, as see() does."""
         uid, place = raw["metadata"]["uid"], self._place(kind, raw["metadata"])
         self._known[kind][uid] = _Known(_GONE, place)
         self._deleted.add((kind, uid))
+        is_kept = self._is_kept(place)
         self._remove(kind, place, uid)
-        return self._key(place)
+        return self._key(place) if is_kept else None
 
     def drop(self, key: Key) -> None:
-        """Keeps nothing more of a job that has ended, but which versions of its objects were seen: their echoes are no news."""
+        """Keeps nothing more of a job, but which versions of its objects were seen: their echoes are no news."""
         place = _place_of(key)
         for kind in Kind:
             self._kept[kind].pop(place, None)
         self._long_names.pop(place, None)
+
+    def end(self, key: Key) -> None:
+        """The job has ended: drops it, and until it changes itself nothing of its Jobs and pods is kept, nor news."""
+        self.drop(key)
+        self._ended.add(_place_of(key))
 
     def finetunejob(self, key: Key) -> Json | None:
         """The object, as far as it is known."""
@@ -134,8 +145,9 @@ class Cache:
             known = self._known[kind][uid]
             if uid not in listed and known.version <= version:
                 del self._known[kind][uid]
+                if self._is_kept(known.place):
+                    keys.append(self._key(known.place))
                 self._remove(kind, known.place, uid)
-                keys.append(self._key(known.place))
         return keys
 
     def bury(self) -> None:
@@ -144,7 +156,13 @@ class Cache:
             self._known[kind].pop(uid, None)
         self._deleted, self._deleted_earlier = set(), self._deleted
 
+    def _is_kept(self, place: Key) -> bool:
+        """Whether the job itself is kept. Where it is not, its Jobs and pods are no news: it has ended, is gone, or will be news itself."""
+        return place in self._kept[Kind.FINETUNEJOB]
+
     def _remove(self, kind: Kind, place: Key, uid: str) -> None:
+        if kind is Kind.FINETUNEJOB:
+            self._ended.discard(place)
         objects = self._kept[kind].get(place, {})
         objects.pop(uid, None)
         if not objects:

@@ -66,7 +66,7 @@ class Reconciler:
         await self.executor.execute(world.subject, plan)
         # News, most often the echo of the end itself, bring one more pass: it decides on what is kept, and would have to read what is not.
         if ends(world, plan) and not self.has_news(world.subject.key):
-            self.observer.cache.drop(world.subject.key)
+            self.observer.cache.end(world.subject.key)
         return plan.again_seconds
 
 

@@ -40,6 +40,7 @@ def test_the_newest_of_an_object_is_kept_in_whatever_order_it_comes(cache: Cache
 
 
 def test_only_the_fields_that_decisions_read_are_kept_and_only_their_change_is_news(cache: Cache) -> None:
+    cache.see(Kind.FINETUNEJOB, versioned(1))
     assert cache.see(Kind.JOB, job(1)) == KEY
     assert cache.see(Kind.JOB, job(2, ready=1)) is None
     assert cache.see(Kind.JOB, job(3, ready=1, completionTime="now")) == KEY
@@ -52,6 +53,7 @@ def test_only_the_fields_that_decisions_read_are_kept_and_only_their_change_is_n
 
 
 def test_what_is_deleted_does_not_come_back_with_a_late_event(cache: Cache) -> None:
+    cache.see(Kind.FINETUNEJOB, versioned(1))
     cache.see(Kind.JOB, job(1))
     assert cache.forget(Kind.JOB, job(3)) == KEY
     assert cache.see(Kind.JOB, job(2)) is None
@@ -67,6 +69,7 @@ def test_a_namesake_that_was_made_anew_wins_over_one_whose_deletion_nobody_has_h
 
 
 def test_what_a_listing_lacks_is_gone_unless_it_is_newer_than_the_listing(cache: Cache) -> None:
+    cache.see(Kind.FINETUNEJOB, versioned(1))
     for uid, version in (("kept", 1), ("lost", 2), ("new", 9)):
         cache.see(Kind.JOB, job(version, uid))
     assert cache.only(Kind.JOB, ["kept"], 5) == [KEY]
@@ -82,14 +85,42 @@ def test_a_listing_for_one_job_says_nothing_of_another(cache: Cache) -> None:
 def test_a_job_that_has_ended_is_no_news_until_it_changes(cache: Cache) -> None:
     cache.see(Kind.FINETUNEJOB, versioned(1))
     cache.see(Kind.JOB, job(1))
-    cache.drop(KEY)
+    cache.end(KEY)
     assert cache.finetunejob(KEY) is None
-    assert cache.see(Kind.JOB, job(1)) is None
     assert cache.see(Kind.FINETUNEJOB, versioned(1)) is None
     assert cache.see(Kind.FINETUNEJOB, versioned(2)) == KEY
 
 
+def test_what_becomes_of_the_jobs_of_an_ended_one_is_neither_kept_nor_news(cache: Cache) -> None:
+    cache.see(Kind.FINETUNEJOB, versioned(1))
+    cache.see(Kind.JOB, job(1))
+    cache.end(KEY)
+    assert cache.see(Kind.JOB, job(2, completionTime="now")) is None
+    assert cache.only(Kind.JOB, [], 5) == []
+    assert cache.see(Kind.JOB, job(6, "another")) is None
+    assert cache.forget(Kind.JOB, job(7, "another")) is None
+    cache.see(Kind.FINETUNEJOB, versioned(2))
+    assert cache.children(Kind.JOB, KEY) == ()
+    assert cache.see(Kind.JOB, job(8, "later")) == KEY
+
+
+def test_a_job_whose_deletion_is_heard_of_is_not_remembered_as_ended(cache: Cache) -> None:
+    cache.see(Kind.FINETUNEJOB, versioned(1))
+    cache.end(KEY)
+    assert cache.forget(Kind.FINETUNEJOB, versioned(2)) is None
+    cache.see(Kind.JOB, job(3))
+    assert cache.see(Kind.FINETUNEJOB, versioned(4, "made anew")) == KEY
+    assert len(cache.children(Kind.JOB, KEY)) == 1
+
+
+def test_a_job_that_is_seen_before_its_owner_is_kept_and_told_of_with_it(cache: Cache) -> None:
+    assert cache.see(Kind.JOB, job(1)) is None
+    assert cache.see(Kind.FINETUNEJOB, versioned(2)) == KEY
+    assert len(cache.children(Kind.JOB, KEY)) == 1
+
+
 def test_deletions_are_remembered_for_two_rounds_of_listings(cache: Cache) -> None:
+    cache.see(Kind.FINETUNEJOB, versioned(1))
     cache.forget(Kind.JOB, job(1))
     cache.bury()
     assert cache.see(Kind.JOB, job(2)) is None
