@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     """Shell-style patterns of what spec.pod.serviceAccountName may name."""
     resync_seconds: Annotated[float, Field(gt=0)] = 45
     """Every so often each unfinished job is looked at again, whether or not an event came; less often where listing all takes more than a twentieth of it."""
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 16
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 64
     """Jobs that are worked on at the same time."""
     no_progress_minutes: Annotated[float, Field(gt=0)] = 30
     """A training that makes no optimizer step for so long gets the reason NoProgress. Nothing is stopped."""
