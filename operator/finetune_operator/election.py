@@ -48,21 +48,28 @@ async def lead(api: client.ApiClient, namespace: str, name: str, identity: str, 
 
     election = asyncio.create_task(LeaderElection(Config(lock, LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, begin, None)).run())
     logger.info("Waiting for the Lease %s/%s as %s", namespace, name, lock.identity)
-    led = asyncio.create_task(leading.wait())
-    await asyncio.wait({election, led}, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        await _during(election, lock, leading.wait())
+        logger.info("Leading")
+        await _during(election, lock, work())
+    finally:
+        if not election.done():
+            election.cancel()
+            await lock.release()
+
+
+async def _during(election: asyncio.Task[None], lock: LeaseLock, work: Awaitable[object]) -> None:
+    """Works to the end, unless the election ends before it: then the Lease is lost."""
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({election, working}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not working.done():
+            working.cancel()
+            await asyncio.wait({working}, timeout=STOP_SECONDS)
     if election.done():
-        led.cancel()
-        election.result()  # what ended it; an election that nobody won does not end
-    logger.info("Leading")
-    working = asyncio.ensure_future(work())
-    await asyncio.wait({election, working}, return_when=asyncio.FIRST_COMPLETED)
-    if not working.done():
-        working.cancel()
-        await asyncio.wait({working}, timeout=STOP_SECONDS)
         election.result()  # a defect of the election is not a lost Lease
-        raise LeadershipLostError(f"The Lease {namespace}/{name} could not be renewed within {RENEW_SECONDS} s.")
-    election.cancel()
-    await lock.release()
+        raise LeadershipLostError(f"The Lease {lock.namespace}/{lock.name} could not be renewed within {RENEW_SECONDS} s.")
     await working
 
 

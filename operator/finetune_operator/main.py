@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import aiohttp
 from pydantic import ValidationError
@@ -39,7 +40,9 @@ async def run(settings: Settings) -> None:
 
     Raises:
         LeadershipLostError: another operator may act from now on.
+        CancelledError: a signal came before kopf, which has its own handlers, had taken over.
     """
+    _end_on_signals()
     metrics = Metrics()
     heartbeat = Heartbeat(asyncio.get_running_loop().time, settings.resync_seconds, has_lease=not settings.lease_namespace)
     async with AsyncExitStack() as stack:
@@ -54,25 +57,22 @@ async def run(settings: Settings) -> None:
 
 
 async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat, metrics: Metrics) -> None:
-    """Watches and reconciles until a signal ends the watch. Nothing is decided before everything was listed once."""
-    queue, cache, synced = WorkQueue(asyncio.get_running_loop().time), Cache(), asyncio.Event()
+    """Watches and reconciles until a signal ends the watch. Before everything was listed once, new jobs alone are worked on, and read for it."""
+    queue, cache, synced = WorkQueue(asyncio.get_running_loop().time, only_urgent=True), Cache(), asyncio.Event()
     heartbeat.lead()
     metrics.show_queue(queue)
     poller = ProgressPoller(queue.add, time.time)
-    reconciler = build_reconciler(cluster, cache, poller, settings, queue.__contains__)
-
-    async def reconcile() -> None:
-        await synced.wait()
-        await work(queue, reconciler, metrics)
+    reconciler = build_reconciler(cluster, cache, poller, settings, queue.__contains__, synced.is_set)
 
     def listed(phases: Counter[str]) -> None:
         synced.set()
+        queue.take_all()
         heartbeat.sync()
         metrics.show_jobs(phases)
 
     await _crd_is_there(cluster, settings)
     async with aiohttp.ClientSession(trust_env=False) as session, asyncio.TaskGroup() as group:
-        tasks = [group.create_task(reconcile()) for _ in range(settings.concurrency)]
+        tasks = [group.create_task(work(queue, reconciler, metrics)) for _ in range(settings.concurrency)]
         tasks.append(group.create_task(resync(queue, cluster, cache, settings, heartbeat.beat, listed)))
         tasks.append(group.create_task(poller.run(session)))
         await synced.wait()  # kopf lists everything once more: beside the first round it would double the time until anything is decided
@@ -87,11 +87,12 @@ def build_reconciler(
     poller: ProgressPoller,
     settings: Settings,
     has_news: Callable[[Key], bool],
+    is_synced: Callable[[], bool] = lambda: True,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Reconciler:
     """A reconciler and the two halves that it acts through."""
     observer = Observer(cluster, cache, poller, WarningEvents(cluster, cache.is_child, now), now)
-    return Reconciler(observer, Executor(cluster, cache, settings, now), settings, has_news)
+    return Reconciler(observer, Executor(cluster, cache, settings, now), settings, has_news, is_synced)
 
 
 async def _crd_is_there(cluster: Cluster, settings: Settings) -> None:
@@ -126,6 +127,15 @@ def main() -> None:
     except LeadershipLostError as error:
         logger.error("%s This process ends, and another one leads.", error)
         sys.exit(1)
+    except asyncio.CancelledError:
+        logger.info("A signal ended the start")
+
+
+def _end_on_signals() -> None:
+    """Ends the current task in order: whoever ends an operator that has just begun need not wait for its Lease."""
+    task = cast("asyncio.Task[None]", asyncio.current_task())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
 
 def _refuse(problems: str) -> NoReturn:

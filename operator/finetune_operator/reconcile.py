@@ -30,6 +30,7 @@ class Reconciler:
 
     Attributes:
         has_news: whether another look at a job is wanted already.
+        is_synced: whether everything was listed once; until then the API server is asked.
         doubtful: jobs whose last pass did not come to its end, so that nobody knows what it has done.
     """
 
@@ -37,6 +38,7 @@ class Reconciler:
     executor: Executor
     settings: Settings
     has_news: Callable[[Key], bool]
+    is_synced: Callable[[], bool]
     doubtful: set[Key] = field(default_factory=set)
 
     async def reconcile(self, key: Key) -> float | None:
@@ -48,7 +50,7 @@ class Reconciler:
         Raises:
             ApiError: a request was refused; the same pass may succeed later.
         """
-        is_doubtful = key in self.doubtful
+        is_doubtful = key in self.doubtful or not self.is_synced()
         self.doubtful.add(key)
         try:
             world = await self.observer.look(key, doubtful=is_doubtful)

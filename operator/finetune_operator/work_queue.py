@@ -12,15 +12,22 @@ from finetune_operator.subject import Key
 
 FIRST_BACKOFF_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 60.0
-URGENT_TURNS = 3  # of four, where others wait too: a flood of new jobs gets its Jobs first, and leaves news of others a turn
+URGENT_TURNS = 15  # of sixteen, where others wait too: a flood of new jobs gets its Jobs first, and leaves news of others a turn
 
 
 class WorkQueue:
-    """Keys and when each is due."""
+    """Keys and when each is due.
 
-    def __init__(self, clock: Callable[[], float], jitter: Callable[[], float] = random.random) -> None:
+    Args:
+        clock: gives seconds.
+        jitter: gives a number between 0 and 1.
+        only_urgent: keys that are not urgent wait for take_all().
+    """
+
+    def __init__(self, clock: Callable[[], float], jitter: Callable[[], float] = random.random, *, only_urgent: bool = False) -> None:
         self._clock = clock
         self._jitter = jitter
+        self._only_urgent = only_urgent
         self._due: dict[Key, float] = {}
         self._lanes: dict[bool, list[tuple[float, Key]]] = {True: [], False: []}  # heaps by when a key is due, of urgent ones and of others
         self._turns = 0  # that urgent keys had since one of the others had its own
@@ -36,7 +43,7 @@ class WorkQueue:
         return key in self._due
 
     def add(self, key: Key, delay_seconds: float = 0.0, *, urgent: bool = False) -> None:
-        """Makes a key due after the delay, or earlier when it already is; an urgent one has three turns of four."""
+        """Makes a key due after the delay, or earlier when it already is; an urgent one has nearly every turn."""
         due = self._clock() + delay_seconds
         if key in self._due and self._due[key] <= due:
             return
@@ -48,7 +55,8 @@ class WorkQueue:
     def poll(self) -> tuple[Key | None, float | None]:
         """(a key that is due, None) or (None, seconds until one is; None when nothing waits). The key counts as being worked on."""
         now = self._clock()
-        fronts = {urgent: due for urgent in self._lanes if (due := self._front(urgent)) is not None}
+        lanes = [True] if self._only_urgent else list(self._lanes)
+        fronts = {urgent: due for urgent in lanes if (due := self._front(urgent)) is not None}
         ready = [urgent for urgent, due in fronts.items() if due <= now]
         if not ready:
             return None, min(fronts.values()) - now if fronts else None
@@ -65,6 +73,11 @@ class WorkQueue:
         while lane and (lane[0][1] in self._active or self._due.get(lane[0][1]) != lane[0][0]):
             heapq.heappop(lane)
         return lane[0][0] if lane else None
+
+    def take_all(self) -> None:
+        """Urgent or not, from now on."""
+        self._only_urgent = False
+        self._changed.set()
 
     def waiting_seconds(self) -> list[float]:
         """How long each key that is due has waited for a worker."""

@@ -255,3 +255,24 @@ async def test_what_no_watch_says_is_found_by_looking_again(field: Field) -> Non
         taken = await field.comes_right(40)
     print(f"right after {taken:.0f} s without a single event")
     field.require_kept_promises(deployment)
+
+
+async def test_a_new_job_waits_for_no_listing_and_an_operator_that_has_just_begun_gives_its_lease_back(field: Field) -> None:
+    field.proxy.poisons[re.compile(r"/api/v1/pods\?")] = Fault.ERROR  # of all pods; a job's own can be listed
+    deployment = field.deployment(lambda _: 5.0, LEASE_NAMESPACE=field.crowd.namespace, RESYNC_SECONDS="5")
+    async with deployment.running():
+        new = await field.crowd.apply(3, kinds=("exit-0",))
+        await field.becomes("begun", lambda: field.jobless(new), 30)
+        assert deployment.ask("/readyz")[0] == 503, "everything was listed"
+        deployment.end()
+        await field.becomes("ended", lambda: running(deployment), 5)
+        assert deployment.exits == [0]
+        lease = field.kube.get("lease", "finetune-operator", "-n", field.crowd.namespace)
+        assert not lease["spec"].get("holderIdentity")
+        field.proxy.poisons.clear()
+        await field.comes_right(RIGHT_SECONDS)
+    field.require_kept_promises(deployment)
+
+
+async def running(deployment: Deployment) -> list[str]:
+    return [] if deployment.exits else ["the operator is running"]

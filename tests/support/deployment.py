@@ -1,7 +1,9 @@
 """The operator behind a proxy, started again whenever it ends, as a Deployment's kubelet would. Used by the fault tests."""
 
 import asyncio
+import os
 import random
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,6 +47,14 @@ class Deployment:
         while self._operator.exit_code() is not None:  # noqa: ASYNC110 a process sets no event
             await asyncio.sleep(_LOOK_SECONDS)
         self._operator.kill()
+
+    def end(self) -> None:
+        """SIGTERM; it comes back."""
+        os.kill(self._operator.pid, signal.SIGTERM)
+
+    def ask(self, path: str) -> tuple[int, str]:
+        """What the process that runs now answers on its health port."""
+        return self._operator.ask(path)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Deployment"]:

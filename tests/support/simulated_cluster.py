@@ -280,7 +280,7 @@ class SimulatedCluster:
         """An operator that has just begun, and has listed everything."""
         cache = Cache()
         poller = ProgressPoller(lambda _: None, lambda: 0.0)
-        reconciler = build_reconciler(cast("Cluster", self), cache, poller, settings, lambda _: process.waits, lambda: self.now)
+        reconciler = build_reconciler(cast("Cluster", self), cache, poller, settings, lambda _: process.waits, now=lambda: self.now)
         process = Process(reconciler, cache)
         self.resync(process)
         return process

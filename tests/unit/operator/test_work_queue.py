@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from finetune_operator.subject import Key
-from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, WorkQueue
+from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, URGENT_TURNS, WorkQueue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,11 +74,27 @@ def test_an_urgent_key_comes_before_those_that_wait(queue: WorkQueue, clock: Clo
 
 
 def test_others_have_their_turn_however_many_urgent_keys_there_are(queue: WorkQueue) -> None:
-    for index in range(20):
+    for index in range(40):
         queue.add(Key("ml", f"new-{index:02}"), urgent=True)
         queue.add(Key("ml", f"old-{index:02}"))
-    taken = "".join(str(queue.poll()[0]).partition("/")[2][0] for _ in range(40))
-    assert taken == "nnno" * 6 + "nn" + "o" * 14
+    taken = "".join(str(queue.poll()[0]).partition("/")[2][0] for _ in range(80))
+    turns = "n" * URGENT_TURNS + "o"
+    assert taken == turns * 2 + "n" * (40 - 2 * URGENT_TURNS) + "o" * 38
+
+
+async def test_a_queue_for_urgent_keys_alone_keeps_the_others_until_all_are_taken(clock: Clock) -> None:
+    queue = WorkQueue(clock, only_urgent=True)
+    queue.add(A)
+    assert queue.poll() == (None, None)
+    taken = asyncio.create_task(queue.take())
+    queue.add(B, urgent=True)
+    assert await taken == B
+    queue.succeed(B, again_seconds=0.0)
+    assert queue.poll() == (None, None)
+    taken = asyncio.create_task(queue.take())
+    await asyncio.sleep(0)
+    queue.take_all()
+    assert {await taken, queue.poll()[0]} == {A, B}
 
 
 def test_what_was_added_during_the_work_comes_after_it(queue: WorkQueue) -> None:
