@@ -295,9 +295,11 @@ async def _following(made: World) -> AsyncIterator[None]:
 
 
 async def _follow(api: ApiClient, path: str, saw: Callable[[str, Json], None], *, metadata_only: bool) -> None:
+    version = ""
     while True:
-        with suppress(aiohttp.ClientError):  # a watch that fell behind is cut; the next begins with everything that is there
-            async for kind, item in api.watch(path, metadata_only=metadata_only):
+        with suppress(aiohttp.ClientError):  # a watch that fell behind is cut; the next goes on where it was, as the operator's does
+            async for kind, item in api.watch(f"{path}?resourceVersion={version}", metadata_only=metadata_only):
+                version = item["metadata"].get("resourceVersion", "")  # none: an ERROR, it fell too far behind, and begins with everything
                 if kind in ("ADDED", "MODIFIED"):
                     saw(kind, item)
 
