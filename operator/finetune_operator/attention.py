@@ -7,7 +7,7 @@ from finetune_api.states import Reason
 from finetune_operator.diagnosis import container_state, is_ended, is_starting, waiting_sentence
 from finetune_operator.plan import Plan, WriteStatus
 from finetune_operator.subject import FINAL, Json, Trainer, World, condition_of, is_being_deleted, is_finished
-from finetune_operator.verdict import SETTLING_SECONDS, changed_at
+from finetune_operator.verdict import changed_at, settling_seconds
 
 NEW_POD_SECONDS = 5.0  # a pod that takes longer to start has its events read
 _NEVER_MADE = (Reason.JOB_REFUSED, Reason.NOT_ALLOWED, Reason.INVALID_SPEC)
@@ -48,8 +48,8 @@ def again_seconds(world: World, now: datetime) -> float | None:
     if (active and not is_starting(active[-1])) or (world.subject.spec and world.subject.spec.run_policy.suspend):
         return None
     age_seconds = (now - changed_at(world)).total_seconds()
-    if age_seconds < SETTLING_SECONDS:
-        return SETTLING_SECONDS - age_seconds
+    if age_seconds < settling_seconds(world):
+        return settling_seconds(world) - age_seconds
     return max(NEW_POD_SECONDS + 1 - age_seconds, min(60.0, age_seconds / 2), 1.0)
 
 

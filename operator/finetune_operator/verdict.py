@@ -23,6 +23,7 @@ from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, World, carried_status, condition_of, is_being_deleted, is_finished
 
 SETTLING_SECONDS = 3.0  # a state that is over sooner gets no status of its own: fewer writes a job
+ENDING_SECONDS = 15.0  # likewise for a trainer that has ended well: until its Job says so, nothing that a user reads has changed
 _PASSING = (Reason.JOB_CREATED, Reason.RUNNING, Reason.RETRYING)
 
 
@@ -62,7 +63,14 @@ def is_settling(world: World, now: datetime) -> bool:
     goes_on = stored.observed_generation == world.subject.generation and any(
         item.type is ConditionType.RECONCILING and item.reason in _PASSING for item in stored.conditions
     )
-    return goes_on and (now - changed_at(world)).total_seconds() < SETTLING_SECONDS
+    return goes_on and (now - changed_at(world)).total_seconds() < settling_seconds(world)
+
+
+def settling_seconds(world: World) -> float:
+    """How long the state of a run may last without a status of its own."""
+    pods = world.attended_pods
+    has_ended_well = any(pod["status"].get("phase") == "Succeeded" for pod in pods) and all(is_ended(pod) for pod in pods)
+    return ENDING_SECONDS if has_ended_well else SETTLING_SECONDS
 
 
 def changed_at(world: World) -> datetime:

@@ -729,10 +729,10 @@ def test_a_pod_whose_job_has_yet_to_judge_its_end_costs_no_write() -> None:
     raw = build_finetunejob()
     running = build_pod(job_for(raw), phase="Running", state=RUNNING)
     raw |= {"status": status_after(raw, decide(world_of(raw, job_for(raw), pods=(running,)), NOW, SETTINGS))}
-    for code, said in ((0, "Running"), (16, "Retrying")):
+    for code, seconds, said in ((0, 15, "Running"), (16, 3, "Retrying")):
         pod = build_pod(job_for(raw), phase="Failed" if code else "Succeeded", state=build_ended_state(code))
-        soon, later = (decide(world_of(raw, job_for(raw), pods=(pod,)), NOW + timedelta(seconds=seconds), SETTINGS) for seconds in (1, 3))
-        assert (soon.actions, soon.again_seconds) == ((), 2.0)
+        soon, later = (decide(world_of(raw, job_for(raw), pods=(pod,)), NOW + timedelta(seconds=at), SETTINGS) for at in (1, seconds))
+        assert (soon.actions, soon.again_seconds) == ((), seconds - 1)
         assert ready_reason(status_after(raw, later)) == said
 
 
