@@ -138,23 +138,20 @@ async def preflight(sizes: Sizes) -> AsyncIterator[Figure]:
 
 
 async def finished(sizes: Sizes) -> AsyncIterator[Figure]:
-    """What the operator's memory grows by with each job that has ended; a first quarter warms it up."""
+    """What the operator's memory grows by with each job that has ended. A first batch warms it up, and no later one is larger: memory for many at work stays."""
     count = sizes.limit(FINISHED)
+    batch = count // 4
     async with world(sizes.number, run_seconds=0.5) as made:
-        before, warm_seconds = await _memory_after(made, sizes, "warm", count // 4, 1)
-        after, seconds = await _memory_after(made, sizes, "more", count, 1 + count // 4)
-        growth = (after - before) / count
-        detail = f"{before / MEGABYTE:.0f} to {after / MEGABYTE:.0f} MB; succeeded after {warm_seconds:.0f} s and {seconds:.0f} s"
-        yield sizes.figure("memory per finished object", growth / KIBIBYTE, "KiB", 10, FINISHED, detail)
-
-
-async def _memory_after(made: World, sizes: Sizes, stem: str, count: int, there: int) -> tuple[int, float]:
-    started = time.perf_counter()
-    await made.apply([f"exit-0-{stem}-{index}" for index in range(count)])
-    await made.seen.until("every success", lambda: made.seen.count("Succeeded") >= there + count, sizes.patience(count))
-    seconds = time.perf_counter() - started
-    await made.audit.quiet()
-    return made.memory_bytes(), seconds
+        memory = []
+        for number in range(1, 6):
+            await made.apply([f"exit-0-batch{number}-{index}" for index in range(batch)])
+            await made.seen.until(
+                "every success", lambda number=number: made.seen.count("Succeeded") > number * batch, sizes.patience(batch)
+            )
+            await made.audit.quiet()
+            memory.append(made.memory_bytes())
+        detail = f"{' / '.join(f'{item / MEGABYTE:.0f}' for item in memory)} MB after each {batch}"
+        yield sizes.figure("memory per finished object", (memory[-1] - memory[0]) / (4 * batch) / KIBIBYTE, "KiB", 10, FINISHED, detail)
 
 
 async def foreign(sizes: Sizes) -> AsyncIterator[Figure]:
