@@ -2,7 +2,8 @@
 
 SmolLM2-135M and a 2-layer, 1,024-wide Llama; int8-int4, rank 32, float32. Every phase of a job, from the product's own parts: steps of plain LoRA, the
 switch with its held-out rows, and steps under exact QAT with a teacher, each of two micro-batches. What is compared is the peak resident set, read from the
-kernel for each phase, less what the process had before it loaded the model. Rows that are in benchmarks/results/memory.json are not measured again.
+kernel for each phase, less what the process had before it loaded the model. Behind them the product's own conversion, of which no estimate is made: its peak
+is compared with the size of the model. Rows that are in benchmarks/results/memory.json are not measured again.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -64,9 +66,9 @@ def _row(case: int) -> dict[str, Any]:
     quiet_bars()
     name, (rows, tokens, checkpointed) = _case(case)
     folder = _folder(name)
-    measured = _measured(folder, rows, tokens, checkpointed=checkpointed)
+    measured, conversion = _measured(folder, rows, tokens, checkpointed=checkpointed)
     estimated = _estimated(folder, rows, tokens, checkpointed=checkpointed)
-    return {"estimated": estimated, "measured": measured, "versions": versions(), "machine": platform.machine()}
+    return {"estimated": estimated, "measured": measured, "conversion": conversion, "versions": versions(), "machine": platform.machine()}
 
 
 def _estimated(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> dict[str, dict[str, int]]:
@@ -95,13 +97,13 @@ def _estimated(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> d
     return {name: phase(name) for name in PHASES}
 
 
-def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> dict[str, int]:
-    """Bytes that each phase's peak lies above what the process had before."""
+def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that each phase's peak lies above what the process had before; those of the model and of the conversion's peak."""
     import torch
     from finetune_trainer import adapter  # noqa: F401 what _prepared imports counts as there before
     from finetune_trainer.qat.prepare import mode_of, set_fake_quantization
     from finetune_trainer.qat.scales import fit_scales
-    from finetune_trainer.stages import load  # noqa: F401
+    from finetune_trainer.stages import convert, load  # noqa: F401
     from finetune_trainer.stages.data import Example
     from finetune_trainer.stages.evaluate import TOKENS_AT_ONCE, measure, pad
     from finetune_trainer.teacher import adapter_values, in_place, teacher_hidden
@@ -110,8 +112,8 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> di
     from trl.trainer.utils import add_fused_lm_head  # noqa: F401
 
     torch.manual_seed(0)
-    before, peaks = _resident("VmRSS"), {}
-    model, optimizer = _prepared(folder, checkpointed=checkpointed)
+    before, peaks, conversion = _resident("VmRSS"), {}, {}
+    model, prepared, optimizer = _prepared(folder, checkpointed=checkpointed)
     base, mode = model.get_base_model(), mode_of(model)
     mode.keep_codes = True
     generator = torch.Generator().manual_seed(0)
@@ -148,11 +150,28 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> di
     set_fake_quantization(model, enabled=True)
     with _peak_of("adapt", peaks, before):
         steps(adapt)
-    return peaks
+    with _peak_of("peak", conversion, before):
+        conversion["model"] = _convert(model, prepared)
+    return peaks, conversion
+
+
+def _convert(model: Any, prepared: Any) -> int:
+    """Converts a trained model as the pipeline does; the bytes of its base weights."""
+    from finetune_api.job import JobDescription
+    from finetune_trainer.context import RunContext
+    from finetune_trainer.stages import convert
+    from finetune_trainer.stages.train import Trained
+    from support.run_contexts import RecordingReporter
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(_folder(MODELS[0]))
+    with TemporaryDirectory() as name:
+        ctx = RunContext(JobDescription.of({"name": "memory"}, _spec(), in_cluster=False), Path(name), Path(name), RecordingReporter())
+        return convert.run(ctx, Trained(model, tokenizer, prepared, None, 0, None, None)).bytes_before
 
 
 def _prepared(folder: Path, *, checkpointed: bool) -> Any:
-    """The model as stages/load.py and stages/train.py make it, and its optimizer."""
+    """The model as stages/load.py and stages/train.py make it, what is quantized of it, and its optimizer."""
     import torch
     from finetune_trainer.adapter import add_adapter
     from finetune_trainer.qat.prepare import follow_optimizer, prepare
@@ -160,13 +179,13 @@ def _prepared(folder: Path, *, checkpointed: bool) -> Any:
     from trl.trainer.utils import add_fused_lm_head
 
     model = add_adapter(load_base(folder, "float32", trust_remote_code=False), _spec().lora).train()
-    prepare(model, _spec().quantization, enabled=False)
+    prepared = prepare(model, _spec().quantization, enabled=False)
     if checkpointed:
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     optimizer = torch.optim.AdamW([item for item in model.parameters() if item.requires_grad], lr=1e-4, fused=True)
     follow_optimizer(model, optimizer)
-    return model, optimizer
+    return model, prepared, optimizer
 
 
 def _spec() -> Any:
