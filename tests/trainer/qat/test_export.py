@@ -1,6 +1,7 @@
 """What is trained is what is shipped: the exported model, in memory and reloaded by plain transformers, computes the training's logits."""
 
 import json
+import tracemalloc
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -215,3 +216,14 @@ def test_digests_change_with_one_bit_of_one_weight() -> None:
 def test_digests_tell_dtypes_and_shapes_apart() -> None:
     zeros = torch.zeros(4, 2)
     assert len({tensor_digest(item) for item in (zeros, zeros.view(2, 4), torch.zeros(4, 2, dtype=torch.int32))}) == 3
+
+
+def test_a_digest_takes_no_memory_of_the_tensors_size() -> None:
+    tensor = torch.zeros(2**20)
+    tracemalloc.start()
+    try:
+        tensor_digest(tensor)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < tensor.nbytes / 10

@@ -90,10 +90,11 @@ def trained_digests(model: PeftModel) -> dict[str, str]:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """sha256 over dtype, shape and bytes."""
+    """sha256 over dtype, shape and bytes, which are not copied: an embedding may be the larger half of a model."""
     plain = tensor.detach().cpu().contiguous()
-    head = f"{plain.dtype}{tuple(plain.shape)}".encode()
-    return hashlib.sha256(head + plain.view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
+    digest.update(plain.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _is_head_tied(name: str, base: PreTrainedModel) -> bool:
