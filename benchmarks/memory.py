@@ -101,6 +101,7 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
     """Bytes that each phase's peak lies above what the process had before; those of the model and of the conversion's peak."""
     import torch
     from finetune_trainer import adapter  # noqa: F401 what _prepared imports counts as there before
+    from finetune_trainer.memory import heap
     from finetune_trainer.qat.prepare import mode_of, set_fake_quantization
     from finetune_trainer.qat.scales import fit_scales
     from finetune_trainer.stages import convert, load  # noqa: F401
@@ -111,6 +112,7 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
     from transformers.models.llama import modeling_llama  # noqa: F401
     from trl.trainer.utils import add_fused_lm_head  # noqa: F401
 
+    heap.return_large_blocks()  # as a job has it whose memory is not plenty
     torch.manual_seed(0)
     before, peaks, conversion = _resident("VmRSS"), {}, {}
     model, prepared, optimizer = _prepared(folder, checkpointed=checkpointed)
@@ -150,6 +152,7 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
     set_fake_quantization(model, enabled=True)
     with _peak_of("adapt", peaks, before):
         steps(adapt)
+    optimizer.state.clear()  # the trainer is gone by now
     with _peak_of("peak", conversion, before):
         conversion["model"] = _convert(model, prepared)
     return peaks, conversion

@@ -89,3 +89,24 @@ def test_a_pod_with_a_gpu_needs_memory_for_the_weights_as_well() -> None:
     fit.require_host_memory(spec(resources={"memory": "2Gi"}), needed)
     with refused(CapacityError, "resources.memory 1Gi", "raise resources.memory"):
         fit.require_host_memory(spec(resources={"memory": "1Gi"}), needed)
+
+
+@pytest.mark.parametrize(
+    ("times", "on_gpu", "holds"),
+    [
+        pytest.param(1.2, False, True, id="little more than the estimate"),
+        pytest.param(3.0, False, False, id="plenty"),
+        pytest.param(None, False, False, id="unknown"),
+        pytest.param(1.2, True, False, id="a GPU's"),
+    ],
+)
+def test_memory_is_held_to_the_estimate_where_it_is_not_plenty(
+    times: float | None, on_gpu: bool, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(fit.heap, "return_large_blocks", lambda: calls.append("held"))
+    needed = fit.estimates_of(spec(), CONFIG, plan_of(1, 1), LENGTHS, on_gpu=on_gpu)(1, False)
+    fit.hold_to_estimate(needed, Place(None if times is None else int(times * needed.peak), on_gpu, "here", "more"))
+    assert bool(calls) is holds
+    fit.hold_to_estimate(None, Place(1, False, "here", "more"))
+    assert len(calls) == holds

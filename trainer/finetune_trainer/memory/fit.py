@@ -11,6 +11,7 @@ from finetune_api.spec import FineTuneJobSpec
 from transformers import PreTrainedConfig
 
 from finetune_trainer.errors import CapacityError
+from finetune_trainer.memory import heap
 from finetune_trainer.memory.capacity import gpu_room, process_room, quantity_bytes
 from finetune_trainer.memory.dry_run import UntraceableError, empty_model
 from finetune_trainer.memory.estimate import PROCESS_BYTES, Estimate, Kind, Lengths, Needed, fits, gigabytes, largest, needed_by
@@ -80,6 +81,12 @@ def fitted(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, lengths:
         f"The training does not fit: {needed(1, False).sentence}, but {place.name} has {gigabytes(max(0, place.room))} for it; "
         f"{WAYS_OUT.format(more=place.more)}."
     )
+
+
+def hold_to_estimate(needed: Estimate | None, place: Place) -> None:
+    """Where memory is not plenty, makes this process take what was estimated and no more, at the price of some speed."""
+    if needed and place.room is not None and not place.on_gpu and not fits(int(heap.PLENTY * needed.peak), place.room):
+        heap.return_large_blocks()
 
 
 def estimates_of(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, lengths: Lengths, *, on_gpu: bool) -> Needed:

@@ -16,7 +16,6 @@ DOCS_FILE = _ROOT / "docs" / "memory.md"
 RESULTS_FILE = _ROOT / "benchmarks" / "results" / "memory.json"
 PHASES = {"tune": "LoRA", "switch": "held-out rows", "adapt": "QAT"}
 BAR = 0.10
-CONVERSION_BAR = 1.2
 
 
 def with_table(page: str, results: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from finetune_trainer import atomic
 from finetune_trainer.canonical import sort_metadata
 from finetune_trainer.context import RunContext
+from finetune_trainer.memory import heap
 from finetune_trainer.qat.export import plain_model, trained_digests
 from finetune_trainer.qat.prepare import drop_caches, fake_quantization, free_codes, mode_of
 from finetune_trainer.stages.train import Trained
@@ -46,6 +47,8 @@ def run(ctx: RunContext, trained: Trained) -> Converted:
         raise ValueError("convert needs a quantization scheme; the pipeline skips it for none")
     mode.keep_codes = False
     free_codes(trained.model)
+    gc.collect()  # the trainer and its optimizer hang in reference cycles
+    heap.return_holes()
     write_reference(ctx, trained)
     base = trained.model.get_base_model()
     before = sum(item.numel() * item.element_size() for name, item in base.named_parameters() if ".lora_" not in name)
@@ -85,7 +88,7 @@ def leave_gpu(model: PeftModel) -> None:
     model.to("cpu")
     drop_caches(model)
     free_codes(model, frozen=True)  # no move of the model takes them along
-    gc.collect()  # the trainer and its optimizer hang in reference cycles
+    gc.collect()
     torch.cuda.empty_cache()
 
 

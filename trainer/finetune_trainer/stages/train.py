@@ -103,13 +103,14 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
 
 def _plan(ctx: RunContext, loaded: Loaded, data: Data, start: Checkpoint | None) -> tuple[Plan, Estimate | None]:
     """The plan with the micro-batch of the attempts before this one, or else with the largest that fits; and what it needs."""
-    place, lengths = fit.this_machine(), Lengths.of(data.train, data.held_out)
-    steps = plan(ctx.spec, len(data.train), lengths.trained, on_gpu=place.on_gpu)
+    here, lengths = fit.this_machine(), Lengths.of(data.train, data.held_out)
+    steps = plan(ctx.spec, len(data.train), lengths.trained, on_gpu=here.on_gpu)
     # Where memory ran out since the checkpoint, what was left for this attempt is the smaller one.
-    known = shrink.remembered(ctx) or (start.facts if start else {})
+    known, place = shrink.remembered(ctx) or (start.facts if start else {}), here
     if "micro_batch" in known:
-        steps, place = steps.with_cut(known), replace(place, room=None)
+        steps, place = steps.with_cut(known), replace(here, room=None)
     steps, needed = fit.fitted(ctx.spec, loaded.model.get_base_model().config, steps, lengths, place)
+    fit.hold_to_estimate(needed, here)
     ctx.reporter.note(f"Memory: {needed.sentence}." if needed else fit.NOT_ESTIMATED)
     return steps, needed
 
