@@ -32,7 +32,7 @@ from finetune_operator.warning_events import WarningEvents
 from finetune_operator.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
-CRD_SECONDS = 5.0
+CRD_SECONDS = 2.0
 
 
 async def run(settings: Settings) -> None:
@@ -96,15 +96,19 @@ def build_reconciler(
 
 
 async def _crd_is_there(cluster: Cluster, settings: Settings) -> None:
-    """Waits for the CRD: kopf looks once at what there is to watch, and never again."""
+    """Waits for an API server that answers and has the CRD: kopf looks once at what there is to watch, and never again."""
     while True:
         try:
             async for _ in cluster.list_pages(Kind.FINETUNEJOB, (*settings.namespaces, "")[0]):
                 break
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            logger.warning("The CRD of FineTuneJobs is not installed; looking again in %.0f s", CRD_SECONDS)
+        except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            is_missing = isinstance(error, ApiError) and error.status == 404
+            problem = (
+                "The CRD of FineTuneJobs is not installed"
+                if is_missing
+                else f"FineTuneJobs can't be listed: {type(error).__name__}: {error}"
+            )
+            logger.warning("%s; looking again in %.0f s", problem, CRD_SECONDS)
             await asyncio.sleep(CRD_SECONDS)
         else:
             return
