@@ -11,13 +11,13 @@ import platform
 PLENTY = 2.0
 """Memory for so many times the estimate is plenty; the holes measured came to 1.8 times at most."""
 
-_MAPPED_FROM_BYTES = 2**20
+_MAPPED_FROM_BYTES = 2**18
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 2**26  # at the heap's end, so that small blocks do not move it to and fro
 
 
 def return_large_blocks() -> None:
-    """From now on a freed block of 1 MiB or more goes back to the system at once."""
+    """From now on a freed block of 256 KiB or more goes back to the system at once."""
     libc = _glibc()
     if libc is not None:
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
