@@ -2,7 +2,7 @@
 
 glibc serves a block of a size that was freed before from its heap, up to 32 MiB, and what lives on between two blocks keeps their holes: at the worst moment of a
 training on a CPU that came to 0.2 to 1.4 GB, as much as the estimate itself again (docs/memory.md). Blocks that are mapped one by one leave no holes,
-and cost the kernel's zeros each time: about an eighth of a small model's step. Elsewhere than on glibc nothing is done.
+and cost the kernel's zeros each time: an eighth to a quarter of a small model's step. Elsewhere than on glibc nothing is done.
 """
 
 import ctypes
