@@ -119,7 +119,7 @@ bench-schemes: setup ## size and held-out loss of each scheme on SmolLM2; measur
 	@$(PY) benchmarks/schemes.py $(ARGS) && $(PY) -m finetune_trainer.qat.schemes_page
 
 bench-memory: setup ## the memory estimate against what training processes really take; the rows of docs/memory.md
-	@$(BENCH_THREADS) $(PY) benchmarks/memory.py $(ARGS) && $(PY) -m finetune_trainer.memory.page
+	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(BENCH_THREADS) $(PY) benchmarks/memory.py $(ARGS) && $(PY) -m finetune_trainer.memory.page
 
 bench-mirror: setup cluster-setup ## what a checkpoint costs: bytes, and seconds to seal, mirror and fetch it
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) benchmarks/mirror.py $(ARGS)
