@@ -47,9 +47,9 @@ def again_seconds(world: World, now: datetime) -> float | None:
     active = [pod for pod in world.attended_pods if not is_ended(pod)]
     if (active and not is_starting(active[-1])) or (world.subject.spec and world.subject.spec.run_policy.suspend):
         return None
-    age_seconds = (now - changed_at(world)).total_seconds()
-    if age_seconds < settling_seconds(world):
-        return settling_seconds(world) - age_seconds
+    age_seconds, settled_seconds = (now - changed_at(world)).total_seconds(), settling_seconds(world)
+    if age_seconds < settled_seconds:
+        return settled_seconds - age_seconds
     return max(NEW_POD_SECONDS + 1 - age_seconds, min(60.0, age_seconds / 2), 1.0)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+import aiohttp
 from finetune_api.names import LABEL_JOB
 from finetune_api.spec import GROUP, PLURAL, VERSION
 from kubernetes.aio import client, config
@@ -34,6 +35,12 @@ class ApiError(Exception):
         self.status = status
         self.reason = reason
         self.message = message
+
+
+UNANSWERED = (aiohttp.ClientError, TimeoutError, OSError)
+"""What a request raises that got no answer."""
+FAILED = (ApiError, *UNANSWERED)
+"""What a request raises."""
 
 
 @dataclass(frozen=True)

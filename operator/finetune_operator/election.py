@@ -10,16 +10,16 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import aiohttp
 from kubernetes.aio import client
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelection import LeaderElection
 from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 
+from finetune_operator.cluster import UNANSWERED
+
 LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15, 10, 2
 STOP_SECONDS = 5
-_UNANSWERED = (aiohttp.ClientError, TimeoutError, OSError)
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class PatientLock(LeaseLock):  # type: ignore[misc] # the client carries no type
         """(whether it is there, the record or the error)."""
         try:
             found: tuple[bool, Any] = await super().get(name, namespace)
-        except _UNANSWERED as error:
+        except UNANSWERED as error:
             return False, ApiException(status=0, reason=f"{type(error).__name__}: {error}")
         return found
 
@@ -101,13 +101,13 @@ class PatientLock(LeaseLock):  # type: ignore[misc] # the client carries no type
             if lease.spec.holder_identity == self.identity:
                 lease.spec.holder_identity = None
                 await self.api_instance.replace_namespaced_lease(self.name, self.namespace, lease)
-        except (ApiException, *_UNANSWERED) as error:
+        except (ApiException, *UNANSWERED) as error:
             logger.warning("The Lease was not given back: %s", error)
 
     async def _obtained(self, request: Awaitable[Any]) -> bool:
         try:
             await request
-        except (ApiException, *_UNANSWERED) as error:
+        except (ApiException, *UNANSWERED) as error:
             logger.warning("The Lease can't be written: %s: %s", type(error).__name__, str(error).splitlines()[0])
             return False
         return True

@@ -5,12 +5,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-import aiohttp
 from finetune_api.states import Reason
 
 from finetune_operator.announcements import Announcement, build_event
 from finetune_operator.cache import Cache, Kind
-from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.cluster import FAILED, ApiError, Cluster
 from finetune_operator.decide import Situation, report_a_refused_job
 from finetune_operator.plan import Action, Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus
 from finetune_operator.redaction import clean
@@ -65,7 +64,7 @@ class Executor:
         """An event is for people who look on: that it can't be made delays nothing."""
         try:
             await self.cluster.create_event(event)
-        except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+        except FAILED as error:
             if not isinstance(error, ApiError) or error.reason != "AlreadyExists":
                 logger.warning("%s: no event %s: %s", subject.key, event["reason"], error)
 

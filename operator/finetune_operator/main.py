@@ -17,7 +17,7 @@ from pydantic_settings import SettingsError
 
 from finetune_operator import events
 from finetune_operator.cache import Cache, Kind
-from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.cluster import FAILED, ApiError, Cluster
 from finetune_operator.election import LeadershipLostError, lead
 from finetune_operator.execution import Executor
 from finetune_operator.health import Heartbeat, serving
@@ -101,7 +101,7 @@ async def _crd_is_there(cluster: Cluster, settings: Settings) -> None:
         try:
             async for _ in cluster.list_pages(Kind.FINETUNEJOB, (*settings.namespaces, "")[0]):
                 break
-        except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+        except FAILED as error:
             is_missing = isinstance(error, ApiError) and error.status == 404
             problem = (
                 "The CRD of FineTuneJobs is not installed"

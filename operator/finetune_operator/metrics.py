@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import aiohttp
 from finetune_api.status import Phase
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from finetune_operator.cluster import ApiError
+from finetune_operator.cluster import UNANSWERED, ApiError
 from finetune_operator.work_queue import WorkQueue
 
 DOCS_FILE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -98,7 +97,7 @@ class Metrics:
 def _kind(error: Exception) -> str:
     if isinstance(error, ApiError):
         return "conflict" if error.status == 409 else "api"
-    return "network" if isinstance(error, (aiohttp.ClientError, TimeoutError, OSError)) else "defect"
+    return "network" if isinstance(error, UNANSWERED) else "defect"
 
 
 _HEAD = """<!-- Generated from operator/finetune_operator/metrics.py by `make crd`; do not edit. -->

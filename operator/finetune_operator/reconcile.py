@@ -8,10 +8,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import aiohttp
-
 from finetune_operator.attention import ends, trainer_of
-from finetune_operator.cluster import ApiError
+from finetune_operator.cluster import FAILED, ApiError
 from finetune_operator.decide import decide
 from finetune_operator.execution import REFUSALS, Executor
 from finetune_operator.metrics import Metrics
@@ -80,9 +78,7 @@ async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> No
             with metrics.reconciling():
                 async with asyncio.timeout(RECONCILE_SECONDS):
                     again_seconds = await reconciler.reconcile(key)
-        except ApiError as error:
-            _log_failure(key, error, queue.fail(key))
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except FAILED as error:
             _log_failure(key, error, queue.fail(key))
         except Exception:
             logger.exception("%s: a defect of the operator; trying again in %.1f s", key, queue.fail(key))

@@ -8,11 +8,9 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
-import aiohttp
-
 from finetune_operator.attention import is_new, is_unfinished
 from finetune_operator.cache import Cache, Kind
-from finetune_operator.cluster import ApiError, Cluster, Listing
+from finetune_operator.cluster import FAILED, ApiError, Cluster, Listing
 from finetune_operator.metrics import NO_PHASE
 from finetune_operator.pacing import pause_after
 from finetune_operator.settings import Settings
@@ -48,7 +46,7 @@ async def resync(
             cache.bury()
             listed(phases)
             pause_seconds = pause_after(clock() - started, settings.resync_seconds)
-        except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+        except FAILED as error:
             logger.warning("Not everything can be listed: %s: %s; trying again in %.0f s", type(error).__name__, error, pause_seconds)
         await pause(pause_seconds, settings.resync_seconds, beat)
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-import aiohttp
-
-from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.cluster import FAILED, Cluster
 from finetune_operator.pacing import pause_after
 from finetune_operator.subject import Json
 
@@ -50,7 +48,7 @@ class WarningEvents:
             self._again[namespace] = _NEVER
             try:
                 self._known[namespace] = await self._list(namespace)
-            except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            except FAILED as error:
                 logger.warning("The events of namespace %s can't be listed: %s: %s", namespace, type(error).__name__, error)
             finally:
                 pause_seconds = pause_after((self.now() - begun).total_seconds(), FRESH_SECONDS)

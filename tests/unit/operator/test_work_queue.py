@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from finetune_operator.subject import Key
-from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, URGENT_TURNS, WorkQueue
+from finetune_operator.work_queue import FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, WorkQueue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,8 +78,7 @@ def test_others_have_their_turn_however_many_urgent_keys_there_are(queue: WorkQu
         queue.add(Key("ml", f"new-{index:02}"), urgent=True)
         queue.add(Key("ml", f"old-{index:02}"))
     taken = "".join(str(queue.poll()[0]).partition("/")[2][0] for _ in range(80))
-    turns = "n" * URGENT_TURNS + "o"
-    assert taken == turns * 2 + "n" * (40 - 2 * URGENT_TURNS) + "o" * 38
+    assert taken == ("n" * 15 + "o") * 2 + "n" * 10 + "o" * 38
 
 
 async def test_a_queue_for_urgent_keys_alone_keeps_the_others_until_all_are_taken(clock: Clock) -> None:

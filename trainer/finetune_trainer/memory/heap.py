@@ -1,15 +1,12 @@
 """What the C library does with memory that was freed: keeps holes for speed where there is plenty, gives it back where the estimate must hold.
 
 glibc serves a block of a size that was freed before from its heap, up to 32 MiB, and what lives on between two blocks keeps their holes: at the worst moment of a
-training on a CPU that came to 0.2 to 1.4 GB, as much as the estimate itself again (docs/memory.md). Blocks that are mapped one by one leave no holes,
+training on a CPU that came to 0.2 to 1.4 GB, three quarters of the estimate itself (docs/memory.md). Blocks that are mapped one by one leave no holes,
 and cost the kernel's zeros each time: an eighth to a quarter of a small model's step. Elsewhere than on glibc nothing is done.
 """
 
 import ctypes
 import platform
-
-PLENTY = 2.0
-"""Memory for so many times the estimate is plenty; the holes measured came to 1.8 times at most."""
 
 _MAPPED_FROM_BYTES = 2**18
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -27,8 +27,8 @@ def with_table(page: str, results: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The rows as Markdown."""
-    head = ["model and micro-batch", *PARTS, "**estimated**", "**measured**", "difference", *(f"{name}, both" for name in PHASES.values())]
-    head.append("conversion, model = 1")
+    both = [f"{name}, both" for name in PHASES.values()]
+    head = ["model and micro-batch", *PARTS, "**estimated**", "**measured**", "difference", *both, "conversion, model = 1"]
     lines = [head, ["---"] * len(head), *_rows(results)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -38,17 +38,12 @@ def total(row: dict[str, Any]) -> tuple[int, int]:
     return max(phase["peak"] for phase in row["estimated"].values()), max(row["measured"].values())
 
 
-def conversion_peak(row: dict[str, Any]) -> float:
-    """Peak of the conversion, the size of the base model = 1."""
-    return float(row["conversion"]["peak"] / row["conversion"]["model"])
-
-
 def _rows(results: dict[str, Any]) -> Iterator[list[str]]:
     for name, row in results["rows"].items():
         worst = max(row["estimated"].values(), key=lambda phase: phase["peak"])
         estimated, measured = total(row)
         both = [f"{_gigabytes(row['estimated'][phase]['peak'])}, {_gigabytes(row['measured'][phase])}" for phase in PHASES]
-        conversion = f"{conversion_peak(row):.2f}"
+        conversion = f"{row['conversion']['peak'] / row['conversion']['model']:.2f}"
         parts = [_gigabytes(worst[part]) for part in PARTS]
         yield [name, *parts, _gigabytes(estimated), _gigabytes(measured), f"{estimated / measured - 1:+.1%}", *both, conversion]
 
