@@ -20,6 +20,8 @@ TRIED = {
     "from the first step, rank 64": replace(_FIRST, rank=64),
     "one cosine, 70 %": replace(_TRIED, switch=15),
     "half, two cosines, twice the rate": replace(_TRIED, rewarm=2.0),
+    "70 %, two cosines": replace(_TRIED, switch=15, rewarm=1.0),
+    "70 %, two cosines, no teacher": replace(_TRIED, switch=15, rewarm=1.0, distill=0.0),
     "half, one cosine, temperature 2": replace(_TRIED, temperature=2.0),
     "half, one cosine, scales every 10 steps": replace(_TRIED, refit=10),
     "from the first step, scales every 10 steps": replace(_FIRST, refit=10),
