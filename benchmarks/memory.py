@@ -7,6 +7,7 @@ is compared with the size of the model. Rows that are in benchmarks/results/memo
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -102,17 +103,19 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
     import torch
     from finetune_trainer import adapter  # noqa: F401 what _prepared imports counts as there before
     from finetune_trainer.memory import heap
-    from finetune_trainer.qat.prepare import mode_of, set_fake_quantization
+    from finetune_trainer.qat.prepare import free_codes, mode_of, set_fake_quantization
     from finetune_trainer.qat.scales import fit_scales
     from finetune_trainer.stages import convert, load  # noqa: F401
     from finetune_trainer.stages.data import Example
     from finetune_trainer.stages.evaluate import TOKENS_AT_ONCE, measure, pad
     from finetune_trainer.teacher import adapter_values, in_place, teacher_hidden
     from finetune_trainer.token_loss import output_head, predict, summed_loss
+    from transformers import AutoTokenizer
     from transformers.models.llama import modeling_llama  # noqa: F401
     from trl.trainer.utils import add_fused_lm_head  # noqa: F401
 
     heap.return_large_blocks()  # as a job has it whose memory is not plenty
+    tokenizer = AutoTokenizer.from_pretrained(_folder(MODELS[0]))  # a job has it before the model
     torch.manual_seed(0)
     before, peaks, conversion = _resident("VmRSS"), {}, {}
     model, prepared, optimizer = _prepared(folder, checkpointed=checkpointed)
@@ -152,22 +155,24 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
     set_fake_quantization(model, enabled=True)
     with _peak_of("adapt", peaks, before):
         steps(adapt)
-    optimizer.state.clear()  # the trainer is gone by now
+    optimizer.state.clear()  # the trainer is gone by now, and the teacher with it
+    teacher.clear()
+    free_codes(model)
+    gc.collect()
+    heap.return_holes()  # what training had at once is its own peak, above
     with _peak_of("peak", conversion, before):
-        conversion["model"] = _convert(model, prepared)
+        conversion["model"] = _convert(model, prepared, tokenizer)
     return peaks, conversion
 
 
-def _convert(model: Any, prepared: Any) -> int:
+def _convert(model: Any, prepared: Any, tokenizer: Any) -> int:
     """Converts a trained model as the pipeline does; the bytes of its base weights."""
     from finetune_api.job import JobDescription
     from finetune_trainer.context import RunContext
     from finetune_trainer.stages import convert
     from finetune_trainer.stages.train import Trained
     from support.run_contexts import RecordingReporter
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(_folder(MODELS[0]))
     with TemporaryDirectory() as name:
         ctx = RunContext(JobDescription.of({"name": "memory"}, _spec(), in_cluster=False), Path(name), Path(name), RecordingReporter())
         return convert.run(ctx, Trained(model, tokenizer, prepared, None, 0, None, None)).bytes_before

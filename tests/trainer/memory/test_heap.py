@@ -1,13 +1,19 @@
-"""heap.py on this machine's C library, in processes of their own: a heap remembers what it has served."""
+"""heap.py on this machine's C library; what a heap remembers, in processes of their own."""
 
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from finetune_trainer.memory import heap
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library is left as it is")
 
+MIB = 2**20
 _HOLES = """
 from pathlib import Path
 from finetune_trainer.memory import heap
@@ -41,3 +47,32 @@ def test_large_blocks_go_back_at_once() -> None:
 
 def test_holes_go_back_when_they_are_told_to() -> None:
     assert grown_by("kept = leave_holes(); heap.return_holes()") < 120
+
+
+def test_the_pages_of_a_mapped_tensor_go_back_while_its_file_is_in_use(tmp_path: Path) -> None:
+    save_file({"first": torch.ones(16, MIB), "second": torch.ones(16, MIB)}, tmp_path / "two.safetensors")
+    with safe_open(tmp_path / "two.safetensors", "pt") as file:
+        first, second = file.get_tensor("first"), file.get_tensor("second")
+    before = resident_file_pages()
+    assert float(first.sum() + second.sum()) == 32 * MIB
+    heap.forget_pages(first)
+    assert 60 * MIB <= resident_file_pages() - before < 80 * MIB
+    assert bool((second == 1).all())
+
+
+def test_nothing_beside_a_tensor_is_forgotten() -> None:
+    around = torch.ones(3, 100_001)
+    heap.forget_pages(around[1])
+    assert bool((around[0] == 1).all())
+    assert bool((around[2] == 1).all())
+
+
+def test_a_tensor_of_less_than_a_page_stays() -> None:
+    small = torch.ones(8)
+    heap.forget_pages(small)
+    assert bool((small == 1).all())
+
+
+def resident_file_pages() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile:"))
+    return int(line.split()[1]) * 1024

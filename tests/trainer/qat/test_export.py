@@ -48,6 +48,30 @@ def state_of(model: PeftModel) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_consumed_model_writes_the_same_weights_and_holds_each_once(
+    scheme: Scheme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported(exact_model(scheme), scheme).save_pretrained(tmp_path / "kept")
+    consumed = plain_model(exact_model(scheme), scheme, SKIPPED, trust_remote_code=False, consume=True)
+    quantized = [name for name, weight in consumed.named_parameters() if isinstance(weight, QUANTIZED)]
+    weights = [weakref.ref(consumed.get_parameter(name)) for name in quantized]
+    flatten, left = export.flatten_tensor_state_dict, []
+
+    def flatten_one(tensors: dict[str, Tensor]) -> Any:
+        left.append(sum(weight() is not None for weight in weights))
+        return flatten(tensors)
+
+    monkeypatch.setattr(export, "flatten_tensor_state_dict", flatten_one)
+    consumed.save_pretrained(tmp_path / "consumed")
+    assert sorted(set(left), reverse=True) == list(range(len(weights), left[-1] - 1, -1))
+    assert left[-1] <= 1
+    kept, written = (safe_open(tmp_path / name / "model.safetensors", "pt") for name in ("kept", "consumed"))
+    assert written.metadata() == kept.metadata()
+    assert sorted(written.keys()) == sorted(kept.keys())
+    assert all(torch.equal(written.get_tensor(name), kept.get_tensor(name)) for name in kept.keys())  # noqa: SIM118 no mapping
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_the_exported_model_has_the_logits_of_the_training(scheme: Scheme, dtype: torch.dtype) -> None:

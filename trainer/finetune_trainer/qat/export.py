@@ -5,6 +5,7 @@ Called by stages/convert.py. Nothing is quantized twice and nothing is measured 
 
 import copy
 import hashlib
+import json
 from collections.abc import Collection
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 from finetune_api.spec import Scheme
 from peft import PeftModel
 from torch import Tensor, nn
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from finetune_trainer.errors import DataError
+from finetune_trainer.memory import heap
 from finetune_trainer.qat.linear import ExactLinear, base_linear, fake_quantized_weight, merged_weight, weight_codes
 from finetune_trainer.qat.prepare import exact_layers, group_size_of, merged_layers, plain_name
 from finetune_trainer.qat.schemes import SCHEMES
-from finetune_trainer.qat.tensors import dense
+from finetune_trainer.qat.tensors import QUANTIZED, dense
 
 
 def exported_tensor(name: str, layer: ExactLinear, scheme: Scheme) -> Tensor:
@@ -45,7 +49,8 @@ def plain_model(
         scheme: the one that the model was prepared for.
         skipped: names of linear layers that stay unquantized.
         trust_remote_code: whether the model's own code may run.
-        consume: whether each of the model's weights is freed once its exported tensor is there; otherwise the model is left as it is.
+        consume: whether each of the model's weights is freed once its exported tensor is there, and that once it is ready to be written;
+            otherwise both models are left as they are.
     """
     base = model.get_base_model()
     config = copy.deepcopy(base.config)
@@ -64,10 +69,11 @@ def plain_model(
         _assign(plain, f"{name}.weight", exported_tensor(name, layer, scheme))
         if consume:
             weight = base_linear(layer).weight
+            heap.forget_pages(weight)
             weight.data, layer.exact.cached = weight.new_empty(0), None
     plain.tie_weights()
     plain.generation_config = base.generation_config
-    _mark_quantized(plain, SCHEMES[scheme].config(group_size_of(model)), skipped)
+    _mark_quantized(plain, SCHEMES[scheme].config(group_size_of(model)), skipped, consume=consume)
     return plain.eval()
 
 
@@ -107,10 +113,30 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(path), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
-def _mark_quantized(model: PreTrainedModel, quantization: Any, skipped: Collection[str]) -> None:
+def _mark_quantized(model: PreTrainedModel, quantization: Any, skipped: Collection[str], *, consume: bool) -> None:
     """What save_pretrained needs to write torchao tensors as safetensors, and config.json to read them back."""
     # A list replaces transformers' own default, which skips the output head: name it again.
     config: Any = TorchAoConfig(quantization, modules_to_not_convert=sorted(skipped) or ["lm_head"])
     model.config.quantization_config = config
-    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    make: Any = _ConsumingQuantizer if consume else AutoHfQuantizer.from_config
+    model.hf_quantizer = make(config, pre_quantized=False)
     model.is_quantized = True
+
+
+class _ConsumingQuantizer(TorchAoHfQuantizer):
+    """Takes each quantized weight out of the model as it is flattened: torchao clones what it flattens, so that all at once would be there twice."""
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What safetensors writes, as TorchAoHfQuantizer gives it for the whole model."""
+        left = model.state_dict()
+        names = list(left)
+        flat: dict[str, Tensor] = {}
+        metadata: dict[str, str] = {}
+        for name in names:
+            weight = left.pop(name)
+            tensors, told = flatten_tensor_state_dict({name: weight})
+            flat |= tensors
+            metadata |= told
+            if isinstance(weight, QUANTIZED):
+                _assign(model, name, torch.empty(0, dtype=weight.dtype))
+        return flat, metadata | {"tensor_names": json.dumps(names)}
