@@ -1,7 +1,7 @@
 """The memory estimate against what a training process really grows by (`make bench-memory`): six rows, each measured in a process of its own.
 
 SmolLM2-135M and a 2-layer, 1,024-wide Llama; int8-int4, rank 32, float32. Every phase of a job, from the product's own parts: steps of plain LoRA, the
-switch with its held-out rows, and steps under exact QAT with a teacher, each of two micro-batches. What is compared is the peak resident set, read from the
+switch with the choice of the rounding and its held-out rows, and steps under exact QAT with a teacher, each of two micro-batches. What is compared is the peak resident set, read from the
 kernel for each phase, less what the process had before it loaded the model. Behind them the product's own conversion, of which no estimate is made: its peak
 is compared with the size of the model. Rows that are in benchmarks/results/memory.json are not measured again.
 """
@@ -104,6 +104,7 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
     from finetune_trainer import adapter  # noqa: F401 what _prepared imports counts as there before
     from finetune_trainer.memory import heap
     from finetune_trainer.qat.prepare import free_codes, mode_of, set_fake_quantization
+    from finetune_trainer.qat.rounding import TOKENS, choose_rounding, rows_to_round_by
     from finetune_trainer.qat.scales import fit_scales
     from finetune_trainer.stages import convert, load  # noqa: F401
     from finetune_trainer.stages.data import Example
@@ -150,6 +151,7 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
         teacher = adapter_values(model)
         with in_place(model, teacher):
             fit_scales(model)
+            choose_rounding(model, rows_to_round_by(drawn(max(1, TOKENS // tokens))))
         for fake_quant in (False, True):
             measure(model, drawn(2 * max(1, TOKENS_AT_ONCE // tokens)), fake_quant=fake_quant)
     set_fake_quantization(model, enabled=True)

@@ -21,6 +21,7 @@ from finetune_trainer.adapter import add_adapter
 from finetune_trainer.qat.prepare import exact_layers, follow_optimizer, mode_of, prepare, set_fake_quantization
 from finetune_trainer.qat.quantizers import WeightQuantizer
 from finetune_trainer.qat.quantizers.integers import SymmetricGrid
+from finetune_trainer.qat.rounding import choose_rounding, rows_to_round_by
 from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.schedule import rate_factor
 from finetune_trainer.stages.data import Example
@@ -30,6 +31,7 @@ from finetune_trainer.token_loss import output_head, predict, summed_loss
 from peft import PeftModel
 from quality_data import Rows, rows
 from quality_model import rotated_model
+from quality_table import PTQ
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GROUP, ROWS_PER_STEP, HELD_OUT = 32, 16, 240
@@ -47,6 +49,7 @@ class Recipe:
         distill: weight of the divergence from the adapter at the switch.
         rewarm: peak of the second warm-up, as a multiple of the first; 0 is one cosine over both phases.
         least_squares: scales of least squared error, else of the largest value.
+        rounding: whether the rounding is chosen by what the layers compute, wherever scales are fitted; else each weight goes to the nearest value.
         refit: steps between two fits of the scales to the adapter as it is, a multiple of 10; 0 is once, at the switch.
         temperature: both models' logits are divided by it in the divergence, which is multiplied by its square.
     """
@@ -62,6 +65,7 @@ class Recipe:
     rank: int = 32
     peak: float = 1e-3
     least_squares: bool = True
+    rounding: bool = False
     refit: int = 0
     temperature: float = 1.0
 
@@ -72,7 +76,7 @@ class State:
 
     Attributes:
         teacher: the adapter at the switch; None before it.
-        fitted: the adapter that the scales are fitted to.
+        fitted: the adapter that scales and rounding are fitted to.
     """
 
     step: int
@@ -162,7 +166,7 @@ class _Training:
     def _fit(self, adapter: Adapter) -> None:
         if self.recipe.least_squares:
             with in_place(self.model, adapter):
-                fit_scales(self.model)
+                _fit_quantizers(self.model, self.recipe, self.data)
         set_fake_quantization(self.model, enabled=True)
 
     def _timed_step(self, state: State) -> float:
@@ -241,7 +245,7 @@ class _Training:
         return self.states / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]}-{step}.pt"
 
 
-_HISTORY_SAYS = ("method", "bits", "switch", "distill", "rewarm", "peak", "least_squares", "refit", "temperature")
+_HISTORY_SAYS = ("method", "bits", "switch", "distill", "rewarm", "peak", "least_squares", "rounding", "refit", "temperature")
 
 
 def _step_facts(recipe: Recipe, step: int) -> list[Any]:
@@ -249,7 +253,7 @@ def _step_facts(recipe: Recipe, step: int) -> list[Any]:
     rate = recipe.peak * _factor(recipe, step)
     if recipe.method == "lora" or (recipe.method == "exact" and step < recipe.switch):
         return ["lora", rate]
-    return [recipe.method, rate, recipe.bits, recipe.distill, recipe.temperature, recipe.least_squares, recipe.refit]
+    return [recipe.method, rate, recipe.bits, recipe.distill, recipe.temperature, recipe.least_squares, recipe.rounding, recipe.refit]
 
 
 def _factor(recipe: Recipe, step: int) -> float:
@@ -300,9 +304,10 @@ def _measure(recipe: Recipe, folder: Path, data: Rows, final: State) -> dict[str
         with in_place(model, final.adapter):
             measured["tuned"] = measure(model, data.held_out, fake_quant=False)
         for bits in (4, 3):
-            for scales in ("largest", "least squares"):
-                found = _quantized(folder, recipe, bits, final.adapter, data, fitted_to=final.adapter if scales != "largest" else None)
-                measured[f"ptq {bits} {scales}"] = found
+            for kind in PTQ:
+                chosen = dataclasses.replace(recipe, rounding=kind == "rounding")
+                found = _quantized(folder, chosen, bits, final.adapter, data, fitted_to=final.adapter if kind != "largest" else None)
+                measured[f"ptq {bits} {kind}"] = found
         return measured
     if final.teacher is None:
         raise ValueError("an exact training ends behind its switch")
@@ -323,8 +328,15 @@ def _quantized(folder: Path, recipe: Recipe, bits: int, adapter: Adapter, data: 
         for name, value in values.items():
             parameters[name].data.copy_(value)
         if values is fitted_to:
-            fit_scales(model)
+            _fit_quantizers(model, recipe, data)
     return measure(model, data.held_out, fake_quant=True)
+
+
+def _fit_quantizers(model: PeftModel, recipe: Recipe, data: Rows) -> None:
+    """As phases.py does at the switch."""
+    fit_scales(model)
+    if recipe.rounding:
+        choose_rounding(model, rows_to_round_by(data.train))
 
 
 def _agreement(measured: dict[str, HeldOut]) -> dict[str, float]:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from quality_cell import Recipe
 
 SEEDS, DATA, BITS = (0, 1, 2), ("docstrings", "bodies"), (4, 3)
-OURS = Recipe("", 0, "exact", switch=50, distill=0.5)
-_TRIED = replace(OURS, data="docstrings", bits=4, steps=50, switch=25)
+OURS = Recipe("", 0, "exact", switch=50, distill=0.5, rewarm=1.0, rounding=True)
+_TRIED = Recipe("docstrings", 0, "exact", 4, steps=50, switch=25, distill=0.5)
 _FIRST = replace(_TRIED, switch=0, distill=0.0)
 
 TRIED = {
@@ -15,6 +15,10 @@ TRIED = {
     "half, one cosine": _TRIED,
     "from the first step, twice the rate": replace(_FIRST, peak=2e-3),
     "half, two cosines": replace(_TRIED, rewarm=1.0),
+    "half, two cosines, rounding": replace(_TRIED, rewarm=1.0, rounding=True),
+    "30 %, two cosines, rounding": replace(_TRIED, switch=35, rewarm=1.0, rounding=True),
+    "from the first step, rounding": replace(_FIRST, rounding=True),
+    "last step, rounding": replace(_TRIED, switch=49, rounding=True),
     "half, one cosine, teacher alone": replace(_TRIED, distill=1.0),
     "half, one cosine, no teacher": replace(_TRIED, distill=0.0),
     "from the first step, rank 64": replace(_FIRST, rank=64),

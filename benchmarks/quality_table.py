@@ -9,6 +9,7 @@ import torch
 from finetune_trainer.stages.evaluate import Interval, RowLosses, difference, is_significant, mean_loss
 
 _RESAMPLES = 1000
+PTQ = ("largest", "least squares", "rounding")
 GOALS = {"recovered": 0.85, "time": 1.25}
 
 
@@ -95,7 +96,19 @@ def grid_table(found: list[Comparison]) -> str:
     """One row for each data set, grid and seed."""
     if not found:
         return ""
-    head = ["data, bits, seed", "base", "LoRA", "its PTQ", "least squares", "split QAT", "exact", "recovered", "exact - split", "time"]
+    head = [
+        "data, bits, seed",
+        "base",
+        "LoRA",
+        "its PTQ",
+        "least squares",
+        "rounding",
+        "split QAT",
+        "exact",
+        "recovered",
+        "exact - split",
+        "time",
+    ]
     return _markdown(head, [_grid_row(item) for item in found])
 
 
@@ -149,7 +162,7 @@ def _grid_row(item: Comparison) -> list[str]:
     lora, recipe = item.lora.losses, item.exact.recipe
     return [
         f"{recipe['data']}, {item.bits}, {recipe['seed']}",
-        *(f"{mean_loss(lora[name]):.3f}" for name in ("base", "tuned", f"ptq {item.bits} largest", f"ptq {item.bits} least squares")),
+        *(f"{mean_loss(lora[name]):.3f}" for name in ("base", "tuned", *(f"ptq {item.bits} {kind}" for kind in PTQ))),
         f"{mean_loss(item.split.losses['quantized']):.3f}" if item.split else "",
         f"{mean_loss(item.exact.losses['quantized']):.3f}",
         "" if item.recovered is None else f"{item.recovered:.0%} {_percent(item.interval)}",

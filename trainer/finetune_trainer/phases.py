@@ -19,6 +19,7 @@ from finetune_trainer.errors import DataError, FineTuneError
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.plan import Plan
 from finetune_trainer.qat.prepare import follow_optimizer, free_codes, mode_of, set_fake_quantization
+from finetune_trainer.qat.rounding import choose_rounding
 from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.stages.data import Example
@@ -33,6 +34,7 @@ class Work:
     """What a training works on.
 
     Attributes:
+        rounded_by: rows of the training data that the rounding of weights is chosen by.
         inputs: digest of the base model's revision and the rows; a checkpoint of others is not resumed from.
         mirror: where checkpoints outlast the pod; None where the working directory does.
         start: the checkpoint to go on from.
@@ -41,6 +43,7 @@ class Work:
     ctx: RunContext
     model: PeftModel
     held_out: Sequence[Example]
+    rounded_by: Sequence[Example]
     plan: Plan
     inputs: str
     mirror: Mirror | None
@@ -163,13 +166,14 @@ class Phases(TrainerCallback):
         control.should_training_stop = control.should_training_stop or self.stopping
 
     def _adapt(self) -> None:
-        """Fake quantization from here on, with scales that are fitted to the adapter at the switch, whether this attempt saw it or not."""
+        """Fake quantization from here on, with scales and rounding that fit the adapter at the switch, whether this attempt saw it or not."""
         if self._adapting:
             return
         model, known = self._work.model, self.switch
         adapter = known.adapter if known else adapter_values(model)
-        with in_place(model, adapter):
+        with stopping_at_once(), self._work.ctx.reporter.timed("switch"), in_place(model, adapter):
             fit_scales(model)
+            choose_rounding(model, self._work.rounded_by)
         if known is None:
             self.switch = Switch(adapter, *self._measure())
         set_fake_quantization(model, enabled=True)

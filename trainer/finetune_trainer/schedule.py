@@ -2,7 +2,7 @@
 
 import math
 
-REWARM = 0.0  # one cosine over both phases
+REWARM = 1.0  # of the first peak; BENCHMARKS.md, "What exact QAT recovers"
 
 
 def rate_factor(step: int, steps: int, switch: int, warmup: int, rewarm: float) -> float:

@@ -20,9 +20,12 @@ from finetune_trainer.memory.dry_run import (
 )
 from finetune_trainer.memory.estimate import PARTS, Kind, Lengths, needed_by
 from finetune_trainer.memory.tracking import LiveBytes
+from finetune_trainer.qat import rounding
 from finetune_trainer.qat.linear import weight_codes
 from finetune_trainer.qat.prepare import exact_layers, mode_of, prepare
+from finetune_trainer.qat.rounding import choose_rounding
 from finetune_trainer.qat.scales import fit_scales
+from finetune_trainer.stages.data import Example
 from peft import PeftModel
 from support.run_contexts import run_spec
 from support.tiny_model import tiny_llama
@@ -120,6 +123,8 @@ def test_what_quantization_keeps_is_counted_to_the_byte(scheme: str) -> None:
     model = add_adapter(tiny_llama(**WIDE), LoraSpec(rank=4)).train()
     prepare(model, QuantizationSpec.model_validate({"scheme": scheme}), enabled=True)
     fit_scales(model)
+    row = tuple(range(64))
+    choose_rounding(model, [Example(row, row)])
     layers = [layer for _, layer in exact_layers(model)]
     mode = mode_of(model)
     assert mode is not None
@@ -127,7 +132,8 @@ def test_what_quantization_keeps_is_counted_to_the_byte(scheme: str) -> None:
     kept = [part for layer in layers for part in weight_codes(layer) if isinstance(part, torch.Tensor)]
     assert len(kept) >= 2 * len(layers) > 0
     assert code_bytes(model_of(scheme=scheme)) == sum(part.nbytes for part in kept)
-    assert factor_bytes(model_of(scheme=scheme)) == sum(layer.exact.shrink.nbytes for layer in layers if layer.exact.shrink is not None)
+    made = [part for layer in layers for part in (layer.exact.shrink, *(layer.exact.nudge or ())) if part is not None]
+    assert factor_bytes(model_of(scheme=scheme)) == sum(part.nbytes for part in made)
     assert code_bytes(model_of(scheme="none")) == factor_bytes(model_of(scheme="none")) == 0
 
 
@@ -168,7 +174,7 @@ def kind(**changes: Any) -> Kind:
 def test_the_parts_are_the_model_its_adapter_and_adamw() -> None:
     model = model_of()
     trained = sum(item.numel() for item in model.parameters() if item.requires_grad) * 4
-    found = needed_by(model, kind(adapts=False, lengths=Lengths(64, 0)))(1, True)
+    found = needed_by(model, kind(adapts=False, quantizes=False, lengths=Lengths(64, 0)))(1, True)
     assert found.adapter == trained
     assert found.optimizer == 3 * trained
     assert found.weights == pytest.approx(sum(item.numel() for item in model.parameters()) * 4 - trained, rel=0.01)
@@ -180,7 +186,7 @@ def test_the_parts_are_the_model_its_adapter_and_adamw() -> None:
 
 def test_the_adapter_at_the_switch_its_factors_and_kept_codes_come_on_top_of_an_adapting_step() -> None:
     model = model_of()
-    needed = needed_by(model, kind(tunes=False, distills=False, lengths=Lengths(64, 0)))
+    needed = needed_by(model, kind(tunes=False, distills=False, quantizes=False, lengths=Lengths(64, 0)))
     trained = sum(item.numel() for item in model.parameters() if item.requires_grad) * 4
     without, kept = needed(1, False), needed(1, True)
     assert without.adapter == 2 * trained
@@ -191,7 +197,7 @@ def test_the_adapter_at_the_switch_its_factors_and_kept_codes_come_on_top_of_an_
 
 def test_on_a_gpu_a_batch_of_one_micro_batch_keeps_codes_too() -> None:
     model = model_of()
-    needed = needed_by(model, kind(on_gpu=True, tunes=False, distills=False, lengths=Lengths(64, 0)))
+    needed = needed_by(model, kind(on_gpu=True, tunes=False, distills=False, quantizes=False, lengths=Lengths(64, 0)))
     assert needed(8, True).peak - needed(8, False).peak == code_bytes(model)
 
 
@@ -210,12 +216,30 @@ def test_every_phase_is_looked_at_and_each_size_once(monkeypatch: pytest.MonkeyP
         (8, True, True, False),
     ]
     assert all(step.checkpointed and step.fused_loss and step.padded for step in steps)
-    assert batches == [HeldOutBatch(32, 64, quantized=True)]
+    assert batches == [HeldOutBatch(32, 64, quantized=True, rounding=True), HeldOutBatch(32, 64, quantized=True)]
 
 
 def test_held_out_rows_that_take_more_than_a_step_are_what_counts() -> None:
     model = model_of()
-    assert needed_by(model, kind(lengths=Lengths(8, 0)))(1, False).peak < needed_by(model, kind(lengths=Lengths(8, 512)))(1, False).peak
+    without, held_out = (needed_by(model, kind(quantizes=False, lengths=Lengths(8, measured)))(1, False) for measured in (0, 512))
+    assert without.peak < held_out.peak
+
+
+@pytest.mark.parametrize("rows", [4, 32])
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 512}, {"hidden_size": 512, "intermediate_size": 2048}])
+def test_the_choice_of_the_rounding_counts_as_it_does(sizes: dict[str, int], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "TOKENS", 64 * rows)
+    config = tiny_llama(**(WIDE | sizes)).config
+    row = tuple(range(64))
+    model = add_adapter(tiny_llama(**(WIDE | sizes)), LoraSpec(rank=4)).train()
+    prepare(model, QuantizationSpec(), enabled=True)
+    fit_scales(model)
+    tracker = LiveBytes()
+    with tracker:
+        before = tracker.live
+        choose_rounding(model, [Example(row, row)] * rows)
+    chosen = needed_by(model_of(config), kind(tunes=False, adapts=False, lengths=Lengths(64, 0)))(1, False)
+    assert tracker.peak - before == pytest.approx(chosen.activations + chosen.quantization, rel=0.1)
 
 
 def test_a_model_whose_code_looks_at_values_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

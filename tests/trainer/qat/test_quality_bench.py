@@ -39,7 +39,7 @@ def cell(method: str, seed: int = 0, cpu_seconds: float = 100, **losses: float) 
 
 
 CELLS: dict[str, Any] = {
-    "text-0-lora": cell("lora", base=3, tuned=2, ptq_4_largest=2.5, ptq_4_least_squares=2.4),
+    "text-0-lora": cell("lora", base=3, tuned=2, ptq_4_largest=2.5, ptq_4_least_squares=2.4, ptq_4_rounding=2.2),
     "text-0-4bit-exact": cell("exact", cpu_seconds=120, quantized=2.05),
     "text-0-4bit-split": cell("split", quantized=2.2),
 }
@@ -57,7 +57,7 @@ def test_a_comparison_says_how_much_came_back_and_what_it_cost() -> None:
 
 
 def test_where_ptq_costs_nothing_nothing_is_recovered() -> None:
-    harmless = CELLS | {"text-0-lora": cell("lora", base=3, tuned=2, ptq_4_largest=2, ptq_4_least_squares=2)}
+    harmless = CELLS | {"text-0-lora": cell("lora", base=3, tuned=2, ptq_4_largest=2, ptq_4_least_squares=2, ptq_4_rounding=2)}
     (found,) = quality_table.compare(harmless)
     assert found.recovered is None
     assert "not significant" in quality_table.goals_table([found])
@@ -93,10 +93,11 @@ def _example(index: int) -> Example:
     [
         pytest.param(
             {"method": "lora"},
-            {"base", "tuned", *(f"ptq {bits} {scales}" for bits in (4, 3) for scales in ("largest", "least squares"))},
+            {"base", "tuned", *(f"ptq {bits} {kind}" for bits in (4, 3) for kind in quality_table.PTQ)},
             id="lora",
         ),
         pytest.param({"method": "exact", "bits": 3, "switch": 1}, {"at the switch", "quantized"}, id="exact"),
+        pytest.param({"method": "exact", "bits": 4, "switch": 1, "rounding": True}, {"at the switch", "quantized"}, id="rounding"),
         pytest.param({"method": "split", "bits": 4}, {"as trained", "quantized"}, id="split"),
     ],
 )

@@ -68,11 +68,13 @@ class HeldOutBatch:
         rows: rows of the batch; several are taken to differ in length.
         tokens: tokens of each.
         quantized: whether weights and activations are fake-quantized.
+        rounding: whether the rounding of each layer's weights is chosen before it is called; the rows are training data then.
     """
 
     rows: int
     tokens: int
     quantized: bool = False
+    rounding: bool = False
 
 
 def empty_model(config: PreTrainedConfig, spec: FineTuneJobSpec, dtype: torch.dtype) -> PeftModel:
@@ -174,9 +176,22 @@ def code_bytes(model: PeftModel) -> int:
 
 
 def factor_bytes(model: PeftModel) -> int:
-    """Bytes of what the search for scales has found: a float32 factor for each group of weights, of every layer that is quantized."""
-    bases = [(layer.exact.quantizer, base_linear(layer)) for _, layer in exact_layers(model)]
-    return sum(4 * base.out_features * (base.in_features // quantizer.block(base.in_features)) for quantizer, base in bases)
+    """Bytes of what scales.py and rounding.py have found, for every layer that is quantized.
+
+    A float32 factor for each group of weights, and where the grid is coarse an int8 shift of each weight and its float32 unit.
+    """
+    total = 0
+    for _, layer in exact_layers(model):
+        quantizer, (outputs, inputs) = layer.exact.quantizer, base_linear(layer).weight.shape
+        groups = outputs * (inputs // quantizer.block(inputs))
+        total += 4 * groups + (outputs * inputs + 4 * groups if quantizer.grid.gains_from_clipping else 0)
+    return total
+
+
+def rounding_bytes(model: PeftModel, tokens: int) -> int:
+    """The most that rounding.py needs for one layer: its inputs three times over and four square matrices, then one of these and eight of its weights."""
+    shapes = [base_linear(layer).weight.shape for _, layer in exact_layers(model) if layer.exact.quantizer.grid.gains_from_clipping]
+    return max((4 * max(inputs * (4 * inputs + 3 * tokens), inputs * (inputs + 8 * outputs)) for outputs, inputs in shapes), default=0)
 
 
 def run(model: PeftModel, step: Step) -> None:
@@ -195,12 +210,14 @@ def run(model: PeftModel, step: Step) -> None:
 
 @torch.no_grad()
 def evaluate(model: PeftModel, batch: HeldOutBatch) -> None:
-    """The batch itself, as stages/evaluate.py measures it."""
+    """The batch itself, as stages/evaluate.py measures it, or as rounding.py runs it, without what it does before each layer."""
     base = model.get_base_model()
     input_ids, mask = _batch(batch.rows, batch.tokens, padded=batch.rows > 1)
     model.eval()
     try:
-        token_losses(output_head(base), Prediction(_hidden(base, input_ids, mask), input_ids[:, 1:].flatten()))
+        hidden = _hidden(base, input_ids, mask)
+        if not batch.rounding:
+            token_losses(output_head(base), Prediction(hidden, input_ids[:, 1:].flatten()))
     finally:
         model.train()
 

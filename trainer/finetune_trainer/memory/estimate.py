@@ -10,8 +10,9 @@ from functools import cache
 from finetune_api.spec import FineTuneJobSpec, Scheme
 from peft import PeftModel
 
-from finetune_trainer.memory.dry_run import HeldOutBatch, Step, code_bytes, factor_bytes, peak_bytes
+from finetune_trainer.memory.dry_run import HeldOutBatch, Step, code_bytes, factor_bytes, peak_bytes, rounding_bytes
 from finetune_trainer.plan import Plan
+from finetune_trainer.qat import rounding
 from finetune_trainer.stages.data import Example
 from finetune_trainer.stages.evaluate import TOKENS_AT_ONCE
 
@@ -29,8 +30,8 @@ class Estimate:
         weights: the base model, once.
         adapter: LoRA's factors, and from the switch on their values there.
         optimizer: their gradients and AdamW's two moments.
-        quantization: what is kept beside the weights: a factor for each group's scale, and, where they fit, the quantized weights from one
-            micro-batch to the next.
+        quantization: what is kept beside the weights: a factor for each group's scale, a byte for each weight's rounding, and, where they fit,
+            the quantized weights from one micro-batch to the next.
         activations: all that a forward and backward pass keeps or makes, at the worst moment.
         rows: rows of the micro-batch.
         tokens: tokens of each row.
@@ -84,7 +85,7 @@ class Kind:
         tunes: whether it has steps without fake quantization.
         adapts: whether it has steps under exact quantization-aware training.
         distills: whether those learn from the adapter at the switch.
-        quantizes: whether the held-out rows are measured on the quantized model too.
+        quantizes: whether the rounding of weights is chosen, and the held-out rows are measured on the quantized model too.
         batch: rows of an optimizer step.
         lengths: tokens of the longest rows.
     """
@@ -105,7 +106,7 @@ class Kind:
         return cls(on_gpu, tunes, adapts, distills, spec.quantization.scheme is not Scheme.NONE, plan.batch, lengths)
 
     def traced(self, rows: int) -> list[Step | HeldOutBatch]:
-        """One step of each phase, with several rows that differ in length, and a batch of held-out rows."""
+        """One step of each phase, with several rows that differ in length, the pass that chooses the rounding, and a batch of held-out rows."""
         step = Step(
             rows,
             self.lengths.trained,
@@ -117,11 +118,15 @@ class Kind:
         adapting = replace(step, quantized=True, taught=self.distills)
         measured = self.lengths.held_out
         batches = [HeldOutBatch(max(1, TOKENS_AT_ONCE // measured), measured, self.quantizes)] if measured else []
-        return [*([step] if self.tunes else []), *([adapting] if self.adapts else []), *batches]
+        length = self.lengths.trained
+        chosen_by = [HeldOutBatch(max(1, rounding.TOKENS // length), length, True, rounding=True)] if self.quantizes else []
+        return [*([step] if self.tunes else []), *chosen_by, *([adapting] if self.adapts else []), *batches]
 
     def keeps_codes(self, traced: Step | HeldOutBatch) -> bool:
         """Whether quantized weights are kept there, if they fit: where more than one forward pass reads them."""
-        return traced.quantized and (isinstance(traced, HeldOutBatch) or traced.accumulated or traced.checkpointed)
+        if isinstance(traced, HeldOutBatch):
+            return traced.quantized and not traced.rounding
+        return traced.quantized and (traced.accumulated or traced.checkpointed)
 
 
 def needed_by(model: PeftModel, kind: Kind) -> Needed:
@@ -138,6 +143,8 @@ def needed_by(model: PeftModel, kind: Kind) -> Needed:
         gradients = adapter if isinstance(traced, Step) else 0
         kept = (factors if traced.quantized else 0) + (codes if keeps_codes and kind.keeps_codes(traced) else 0)
         activations = max(0, peak(traced) - weights - adapter - gradients)
+        if isinstance(traced, HeldOutBatch) and traced.rounding:
+            activations = max(activations, rounding_bytes(model, traced.rows * traced.tokens))
         copies = 2 if traced.quantized else 1
         return Estimate(weights, copies * adapter, gradients + _MOMENTS * adapter, kept, activations, rows, kind.lengths.trained)
 

@@ -1,4 +1,4 @@
-"""The exact linear layer: `y = fq(W + s B A) fq(x)`, with a straight-through backward pass that never forms a full weight gradient.
+"""The exact linear layer: `y = fq(W + s B A + D) fq(x)`, with a straight-through backward pass that never forms a full weight gradient.
 
 prepare.py turns a model's linear layers into these, in place; convert.py exports from the same `merged_weight` through the same quantizer.
 Fake quantization is not idempotent: nothing here ever quantizes a weight that was quantized before.
@@ -10,7 +10,7 @@ quantizers taken as identity, dX = dY Wq, dA = s (dY B)^T Xq, dB = s dY^T (Xq A^
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -64,6 +64,18 @@ class SharedInput:
         return self._codes
 
 
+class Nudge(NamedTuple):
+    """A shift D of each weight in front of the quantizer, which decides its rounding; made by rounding.py.
+
+    Attributes:
+        parts: int8 [out, in], in units of its group.
+        unit: float32 [out, groups].
+    """
+
+    parts: Tensor
+    unit: Tensor
+
+
 @dataclass
 class ExactState:
     """What one exact layer knows besides its weights.
@@ -72,12 +84,14 @@ class ExactState:
         quantizer: None for an adapted layer that export merges and does not quantize.
         activations: None where the layer reads its input as it is.
         shrink: [out, groups], scales.py's factors for this layer; None for scales of the largest value.
+        nudge: rounding.py's choice for this layer; None where each weight goes to the nearest value of the grid.
     """
 
     mode: ExactMode
     quantizer: WeightQuantizer | None
     activations: ActivationQuantizer | None
     shrink: Tensor | None = None
+    nudge: Nudge | None = None
     cached: WeightCodes | None = None
     cached_key: tuple[object, ...] = ()
 
@@ -119,15 +133,32 @@ def adapter_factors(layer: ExactLinear) -> tuple[Tensor, Tensor, float] | None:
 
 
 @torch.no_grad()
-def merged_weight(layer: ExactLinear) -> Tensor:
-    """W + s B A [out, in] in the base weight's dtype: merged in float32 (float64 for a float64 model), then cast. Serves training and export."""
+def adapted_weight(layer: ExactLinear) -> Tensor:
+    """W + s B A [out, in] in the base weight's dtype: what the layer has learnt, before its rounding is chosen."""
     weight = base_linear(layer).weight
-    factors = adapter_factors(layer)
-    if factors is None:
-        return weight.detach()
-    a, b, scaling = factors
+    return weight.detach() if adapter_factors(layer) is None else _adapted(layer).to(weight.dtype)
+
+
+@torch.no_grad()
+def merged_weight(layer: ExactLinear) -> Tensor:
+    """W + s B A + D [out, in] in the base weight's dtype: merged in float32 (float64 for a float64 model), then cast. Serves training and export."""
+    weight, nudge = base_linear(layer).weight, layer.exact.nudge
+    if nudge is None:
+        return adapted_weight(layer)
+    merged = _adapted(layer)
+    grouped = merged.view(len(merged), nudge.unit.shape[1], -1)
+    grouped.addcmul_(nudge.parts.view(grouped.shape).to(merged.dtype), nudge.unit.to(merged.dtype).unsqueeze(-1))
+    return merged.to(weight.dtype)
+
+
+def _adapted(layer: ExactLinear) -> Tensor:
+    """W + s B A in at least float32, in memory of its own."""
+    weight, factors = base_linear(layer).weight, adapter_factors(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scaling).to(weight.dtype)
+    if factors is None:
+        return weight.detach().to(wide, copy=True)
+    a, b, scaling = factors
+    return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scaling)
 
 
 def weight_codes(layer: ExactLinear) -> WeightCodes:
@@ -146,7 +177,7 @@ def weight_codes(layer: ExactLinear) -> WeightCodes:
 
 
 def fake_quantized_weight(layer: ExactLinear) -> Tensor:
-    """fq(W + s B A) [out, in]: what the exported tensor dequantizes to; the merged weight itself where export does not quantize it."""
+    """fq(W + s B A + D) [out, in]: what the exported tensor dequantizes to; the merged weight itself where export does not quantize it."""
     quantizer = layer.exact.quantizer
     return merged_weight(layer) if quantizer is None else quantizer.dequantize(weight_codes(layer))
 

@@ -6,12 +6,16 @@ A pure function of base weights and adapter, so that a resumed run makes the sam
 
 from peft import PeftModel
 
-from finetune_trainer.qat.linear import merged_weight
+from finetune_trainer.qat.linear import adapted_weight
 from finetune_trainer.qat.prepare import drop_caches, exact_layers
 
 
 def fit_scales(model: PeftModel) -> None:
-    """Gives every layer that export quantizes the factors of its merged weight; training, export and proof use them from now on."""
+    """Gives every layer that export quantizes the factors of its merged weight; training, export and proof use them from now on.
+
+    A rounding that was chosen for other scales (rounding.py) is forgotten.
+    """
     for _, layer in exact_layers(model):
-        layer.exact.shrink = layer.exact.quantizer.least_squares_shrink(merged_weight(layer))
+        layer.exact.nudge = None
+        layer.exact.shrink = layer.exact.quantizer.least_squares_shrink(adapted_weight(layer))
     drop_caches(model)

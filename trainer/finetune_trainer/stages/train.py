@@ -27,6 +27,7 @@ from finetune_trainer.mirror import Mirror
 from finetune_trainer.phases import Phases, Work
 from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.prepare import Prepared, prepare, require_effect, serving_note
+from finetune_trainer.qat.rounding import rows_to_round_by
 from finetune_trainer.qat.roundtrip import require_roundtrip
 from finetune_trainer.schedule import REWARM, rate_factor
 from finetune_trainer.stages.data import Data, Example, require_known_tokens
@@ -79,7 +80,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     prepared = _prepare(ctx, loaded, data)
     start = find_checkpoint(ctx, mirror, inputs)
     steps, needed = _plan(ctx, loaded, data, start)
-    phases = Phases(Work(ctx, loaded.model, data.held_out, steps, inputs, mirror, start))
+    phases = Phases(Work(ctx, loaded.model, data.held_out, rows_to_round_by(data.train), steps, inputs, mirror, start))
     try:
         trainer = _trainer(ctx, loaded, data, steps, phases)
         with stopping_later(phases.stop):

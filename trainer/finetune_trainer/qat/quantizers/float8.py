@@ -30,6 +30,11 @@ class Float8Grid:
         """A smaller scale clips and makes no step finer: the steps of a floating-point grid follow the value."""
         return False
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return -int(_LARGEST), int(_LARGEST)
+
     def quantize(self, grouped: Tensor, shrink: Tensor | None) -> tuple[Tensor, Tensor, None]:
         """float8_e4m3fn codes, float32 scales."""
         largest = grouped.abs().amax(dim=-1)

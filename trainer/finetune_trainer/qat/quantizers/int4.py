@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 _LEAST_RANGE = 1e-6
-_HALF = 8  # codes lie in -8 .. 7
+_HALF = 8
+_BOUNDS = (-_HALF, _HALF - 1)
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class ZeroPointGrid:
     def gains_from_clipping(self) -> bool:
         """Measured on normal weights: the squared error falls by 6 % in groups of 32, by 10 % in groups of 128."""
         return True
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return _BOUNDS
 
     def quantize(self, grouped: Tensor, shrink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """int8 codes from -8 to 7; scale and zero in the weight's dtype."""
@@ -55,6 +61,11 @@ class EighthsGrid:
     def gains_from_clipping(self) -> bool:
         """Measured on normal weights: the squared error falls by 7 % in groups of 128."""
         return True
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return _BOUNDS
 
     def quantize(self, grouped: Tensor, shrink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """int8 codes; scale in the weight's dtype, and zeros, which the tensor class wants written down."""

@@ -32,7 +32,11 @@ class WeightGrid(Protocol):
 
     @property
     def gains_from_clipping(self) -> bool:
-        """Whether a scale smaller than the largest weight asks for can lower a group's squared error."""
+        """Whether a scale smaller than the largest weight asks for can lower a group's squared error: the grid is coarse."""
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest code."""
 
     def quantize(self, grouped: Tensor, shrink: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes [out, groups, group], scale and zero [out, groups] of weights [out, groups, group]; `shrink` as in WeightQuantizer."""

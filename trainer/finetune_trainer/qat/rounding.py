@@ -1,0 +1,136 @@
+"""Rounding by what a layer computes, not weight by weight: each weight makes up for the rounding of those before it in its row.
+
+Done once, behind scales.py, at the switch to quantization-aware steps. What it changes is kept as a small shift of each weight in front of the one quantizer
+(ExactState.nudge), so that training, export and proof stay what they are, and the adapter learns on from there.
+
+Source: GPTQ (arXiv 2210.17323, algorithm 1), its scales fixed before, without reordering. A pure function of base weights, adapter and rows, so that a
+resumed run makes the same; like a training step it is the same to the bit on one machine, not on any.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from finetune_trainer.qat.linear import ExactLinear, Nudge, adapted_weight
+from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization
+from finetune_trainer.stages.data import Example
+from finetune_trainer.stages.evaluate import pad
+
+TOKENS = 2048
+"""Tokens of the rows that the choice is made from, at most; one row, if it is longer."""
+
+_DAMPING = 0.1  # of the mean square of an input; of 0.01, 0.03, 0.1 and 0.4 the one with the least held-out loss (BENCHMARKS.md)
+_COLUMNS_AT_ONCE = 64
+_PARTS_OF_A_STEP, _LARGEST_NUDGE = 32, 127
+
+
+def rows_to_round_by(examples: Sequence[Example]) -> Sequence[Example]:
+    """The first rows, which are in random order, as long as all of them, padded, stay within the limit; at least one."""
+    longest = 0
+    for count, example in enumerate(examples):
+        longest = max(longest, len(example.input_ids))
+        if count and (count + 1) * longest > TOKENS:
+            return examples[:count]
+    return examples
+
+
+@torch.no_grad()
+def choose_rounding(model: PeftModel, examples: Sequence[Example]) -> None:
+    """Chooses the rounding of every layer whose grid is coarse, in one forward pass: each by what the quantized layers before it hand it.
+
+    Args:
+        model: prepared, with scales; a layer that has a rounding already gets a new one.
+        examples: rows like those that it is for.
+    """
+    layers = [layer for _, layer in exact_layers(model) if layer.exact.quantizer.grid.gains_from_clipping]
+    batch = pad(examples, 0, model.device)
+    mask = batch["attention_mask"].bool()
+    for layer in layers:
+        layer.exact.nudge = None
+    drop_caches(model)
+    with _before_each(layers, lambda layer, inputs: _choose(layer, inputs, mask)), fake_quantization(model, enabled=True):
+        model.get_base_model().base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    drop_caches(model)
+
+
+@contextmanager
+def _before_each(layers: Sequence[ExactLinear], act: Any) -> Iterator[None]:
+    hooks = [layer.register_forward_pre_hook(lambda layer, arguments: act(layer, arguments[0])) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _choose(layer: ExactLinear, inputs: Tensor, mask: Tensor) -> None:
+    """Leaves a layer as it is that was called before (a shared one), or whose inputs say nothing."""
+    if layer.exact.nudge is not None:
+        return
+    read = inputs[mask] if inputs.shape[:-1] == mask.shape else inputs.flatten(0, -2)  # experts get tokens, not rows
+    if layer.exact.activations is not None:
+        read = layer.exact.activations.dequantize(layer.exact.activations.quantize(read), read.dtype)
+    read = read.to(torch.float32)
+    factor = _inverse_factor(read.T @ read)
+    if factor is None:
+        return
+    weight = adapted_weight(layer)
+    _, scale, zero, _ = layer.exact.quantizer.quantize(weight, layer.exact.shrink)
+    weight, scale = weight.to(torch.float32), scale.to(torch.float32)
+    block, bounds = layer.exact.quantizer.block(weight.shape[1]), layer.exact.quantizer.grid.bounds
+    moved = compensated(weight, factor, scale, None if zero is None else zero.to(torch.float32), block, bounds)
+    layer.exact.nudge = _nudge(moved, weight, scale, block)
+    layer.exact.cached = None
+
+
+def _inverse_factor(gram: Tensor) -> Tensor | None:
+    """Upper Cholesky factor of the damped matrix's inverse [in, in]; None for inputs of zeros, or that are not finite."""
+    damping = gram.diagonal().mean() * _DAMPING
+    lower, failed = torch.linalg.cholesky_ex(gram.diagonal_scatter(gram.diagonal() + damping))
+    if bool(failed):
+        return None
+    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if bool(failed) else factor
+
+
+def compensated(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, block: int, bounds: tuple[int, int]) -> Tensor:
+    """What each weight [out, in] has become when its turn to be rounded comes: itself, and its share of the errors before it.
+
+    Args:
+        weight: float32.
+        factor: upper Cholesky factor [in, in] of the inverse of the inputs' damped X^T X.
+        scale, zero: [out, groups]; the grid's values are code * scale + zero.
+        block: weights that share a scale.
+        bounds: smallest and largest code.
+    """
+    left = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column of the weight is read at once
+    scales, zeros = scale.T.contiguous(), None if zero is None else zero.T.contiguous()
+    for start in range(0, len(left), _COLUMNS_AT_ONCE):
+        stop = min(start + _COLUMNS_AT_ONCE, len(left))
+        columns = left[start:stop]
+        errors = torch.empty_like(columns)
+        for index in range(stop - start):
+            place, group = start + index, (start + index) // block
+            column = columns[index]
+            offset = column if zeros is None else column - zeros[group]
+            rounded = (offset / scales[group]).round_().clamp_(*bounds).mul_(scales[group])
+            errors[index] = (offset - rounded) / factor[place, place]
+            columns[index + 1 :].addr_(factor[place, place + 1 : stop], errors[index], alpha=-1)
+        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return left.T
+
+
+def _nudge(moved: Tensor, weight: Tensor, scale: Tensor, block: int) -> Nudge:
+    """The shift in thirty-seconds of a step. A group's smallest and largest weight stay, and no other passes them: the scales are made from these."""
+    grouped = weight.view(weight.shape[0], -1, block)
+    lowest, highest = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    unit = scale / _PARTS_OF_A_STEP
+    room = [((edge - grouped) / unit.unsqueeze(-1)).trunc_().nan_to_num_() for edge in (lowest, highest)]
+    parts = ((moved.reshape(grouped.shape) - grouped) / unit.unsqueeze(-1)).nan_to_num_().round_()
+    parts = parts.clamp_(*room).clamp_(-_LARGEST_NUDGE, _LARGEST_NUDGE)
+    parts[(grouped == lowest) | (grouped == highest)] = 0
+    return Nudge(parts.to(torch.int8).view(weight.shape), unit)
