@@ -81,17 +81,20 @@ def _estimated(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> d
     from finetune_trainer.memory.estimate import Kind, Lengths, needed_by
     from transformers import AutoConfig
 
-    class Checkpointing(Kind):
-        """A job on a CPU never checkpoints; this row shows that the estimate could tell."""
+    class Phase(Kind):
+        """A job looks at all its phases, and on a CPU never checkpoints; this row shows that the estimate could tell."""
 
         def traced(self, rows: int) -> list[Step | HeldOutBatch]:
-            return [replace(item, checkpointed=checkpointed) if isinstance(item, Step) else item for item in super().traced(rows)]
+            found = super().traced(rows)
+            if self.quantizes:  # the switch
+                return [item for item in found if isinstance(item, HeldOutBatch)]
+            return [replace(item, checkpointed=checkpointed) for item in found if isinstance(item, Step)]
 
     model = empty_model(AutoConfig.from_pretrained(folder), _spec(), torch.float32)
 
     def phase(name: str) -> dict[str, int]:
         lengths = Lengths(tokens, tokens if name == "switch" else 0)
-        kind = Checkpointing(False, name == "tune", name == "adapt", True, True, ACCUMULATION * rows, lengths)
+        kind = Phase(False, name != "adapt", name == "adapt", True, name == "switch", ACCUMULATION * rows, lengths)
         found = needed_by(model, kind)(rows, True)
         return {**asdict(found), "peak": found.peak}
 

@@ -17,6 +17,7 @@ TRIED = {
     "half, two cosines": replace(_TRIED, rewarm=1.0),
     "half, two cosines, rounding": replace(_TRIED, rewarm=1.0, rounding=True),
     "30 %, two cosines, rounding": replace(_TRIED, switch=35, rewarm=1.0, rounding=True),
+    "20 %, two cosines, rounding": replace(_TRIED, switch=40, rewarm=1.0, rounding=True),
     "from the first step, rounding": replace(_FIRST, rounding=True),
     "last step, rounding": replace(_TRIED, switch=49, rounding=True),
     "half, one cosine, teacher alone": replace(_TRIED, distill=1.0),

@@ -16,11 +16,11 @@ from finetune_trainer.memory.dry_run import (
     evaluate,
     factor_bytes,
     peak_bytes,
+    rounding_bytes,
     run,
 )
 from finetune_trainer.memory.estimate import PARTS, Kind, Lengths, needed_by
 from finetune_trainer.memory.tracking import LiveBytes
-from finetune_trainer.qat import rounding
 from finetune_trainer.qat.linear import weight_codes
 from finetune_trainer.qat.prepare import exact_layers, mode_of, prepare
 from finetune_trainer.qat.rounding import choose_rounding
@@ -227,8 +227,7 @@ def test_held_out_rows_that_take_more_than_a_step_are_what_counts() -> None:
 
 @pytest.mark.parametrize("rows", [4, 32])
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 512}, {"hidden_size": 512, "intermediate_size": 2048}])
-def test_the_choice_of_the_rounding_counts_as_it_does(sizes: dict[str, int], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "TOKENS", 64 * rows)
+def test_the_choice_of_the_rounding_counts_as_it_does(sizes: dict[str, int], rows: int) -> None:
     config = tiny_llama(**(WIDE | sizes)).config
     row = tuple(range(64))
     model = add_adapter(tiny_llama(**(WIDE | sizes)), LoraSpec(rank=4)).train()
@@ -238,8 +237,21 @@ def test_the_choice_of_the_rounding_counts_as_it_does(sizes: dict[str, int], row
     with tracker:
         before = tracker.live
         choose_rounding(model, [Example(row, row)] * rows)
-    chosen = needed_by(model_of(config), kind(tunes=False, adapts=False, lengths=Lengths(64, 0)))(1, False)
-    assert tracker.peak - before == pytest.approx(chosen.activations + chosen.quantization, rel=0.1)
+    empty = model_of(config)
+    forward = peak_bytes(empty, HeldOutBatch(rows, 64, quantized=True, rounding=True)) - sum(
+        4 * item.numel() for item in empty.parameters()
+    )
+    assert tracker.peak - before == pytest.approx(max(forward, rounding_bytes(empty, 64 * rows)) + factor_bytes(empty), rel=0.1)
+
+
+def test_the_choice_of_the_rounding_counts_where_something_was_tuned() -> None:
+    model, lengths = model_of(), Lengths(8, 0)
+    without, chosen = (needed_by(model, kind(quantizes=quantizes, lengths=lengths))(1, False) for quantizes in (False, True))
+    assert chosen.peak > without.peak
+    from_the_first_step = (
+        needed_by(model, kind(tunes=False, quantizes=quantizes, lengths=lengths))(1, False) for quantizes in (False, True)
+    )
+    assert len(set(from_the_first_step)) == 1
 
 
 def test_a_model_whose_code_looks_at_values_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

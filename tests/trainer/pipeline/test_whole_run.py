@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from finetune_trainer import phases
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import ProofError
 from finetune_trainer.qat.kernels import REFERENCE, kernel_of, reference_arithmetic
+from finetune_trainer.qat.prepare import exact_layers
 from finetune_trainer.reporting.report import quality
 from finetune_trainer.stages import verify
 from peft import PeftModel
@@ -188,6 +190,7 @@ def test_a_loss_above_the_limit_of_the_spec_publishes_nothing(tmp_path: Path) ->
     from finetune_trainer.errors import QualityError
 
     changes = {"quantization": {"qatPercent": 0, "groupSize": 64}, "quality": {"maxLossIncreasePercent": "0.001"}, **BOTH}
+    changes["training"] = {"learningRate": "1e-2", "epochs": 8}  # far enough from the start that 4 bits cost something
     with pytest.raises(
         QualityError, match=r"above the tuned one's .* quality\.maxLossIncreasePercent allows 0.001 %.* Nothing was published"
     ):
@@ -198,3 +201,19 @@ def test_a_loss_above_the_limit_of_the_spec_publishes_nothing(tmp_path: Path) ->
 def test_the_quality_gate_can_only_warn(tmp_path: Path) -> None:
     run(job_that_unlearns(tmp_path, quality={"onFailure": "Warn"}), tmp_path / "work")
     assert json.loads((tmp_path / "published" / "manifest.json").read_text())["files"]
+
+
+@pytest.mark.parametrize(("percent", "times"), [(0, 1), (50, 1), (100, 0)])
+def test_the_rounding_is_chosen_once_behind_the_tuning(percent: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    choose = phases.choose_rounding
+
+    def choose_rounding(model: Any, examples: Any) -> None:
+        choose(model, examples)
+        calls.append(sum(layer.exact.nudge is not None for _, layer in exact_layers(model)))
+
+    monkeypatch.setattr(phases, "choose_rounding", choose_rounding)
+    report = run(tiny_job(tmp_path, {"quantization": {"qatPercent": percent}, **BOTH}), tmp_path / "work")
+    assert calls == [14] * times
+    assert report["proof"]["weights_equal"]
+    assert report["proof"]["max_logit_difference"] == 0.0

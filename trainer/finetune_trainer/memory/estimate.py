@@ -85,7 +85,7 @@ class Kind:
         tunes: whether it has steps without fake quantization.
         adapts: whether it has steps under exact quantization-aware training.
         distills: whether those learn from the adapter at the switch.
-        quantizes: whether the rounding of weights is chosen, and the held-out rows are measured on the quantized model too.
+        quantizes: whether the rounding of weights is chosen behind the tuning, and the held-out rows are measured on the quantized model too.
         batch: rows of an optimizer step.
         lengths: tokens of the longest rows.
     """
@@ -119,7 +119,7 @@ class Kind:
         measured = self.lengths.held_out
         batches = [HeldOutBatch(max(1, TOKENS_AT_ONCE // measured), measured, self.quantizes)] if measured else []
         length = self.lengths.trained
-        chosen_by = [HeldOutBatch(max(1, rounding.TOKENS // length), length, True, rounding=True)] if self.quantizes else []
+        chosen_by = [HeldOutBatch(max(1, rounding.TOKENS // length), length, True, rounding=True)] if self.quantizes and self.tunes else []
         return [*([step] if self.tunes else []), *chosen_by, *([adapting] if self.adapts else []), *batches]
 
     def keeps_codes(self, traced: Step | HeldOutBatch) -> bool:

@@ -18,7 +18,7 @@ class Measured:
 
     Attributes:
         stages: time of each stage.
-        parts: time of parts of stages: `model` and `data` of Loading, `switch` and `mirror` of Training.
+        parts: time of parts of stages: `model` and `data` of Loading, `rounding`, `switch` and `mirror` of Training.
         steps: optimizer steps of this attempt.
         device: cpu or cuda.
         dtype: of the base weights.
