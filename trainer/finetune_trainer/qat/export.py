@@ -70,7 +70,7 @@ def plain_model(
         if consume:
             weight = base_linear(layer).weight
             heap.forget_pages(weight)
-            weight.data, layer.exact.cached = weight.new_empty(0), None
+            weight.data, layer.exact.cached, layer.exact.nudge = weight.new_empty(0), None, None
     plain.tie_weights()
     plain.generation_config = base.generation_config
     _mark_quantized(plain, SCHEMES[scheme].config(group_size_of(model)), skipped, consume=consume)
