@@ -29,7 +29,7 @@ _PARTS_OF_A_STEP, _LARGEST_NUDGE = 32, 127
 
 
 def rows_to_round_by(examples: Sequence[Example]) -> Sequence[Example]:
-    """The first rows, which are in random order, as long as all of them, padded, stay within the limit; at least one."""
+    """The first rows, as long as all of them, padded, stay within the limit; at least one. `examples` are in random order."""
     longest = 0
     for count, example in enumerate(examples):
         longest = max(longest, len(example.input_ids))

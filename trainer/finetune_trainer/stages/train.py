@@ -4,6 +4,7 @@ Resumable at any step, bit for bit on a CPU. SIGTERM saves the last completed st
 On a GPU: bfloat16 and activation checkpointing; there flash attention's backward pass adds up in no fixed order, so that steps of large models differ in the last bits.
 """
 
+import random
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +81,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     prepared = _prepare(ctx, loaded, data)
     start = find_checkpoint(ctx, mirror, inputs)
     steps, needed = _plan(ctx, loaded, data, start)
-    phases = Phases(Work(ctx, loaded.model, data.held_out, rows_to_round_by(data.train), steps, inputs, mirror, start))
+    phases = Phases(Work(ctx, loaded.model, data.held_out, rows_to_round_by(_shuffled(ctx, data)), steps, inputs, mirror, start))
     try:
         trainer = _trainer(ctx, loaded, data, steps, phases)
         with stopping_later(phases.stop):
@@ -100,6 +101,11 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     shrink.forget(ctx)
     last_loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
     return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, start.step if start else 0, last_loss, steps)
+
+
+def _shuffled(ctx: RunContext, data: Data) -> list[Example]:
+    """A file's first rows may be all of one kind."""
+    return random.Random(ctx.spec.training.seed).sample(data.train, len(data.train))  # noqa: S311 no secret
 
 
 def _plan(ctx: RunContext, loaded: Loaded, data: Data, start: Checkpoint | None) -> tuple[Plan, Estimate | None]:
