@@ -5,7 +5,7 @@ from dataclasses import replace
 from quality_cell import Recipe
 
 SEEDS, DATA, BITS = (0, 1, 2), ("docstrings", "bodies"), (4, 3)
-OURS = Recipe("", 0, "exact", switch=50, distill=0.5, rewarm=1.0, rounding=True)
+OURS = Recipe("", 0, "exact", switch=70, distill=0.5, rewarm=1.0, rounding=True)
 _TRIED = Recipe("docstrings", 0, "exact", 4, steps=50, switch=25, distill=0.5)
 _FIRST = replace(_TRIED, switch=0, distill=0.0)
 
