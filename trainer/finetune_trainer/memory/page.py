@@ -14,7 +14,7 @@ from finetune_trainer.memory.estimate import PARTS
 _ROOT = Path(__file__).parents[3]
 DOCS_FILE = _ROOT / "docs" / "memory.md"
 RESULTS_FILE = _ROOT / "benchmarks" / "results" / "memory.json"
-PHASES = {"tune": "LoRA", "switch": "held-out rows", "adapt": "QAT"}
+PHASES = {"tune": "LoRA", "switch": "switch", "adapt": "QAT"}
 BAR = 0.10
 
 
