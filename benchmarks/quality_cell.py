@@ -47,7 +47,7 @@ class Recipe:
         bits: of the weight grid; 0 for lora.
         switch: steps before exact QAT.
         distill: weight of the divergence from the adapter at the switch.
-        rewarm: peak of the second warm-up, as a multiple of the first; 0 is one cosine over both phases.
+        adapt_peak: peak of the steps behind the switch, as a multiple of the first; 0 is one cosine over both phases.
         least_squares: scales of least squared error, else of the largest value.
         rounding: whether the rounding is chosen by what the layers compute, wherever scales are fitted; else each weight goes to the nearest value.
         refit: steps between two fits of the scales to the adapter as it is, a multiple of 10; 0 is once, at the switch.
@@ -61,7 +61,7 @@ class Recipe:
     steps: int = 100
     switch: int = 0
     distill: float = 0.5
-    rewarm: float = 0.0
+    adapt_peak: float = 0.0
     rank: int = 32
     peak: float = 1e-3
     least_squares: bool = True
@@ -245,7 +245,7 @@ class _Training:
         return self.states / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]}-{step}.pt"
 
 
-_HISTORY_SAYS = ("method", "bits", "switch", "distill", "rewarm", "peak", "least_squares", "rounding", "refit", "temperature")
+_HISTORY_SAYS = ("method", "bits", "switch", "distill", "adapt_peak", "peak", "least_squares", "rounding", "refit", "temperature")
 
 
 def _step_facts(recipe: Recipe, step: int) -> list[Any]:
@@ -257,7 +257,7 @@ def _step_facts(recipe: Recipe, step: int) -> list[Any]:
 
 
 def _factor(recipe: Recipe, step: int) -> float:
-    return rate_factor(step, recipe.steps, recipe.switch, 3, recipe.rewarm)
+    return rate_factor(step, recipe.steps, recipe.switch, 3, recipe.adapt_peak)
 
 
 def _model(recipe: Recipe, folder: Path) -> PeftModel:

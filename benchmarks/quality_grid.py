@@ -5,7 +5,7 @@ from dataclasses import replace
 from quality_cell import Recipe
 
 SEEDS, DATA, BITS = (0, 1, 2), ("docstrings", "bodies"), (4, 3)
-OURS = Recipe("", 0, "exact", switch=70, distill=0.5, rewarm=1.0, rounding=True)
+OURS = Recipe("", 0, "exact", switch=80, distill=0.5, adapt_peak=0.4, rounding=True)
 _TRIED = Recipe("docstrings", 0, "exact", 4, steps=50, switch=25, distill=0.5)
 _FIRST = replace(_TRIED, switch=0, distill=0.0)
 
@@ -14,19 +14,11 @@ TRIED = {
     "from the first step": _FIRST,
     "half, one cosine": _TRIED,
     "from the first step, twice the rate": replace(_FIRST, peak=2e-3),
-    "half, two cosines": replace(_TRIED, rewarm=1.0),
-    "half, two cosines, rounding": replace(_TRIED, rewarm=1.0, rounding=True),
-    "30 %, two cosines, rounding": replace(_TRIED, switch=35, rewarm=1.0, rounding=True),
-    "20 %, two cosines, rounding": replace(_TRIED, switch=40, rewarm=1.0, rounding=True),
     "from the first step, rounding": replace(_FIRST, rounding=True),
-    "last step, rounding": replace(_TRIED, switch=49, rounding=True),
     "half, one cosine, teacher alone": replace(_TRIED, distill=1.0),
     "half, one cosine, no teacher": replace(_TRIED, distill=0.0),
     "from the first step, rank 64": replace(_FIRST, rank=64),
     "one cosine, 70 %": replace(_TRIED, switch=15),
-    "half, two cosines, twice the rate": replace(_TRIED, rewarm=2.0),
-    "70 %, two cosines": replace(_TRIED, switch=15, rewarm=1.0),
-    "70 %, two cosines, no teacher": replace(_TRIED, switch=15, rewarm=1.0, distill=0.0),
     "half, one cosine, temperature 2": replace(_TRIED, temperature=2.0),
     "half, one cosine, scales every 10 steps": replace(_TRIED, refit=10),
     "from the first step, scales every 10 steps": replace(_FIRST, refit=10),

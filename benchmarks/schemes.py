@@ -19,7 +19,7 @@ SPEC: dict[str, Any] = {
     "model": {"source": "builtin://smollm2-135m"},
     "dataset": {"source": "builtin://python-docs", "evaluation": {"percent": 10}},
     "lora": {"rank": 16},
-    "quantization": {"qatPercent": 50},
+    "quantization": {"qatPercent": 20},
     "training": {"batchSize": 16, "learningRate": "1e-3", "maxLength": 64, "seed": 42},
     "outputs": {"artifacts": ["quantized"]},
 }

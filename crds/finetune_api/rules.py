@@ -158,7 +158,7 @@ _FORMS = {
 
 def _gate_has_reference(spec: Spec) -> bool:
     measured = value_at(spec, "dataset.evaluation.percent", 5) > 0 or value_at(spec, "dataset.evaluation.source", "") != ""
-    return _scheme(spec) != "none" and value_at(spec, "quantization.qatPercent", 50) < 100 and measured
+    return _scheme(spec) != "none" and value_at(spec, "quantization.qatPercent", 20) < 100 and measured
 
 
 def _unique(items: list[Any]) -> bool:
@@ -238,7 +238,7 @@ _TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "quality.maxLossIncreasePercent",
-        f"!({written('quality.maxLossIncreasePercent')}) || ({_SCHEME} != 'none' && {_or_default('quantization.qatPercent', '50')} < 100"
+        f"!({written('quality.maxLossIncreasePercent')}) || ({_SCHEME} != 'none' && {_or_default('quantization.qatPercent', '20')} < 100"
         f" && ({_or_default('dataset.evaluation.percent', '5')} > 0 || {_or_default('dataset.evaluation.source', repr(''))} != ''))",
         lambda spec: value_at(spec, "quality.maxLossIncreasePercent") is None or _gate_has_reference(spec),
         "the gate compares with the tuned model's held-out loss: it needs a scheme, qatPercent below 100 and held-out data; change these or remove it",

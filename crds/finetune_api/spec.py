@@ -138,8 +138,8 @@ class QuantizationSpec(ApiModel):
         default=None,
     )
     qat_percent: int = spec_field(
-        "Share of the optimizer steps, at the end, under exact quantization-aware training, in percent. Default 50. 100 is QAT from the first step, 0 quantizes after training.",
-        default=50, ge=0, le=100,
+        "Share of the optimizer steps, at the end, under exact quantization-aware training, in percent. Default 20. 100 is QAT from the first step, 0 quantizes after training.",
+        default=20, ge=0, le=100,
     )  # fmt: skip
     distill: bool = spec_field(
         "Half of the loss of the QAT steps is the divergence from the adapter at the switch, which costs an adapter and a forward pass. "

@@ -23,7 +23,7 @@ def tiny_job(folder: Path, changes: dict[str, Any] | None = None, rows: list[dic
         "model": {"source": f"file://{folder}/model"},
         "dataset": {"source": f"file://{folder}/rows.jsonl", "evaluation": {"percent": 20}},
         "lora": {"rank": 4},
-        "quantization": {"scheme": "int8-int4"},
+        "quantization": {"scheme": "int8-int4", "qatPercent": 50},  # as many steps before the switch as behind it
         "training": {"batchSize": 8, "maxLength": 64, "learningRate": "1e-3", "checkpointEvery": 1},
         "outputs": {"artifacts": ["adapter"], "destinations": [{"uri": f"file://{folder}/published"}]},
     }

@@ -2,26 +2,27 @@
 
 import math
 
-REWARM = 1.0  # of the first peak; BENCHMARKS.md, "What exact QAT recovers"
+ADAPT_PEAK = 0.4  # of the first; BENCHMARKS.md, "What exact QAT recovers"
 
 
-def rate_factor(step: int, steps: int, switch: int, warmup: int, rewarm: float) -> float:
+def rate_factor(step: int, steps: int, switch: int, warmup: int, adapt_peak: float) -> float:
     """What the peak learning rate is multiplied with in a step.
+
+    The tune phase follows the cosine that all steps would have; the adapt phase has one of its own, from a lower peak to zero.
 
     Args:
         step: optimizer steps done, 0 in the first step.
         steps: in all.
         switch: steps before the adapt phase.
         warmup: steps over which the rate rises.
-        rewarm: the adapt phase's own peak; 0 for one cosine over both phases.
+        adapt_peak: where the adapt phase begins; 0 for one cosine over both phases.
     """
-    if not rewarm or not 0 < switch < steps:
-        return _warm_cosine(step, steps, warmup)
-    return _warm_cosine(step, switch, warmup) if step < switch else rewarm * _warm_cosine(step - switch, steps - switch, warmup)
-
-
-def _warm_cosine(step: int, steps: int, warmup: int) -> float:
-    """A linear warm-up, then a cosine to zero."""
+    if adapt_peak and 0 < switch <= step:
+        return adapt_peak * _cosine(step - switch, steps - switch)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return _cosine(step - warmup, steps - warmup)
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))

@@ -60,13 +60,13 @@ def test_each_weight_takes_the_share_of_the_errors_that_the_paper_says(seed: int
     scale = torch.rand(outputs, groups, generator=generator, dtype=torch.float64) + 0.2
     zero = torch.randn(outputs, groups, generator=generator, dtype=torch.float64)
     factor = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
-    found = compensated(weight, factor, scale, zero, block, BOUNDS)
+    found = compensated(weight, factor, scale, zero, [column // block for column in range(inputs)], BOUNDS)
     torch.testing.assert_close(found, by_the_paper(weight, gram, scale, zero, block), rtol=1e-6, atol=1e-6)
 
 
 def test_inputs_that_share_nothing_leave_each_weight_to_itself() -> None:
     weight, scale = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), torch.full((4, 2), 0.3)
-    assert torch.equal(compensated(weight, torch.eye(64), scale, None, 32, BOUNDS), weight)
+    assert torch.equal(compensated(weight, torch.eye(64), scale, None, [0] * 32 + [1] * 32, BOUNDS), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,16 +87,24 @@ def test_the_quantized_model_comes_closer_to_the_unquantized_one(scheme: Scheme,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", COARSE)
-def test_scales_stay_as_they_were_fitted_and_weights_move_by_less_than_four_steps(scheme: Scheme, dtype: torch.dtype) -> None:
+def test_a_shift_leaves_the_scales_alone_and_moves_weights_by_less_than_five_steps(scheme: Scheme, dtype: torch.dtype) -> None:
     model = ready(scheme, dtype=dtype)
-    before = {name: weight_codes(layer) for name, layer in exact_layers(model)}
     choose_rounding(model, examples())
+    shifted = {name: weight_codes(layer) for name, layer in exact_layers(model)}
     for name, layer in exact_layers(model):
+        layer.exact.nudge, layer.exact.cached = None, None
         codes = weight_codes(layer)
-        assert torch.equal(codes.scale, before[name].scale), name
-        assert torch.equal(codes.zero, before[name].zero) if codes.zero is not None else before[name].zero is None
-        assert not torch.equal(codes.codes, before[name].codes), name
-        assert int((codes.codes.int() - before[name].codes.int()).abs().max()) <= 5
+        assert torch.equal(codes.scale, shifted[name].scale), name
+        assert torch.equal(codes.zero, shifted[name].zero) if codes.zero is not None else shifted[name].zero is None
+        assert not torch.equal(codes.codes, shifted[name].codes), name
+        assert int((codes.codes.int() - shifted[name].codes.int()).abs().max()) <= 5
+
+
+def test_scales_are_fitted_to_what_counts_in_the_inputs() -> None:
+    model = ready()
+    before = {name: layer.exact.shrink for name, layer in exact_layers(model)}
+    choose_rounding(model, examples())
+    assert all(not torch.equal(layer.exact.shrink, before[name]) for name, layer in exact_layers(model))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

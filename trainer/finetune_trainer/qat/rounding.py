@@ -3,7 +3,8 @@
 Done once, behind scales.py, at the switch to quantization-aware steps. What it changes is kept as a small shift of each weight in front of the one quantizer
 (ExactState.nudge), so that training, export and proof stay what they are, and the adapter learns on from there.
 
-Source: GPTQ (arXiv 2210.17323, algorithm 1), its scales fixed before, without reordering. A pure function of base weights, adapter and rows, so that a
+Source: GPTQ (arXiv 2210.17323, algorithm 1), in its activation order (the columns with the largest inputs first) and with all scales fixed before: those
+of least squared error where each column counts as much as its inputs are large. A pure function of base weights, adapter and rows, so that a
 resumed run makes the same; like a training step it is the same to the bit on one machine, not on any.
 """
 
@@ -24,6 +25,7 @@ TOKENS = 2048
 """Tokens of the rows that the choice is made from, at most; one row, if it is longer."""
 
 _DAMPING = 0.1  # of the mean square of an input; of 0.01, 0.03, 0.1 and 0.4 the one with the least held-out loss (BENCHMARKS.md)
+_EVENNESS = 0.5  # share of the mean square of an input that every column counts besides its own, so that none is given up (BENCHMARKS.md)
 _COLUMNS_AT_ONCE = 64
 _PARTS_OF_A_STEP, _LARGEST_NUDGE = 32, 127
 
@@ -40,7 +42,7 @@ def rows_to_round_by(examples: Sequence[Example]) -> Sequence[Example]:
 
 @torch.no_grad()
 def choose_rounding(model: PeftModel, examples: Sequence[Example]) -> None:
-    """Chooses the rounding of every layer whose grid is coarse, in one forward pass: each by what the quantized layers before it hand it.
+    """Chooses scales and rounding of every layer whose grid is coarse, in one forward pass: each by what the quantized layers before it hand it.
 
     Args:
         model: prepared, with scales; a layer that has a rounding already gets a new one.
@@ -75,15 +77,24 @@ def _choose(layer: ExactLinear, inputs: Tensor, mask: Tensor) -> None:
     if layer.exact.activations is not None:
         read = layer.exact.activations.dequantize(layer.exact.activations.quantize(read), read.dtype)
     read = read.to(torch.float32)
-    factor = _inverse_factor(read.T @ read)
+    gram = read.T @ read
+    counts = gram.diagonal().clone()
+    order = counts.argsort(descending=True, stable=True)
+    gram = gram[order][:, order]
+    factor = _inverse_factor(gram)
+    del gram, read
     if factor is None:
         return
-    weight = adapted_weight(layer)
-    _, scale, zero, _ = layer.exact.quantizer.quantize(weight, layer.exact.shrink)
+    quantizer, weight = layer.exact.quantizer, adapted_weight(layer)
+    layer.exact.shrink = quantizer.least_squares_shrink(weight, counts + counts.mean() * _EVENNESS)
+    _, scale, zero, _ = quantizer.quantize(weight, layer.exact.shrink)
     weight, scale = weight.to(torch.float32), scale.to(torch.float32)
-    block, bounds = layer.exact.quantizer.block(weight.shape[1]), layer.exact.quantizer.grid.bounds
-    moved = compensated(weight, factor, scale, None if zero is None else zero.to(torch.float32), block, bounds)
-    layer.exact.nudge = _nudge(moved, weight, scale, block)
+    block, bounds = quantizer.block(weight.shape[1]), quantizer.grid.bounds
+    moved = compensated(
+        weight[:, order], factor, scale, None if zero is None else zero.to(torch.float32), (order // block).tolist(), bounds
+    )
+    del factor
+    layer.exact.nudge = _nudge(moved[:, order.argsort()], weight, scale, block)
     layer.exact.cached = None
 
 
@@ -97,14 +108,16 @@ def _inverse_factor(gram: Tensor) -> Tensor | None:
     return None if bool(failed) else factor
 
 
-def compensated(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, block: int, bounds: tuple[int, int]) -> Tensor:
+def compensated(
+    weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, groups: Sequence[int], bounds: tuple[int, int]
+) -> Tensor:
     """What each weight [out, in] has become when its turn to be rounded comes: itself, and its share of the errors before it.
 
     Args:
-        weight: float32.
-        factor: upper Cholesky factor [in, in] of the inverse of the inputs' damped X^T X.
+        weight: float32, its columns in the order of their turns.
+        factor: upper Cholesky factor [in, in] of the inverse of the inputs' damped X^T X, in that order.
         scale, zero: [out, groups]; the grid's values are code * scale + zero.
-        block: weights that share a scale.
+        groups: which of them each column has.
         bounds: smallest and largest code.
     """
     left = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column of the weight is read at once
@@ -114,8 +127,8 @@ def compensated(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | No
         columns = left[start:stop]
         errors = torch.empty_like(columns)
         for index in range(stop - start):
-            place, group = start + index, (start + index) // block
-            column = columns[index]
+            place = start + index
+            column, group = columns[index], groups[place]
             offset = column if zeros is None else column - zeros[group]
             rounded = (offset / scales[group]).round_().clamp_(*bounds).mul_(scales[group])
             errors[index] = (offset - rounded) / factor[place, place]

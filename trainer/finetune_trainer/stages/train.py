@@ -30,7 +30,7 @@ from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.prepare import Prepared, prepare, require_effect, serving_note
 from finetune_trainer.qat.rounding import rows_to_round_by
 from finetune_trainer.qat.roundtrip import require_roundtrip
-from finetune_trainer.schedule import REWARM, rate_factor
+from finetune_trainer.schedule import ADAPT_PEAK, rate_factor
 from finetune_trainer.stages.data import Data, Example, require_known_tokens
 from finetune_trainer.stages.evaluate import pad
 from finetune_trainer.stages.load import Loaded
@@ -213,7 +213,7 @@ class _PhasedTrainer(SFTTrainer):
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: rate_factor(step, num_training_steps, steps.switch_step, steps.warmup_steps, REWARM),
+                lambda step: rate_factor(step, num_training_steps, steps.switch_step, steps.warmup_steps, ADAPT_PEAK),
             )
         return self.lr_scheduler
 

@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# Measured on normal and heavy-tailed weights: steps of 0.025 lower the squared error by 1 % more, factors under 0.6 by none at 3 bits.
-_SHRINK_FACTORS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+# Measured on normal and heavy-tailed weights: steps of 0.025 lower the squared error by 1 % more. Factors under 0.6 pay where columns count differently.
+_SHRINK_FACTORS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 _WEIGHTS_AT_ONCE = 2**22
 
 
@@ -74,32 +74,36 @@ class WeightQuantizer:
         return self.grid.dequantize(self._grouped(codes), scale, zero, dtype).view(codes.shape)
 
     @torch.no_grad()
-    def least_squares_shrink(self, weight: Tensor) -> Tensor:
+    def least_squares_shrink(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
         """The shrink [out, groups], float32, that gives each group the least squared error among a fixed grid of factors; of equals the largest.
+
+        Args:
+            weight: [out, in].
+            importance: [in], how much the squared error of each column counts; None is the same for all.
 
         Dear (one quantization for each factor), so it is done once and its result kept; memory is that of a few rows. On an 8-bit grid no
         group gains from clipping, so all factors are 1.
         Source: the grid search of GPTQ's `find_params(mse=True)` (arXiv 2210.17323).
         """
         rows = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
-        return torch.cat([self._best_shrink(part) for part in weight.split(rows)])
+        return torch.cat([self._best_shrink(part, importance) for part in weight.split(rows)])
 
-    def _best_shrink(self, weight: Tensor) -> Tensor:
+    def _best_shrink(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         best = torch.ones(weight.shape[0], weight.shape[1] // self.block(weight.shape[1]), device=weight.device)
         if not self.grid.gains_from_clipping:
             return best
-        least = self._squared_error(weight, best)
+        least = self._squared_error(weight, best, importance)
         for factor in _SHRINK_FACTORS:
-            error = self._squared_error(weight, torch.full_like(best, factor))
+            error = self._squared_error(weight, torch.full_like(best, factor), importance)
             best = torch.where(error < least, factor, best)
             least = torch.minimum(error, least)
         return best
 
-    def _squared_error(self, weight: Tensor, shrink: Tensor) -> Tensor:
+    def _squared_error(self, weight: Tensor, shrink: Tensor, importance: Tensor | None) -> Tensor:
         """[out, groups], summed in at least float32."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        error = self.dequantize(self.quantize(weight, shrink)).to(wide).sub_(weight)
-        return self._grouped(error.square_()).sum(dim=-1)
+        squares = self.dequantize(self.quantize(weight, shrink)).to(wide).sub_(weight).square_()
+        return self._grouped(squares if importance is None else squares.mul_(importance)).sum(dim=-1)
 
     def _grouped(self, values: Tensor) -> Tensor:
         return values.view(values.shape[0], -1, self.block(values.shape[1]))
