@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# Measured on normal and heavy-tailed weights: steps of 0.025 lower the squared error by 1 % more. Factors under 0.6 pay where columns count differently.
+# Measured on normal and heavy-tailed weights: steps of 0.025 lower the squared error by 1 % more, factors under 0.6 by none
+# where all columns count alike. The lower ones are for columns that count differently.
 _SHRINK_FACTORS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 _WEIGHTS_AT_ONCE = 2**22
 
@@ -77,13 +78,13 @@ class WeightQuantizer:
     def least_squares_shrink(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
         """The shrink [out, groups], float32, that gives each group the least squared error among a fixed grid of factors; of equals the largest.
 
-        Args:
-            weight: [out, in].
-            importance: [in], how much the squared error of each column counts; None is the same for all.
-
         Dear (one quantization for each factor), so it is done once and its result kept; memory is that of a few rows. On an 8-bit grid no
         group gains from clipping, so all factors are 1.
         Source: the grid search of GPTQ's `find_params(mse=True)` (arXiv 2210.17323).
+
+        Args:
+            weight: [out, in].
+            importance: [in], how much the squared error of each column counts; None is the same for all.
         """
         rows = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
         return torch.cat([self._best_shrink(part, importance) for part in weight.split(rows)])
