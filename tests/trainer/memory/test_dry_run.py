@@ -216,7 +216,7 @@ def test_every_phase_is_looked_at_and_each_size_once(monkeypatch: pytest.MonkeyP
         (8, True, True, False),
     ]
     assert all(step.checkpointed and step.fused_loss and step.padded for step in steps)
-    assert batches == [HeldOutBatch(32, 64, quantized=True, rounding=True), HeldOutBatch(32, 64, quantized=True)]
+    assert batches == [HeldOutBatch(64, 64, quantized=True, rounding=True), HeldOutBatch(32, 64, quantized=True)]
 
 
 def test_held_out_rows_that_take_more_than_a_step_are_what_counts() -> None:

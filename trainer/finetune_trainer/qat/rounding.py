@@ -21,7 +21,7 @@ from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantiz
 from finetune_trainer.stages.data import Example
 from finetune_trainer.stages.evaluate import pad
 
-TOKENS = 2048
+TOKENS = 4096
 """Tokens of the rows that the choice is made from, at most; one row, if it is longer."""
 
 _DAMPING = 0.1  # of the mean square of an input; of 0.01, 0.03, 0.1 and 0.4 the one with the least held-out loss (BENCHMARKS.md)
