@@ -108,7 +108,6 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
     from finetune_trainer.memory import heap
     from finetune_trainer.qat.prepare import free_codes, mode_of, set_fake_quantization
     from finetune_trainer.qat.rounding import TOKENS, choose_rounding, rows_to_round_by
-    from finetune_trainer.qat.scales import fit_scales
     from finetune_trainer.stages import convert, load  # noqa: F401
     from finetune_trainer.stages.data import Example
     from finetune_trainer.stages.evaluate import TOKENS_AT_ONCE, measure, pad
@@ -153,7 +152,6 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
     with _peak_of("switch", peaks, before):
         teacher = adapter_values(model)
         with in_place(model, teacher):
-            fit_scales(model)
             choose_rounding(model, rows_to_round_by(drawn(max(1, TOKENS // tokens))))
         for fake_quant in (False, True):
             measure(model, drawn(2 * max(1, TOKENS_AT_ONCE // tokens)), fake_quant=fake_quant)

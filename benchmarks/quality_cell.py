@@ -334,9 +334,10 @@ def _quantized(folder: Path, recipe: Recipe, bits: int, adapter: Adapter, data: 
 
 def _fit_quantizers(model: PeftModel, recipe: Recipe, data: Rows) -> None:
     """As phases.py does at the switch."""
-    fit_scales(model)
     if recipe.rounding:
         choose_rounding(model, rows_to_round_by(data.train))
+    else:
+        fit_scales(model)
 
 
 def _agreement(measured: dict[str, HeldOut]) -> dict[str, float]:

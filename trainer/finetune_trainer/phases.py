@@ -172,9 +172,10 @@ class Phases(TrainerCallback):
         model, known = self._work.model, self.switch
         adapter = known.adapter if known else adapter_values(model)
         with stopping_at_once(), self._work.ctx.reporter.timed("rounding"), in_place(model, adapter):
-            fit_scales(model)
-            if self._work.plan.switch_step:  # from the first step on, nearest values learn more (BENCHMARKS.md)
+            if self._work.plan.switch_step:
                 choose_rounding(model, self._work.rounded_by)
+            else:  # from the first step on, nearest values learn more (BENCHMARKS.md)
+                fit_scales(model)
         if known is None:
             self.switch = Switch(adapter, *self._measure())
         set_fake_quantization(model, enabled=True)

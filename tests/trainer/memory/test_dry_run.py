@@ -24,7 +24,6 @@ from finetune_trainer.memory.tracking import LiveBytes
 from finetune_trainer.qat.linear import weight_codes
 from finetune_trainer.qat.prepare import exact_layers, mode_of, prepare
 from finetune_trainer.qat.rounding import choose_rounding
-from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.stages.data import Example
 from peft import PeftModel
 from support.run_contexts import run_spec
@@ -122,7 +121,6 @@ def test_micro_batches_before_take_more_and_a_batch_of_held_out_rows_less() -> N
 def test_what_quantization_keeps_is_counted_to_the_byte(scheme: str) -> None:
     model = add_adapter(tiny_llama(**WIDE), LoraSpec(rank=4)).train()
     prepare(model, QuantizationSpec.model_validate({"scheme": scheme}), enabled=True)
-    fit_scales(model)
     row = tuple(range(64))
     choose_rounding(model, [Example(row, row)])
     layers = [layer for _, layer in exact_layers(model)]
@@ -232,7 +230,6 @@ def test_the_choice_of_the_rounding_counts_as_it_does(sizes: dict[str, int], row
     row = tuple(range(64))
     model = add_adapter(tiny_llama(**(WIDE | sizes)), LoraSpec(rank=4)).train()
     prepare(model, QuantizationSpec(), enabled=True)
-    fit_scales(model)
     tracker = LiveBytes()
     with tracker:
         before = tracker.live

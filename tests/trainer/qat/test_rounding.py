@@ -27,7 +27,7 @@ def examples(count: int = 24, longest: int = 40) -> list[Example]:
 
 
 def ready(scheme: Scheme = Scheme.INT8_INT4, **changes: object) -> PeftModel:
-    """Prepared, with scales, as at the switch."""
+    """Prepared, with the scales of its weights alone."""
     model = exact_model(scheme, **changes)
     fit_scales(model)
     return model
@@ -126,7 +126,6 @@ def test_a_fine_grid_is_left_alone(scheme: Scheme) -> None:
 
 def test_frozen_layers_that_are_quantized_get_theirs_too_and_other_linears_none() -> None:
     model = exact_model(targets="q_proj")
-    fit_scales(model)
     choose_rounding(model, examples())
     layers = dict(exact_layers(model))
     assert len(layers) == 14
@@ -170,6 +169,19 @@ def test_inputs_that_say_nothing_leave_a_layer_to_the_nearest_values(value: floa
     with torch.no_grad():
         gate = exact_layer(model, "gate_proj")
         gate.register_forward_hook(lambda _, __, output: torch.full_like(output, value))
+    layer.exact.shrink = None
+    choose_rounding(model, examples())
+    assert layer.exact.nudge is None
+    assert torch.equal(fake_quantized_weight(layer), expected)
+
+
+def test_a_layer_that_no_input_reaches_has_the_scales_of_its_weights() -> None:
+    model = ready()
+    layer = exact_layer(model, "down_proj")
+    expected = fake_quantized_weight(layer)
+    layer.exact.shrink = None
+    mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
+    mlp.forward = lambda hidden: hidden
     choose_rounding(model, examples())
     assert layer.exact.nudge is None
     assert torch.equal(fake_quantized_weight(layer), expected)

@@ -1,6 +1,6 @@
 """Rounding by what a layer computes, not weight by weight: each weight makes up for the rounding of those before it in its row.
 
-Done once, behind scales.py, at the switch to quantization-aware steps. What it changes is kept as a small shift of each weight in front of the one quantizer
+Done once, at the switch to quantization-aware steps. What it changes is kept as a small shift of each weight in front of the one quantizer
 (ExactState.nudge), so that training, export and proof stay what they are, and the adapter learns on from there.
 
 Source: GPTQ (arXiv 2210.17323, algorithm 1), in its activation order (the columns with the largest inputs first) and with all scales fixed before: those
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finetune_trainer.qat.linear import ExactLinear, Nudge, adapted_weight
 from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization
+from finetune_trainer.qat.scales import fit_layer, fit_scales
 from finetune_trainer.stages.data import Example
 from finetune_trainer.stages.evaluate import pad
 
@@ -42,26 +43,37 @@ def rows_to_round_by(examples: Sequence[Example]) -> Sequence[Example]:
 
 @torch.no_grad()
 def choose_rounding(model: PeftModel, examples: Sequence[Example]) -> None:
-    """Chooses scales and rounding of every layer whose grid is coarse, in one forward pass: each by what the quantized layers before it hand it.
+    """Chooses scales and rounding of every layer, in one forward pass: each by what the quantized layers before it hand it.
+
+    Layers that no input reaches, and those of a grid too fine to gain from a choice, get the scales of their weights alone (scales.py).
 
     Args:
-        model: prepared, with scales; a layer that has a rounding already gets a new one.
+        model: prepared; what scales and rounding its layers have already does not matter.
         examples: rows like those that it is for.
     """
-    layers = [layer for _, layer in exact_layers(model) if layer.exact.quantizer.grid.gains_from_clipping]
+    waiting = {layer for _, layer in exact_layers(model)}
+    if not any(layer.exact.quantizer.grid.gains_from_clipping for layer in waiting):
+        fit_scales(model)
+        return
     batch = pad(examples, 0, model.device)
     mask = batch["attention_mask"].bool()
-    for layer in layers:
-        layer.exact.nudge = None
+
+    def choose_once(layer: ExactLinear, arguments: tuple[Tensor, ...]) -> None:
+        if layer in waiting:  # a shared layer is called again
+            waiting.remove(layer)
+            _choose(layer, arguments[0], mask)
+
     drop_caches(model)
-    with _before_each(layers, lambda layer, inputs: _choose(layer, inputs, mask)), fake_quantization(model, enabled=True):
+    with _before_each(tuple(waiting), choose_once), fake_quantization(model, enabled=True):
         model.get_base_model().base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    for layer in waiting:
+        fit_layer(layer)
     drop_caches(model)
 
 
 @contextmanager
 def _before_each(layers: Sequence[ExactLinear], act: Any) -> Iterator[None]:
-    hooks = [layer.register_forward_pre_hook(lambda layer, arguments: act(layer, arguments[0])) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(act) for layer in layers]
     try:
         yield
     finally:
@@ -70,9 +82,8 @@ def _before_each(layers: Sequence[ExactLinear], act: Any) -> Iterator[None]:
 
 
 def _choose(layer: ExactLinear, inputs: Tensor, mask: Tensor) -> None:
-    """Leaves a layer as it is that was called before (a shared one), or whose inputs say nothing."""
-    if layer.exact.nudge is not None:
-        return
+    """Nearest values where the inputs say nothing."""
+    layer.exact.nudge = None
     read = inputs[mask] if inputs.shape[:-1] == mask.shape else inputs.flatten(0, -2)  # experts get tokens, not rows
     if layer.exact.activations is not None:
         read = layer.exact.activations.dequantize(layer.exact.activations.quantize(read), read.dtype)
@@ -84,6 +95,7 @@ def _choose(layer: ExactLinear, inputs: Tensor, mask: Tensor) -> None:
     factor = _inverse_factor(gram)
     del gram, read
     if factor is None:
+        fit_layer(layer)
         return
     quantizer, weight = layer.exact.quantizer, adapted_weight(layer)
     layer.exact.shrink = quantizer.least_squares_shrink(weight, counts + counts.mean() * _EVENNESS)
@@ -95,7 +107,6 @@ def _choose(layer: ExactLinear, inputs: Tensor, mask: Tensor) -> None:
     )
     del factor
     layer.exact.nudge = _nudge(moved[:, order.argsort()], weight, scale, block)
-    layer.exact.cached = None
 
 
 def _inverse_factor(gram: Tensor) -> Tensor | None:

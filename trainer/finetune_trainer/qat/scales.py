@@ -6,7 +6,7 @@ A pure function of base weights and adapter, so that a resumed run makes the sam
 
 from peft import PeftModel
 
-from finetune_trainer.qat.linear import adapted_weight
+from finetune_trainer.qat.linear import ExactLinear, adapted_weight
 from finetune_trainer.qat.prepare import drop_caches, exact_layers
 
 
@@ -16,6 +16,11 @@ def fit_scales(model: PeftModel) -> None:
     A rounding that was chosen for other scales (rounding.py) is forgotten.
     """
     for _, layer in exact_layers(model):
-        layer.exact.nudge = None
-        layer.exact.shrink = layer.exact.quantizer.least_squares_shrink(adapted_weight(layer))
+        fit_layer(layer)
     drop_caches(model)
+
+
+def fit_layer(layer: ExactLinear) -> None:
+    """The same for one layer; whoever calls it drops the caches."""
+    layer.exact.nudge = None
+    layer.exact.shrink = layer.exact.quantizer.least_squares_shrink(adapted_weight(layer))
