@@ -100,8 +100,13 @@ class Quality(ApiModel):
 
     base_loss: Loss | None = Field(None, description="Base model without an adapter.")
     tuned_loss: Loss | None = Field(None, description="The adapter at the switch, not quantized.")
-    ptq_loss: Loss | None = Field(None, description="The adapter at the switch, quantized after training.")
+    nearest_loss: Loss | None = Field(
+        None,
+        description="The adapter at the switch, each weight quantized to the nearest value, as torchao does; only where ptqLoss differs.",
+    )
+    ptq_loss: Loss | None = Field(None, description="The adapter at the switch, quantized after training with scales and rounding chosen.")
     quantized_loss: Loss | None = Field(None, description="The shipped quantized model.")
+    nearest_recovered: Short | None = Field(None, description="(nearest - quantized) / (nearest - tuned), as `recovered`.")
     recovered: Short | None = Field(None, description="(PTQ - quantized) / (PTQ - tuned), in percent; only where the gap is significant.")
     agreement: Short | None = Field(
         None, description="Share of held-out tokens where the quantized model's first choice is the tuned one's, in percent."

@@ -79,7 +79,7 @@ def report_of(ctx: RunContext, **changes: Any) -> dict[str, Any]:
         "formatVersion": 1,
         "job": ctx.job.name,
         "sources": {"model": "hf://acme/base@0123", "dataset": "s3://data/rows.jsonl?etag=ab"},
-        "losses": {"base": 3.14159, "tuned": 2.25, "ptq": 2.5, "quantized": 2.31, "recovered": None},
+        "losses": {"base": 3.14159, "tuned": 2.25, "nearest": 2.75, "ptq": 2.5, "quantized": 2.31, "recovered": None},
         "qat": {"scheme": "int8-int4", "layers": 14, "coverage": 1.0},
         "proof": {"weights_equal": True, "max_logit_difference": 0.0},
         "seed": 42,

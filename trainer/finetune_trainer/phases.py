@@ -19,7 +19,7 @@ from finetune_trainer.errors import DataError, FineTuneError
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.plan import Plan
 from finetune_trainer.qat.prepare import follow_optimizer, free_codes, mode_of, set_fake_quantization
-from finetune_trainer.qat.rounding import choose_rounding
+from finetune_trainer.qat.rounding import choose_rounding, gains_from_a_choice
 from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.stages.data import Example
@@ -169,27 +169,38 @@ class Phases(TrainerCallback):
         """Fake quantization from here on, with scales and rounding that fit the adapter at the switch, whether this attempt saw it or not."""
         if self._adapting:
             return
-        model, known = self._work.model, self.switch
-        adapter = known.adapter if known else adapter_values(model)
-        with stopping_at_once(), self._work.ctx.reporter.timed("rounding"), in_place(model, adapter):
+        with stopping_at_once():
+            if self.switch is None:
+                self.switch = self._switch()
+            else:
+                self._fit(self.switch.adapter)
+        set_fake_quantization(self._work.model, enabled=True)
+        self._adapting = True
+
+    def _switch(self) -> Switch:
+        """Fits scales and rounding, and measures the adapter before and after on the held-out rows."""
+        model, work = self._work.model, self._work
+        adapter = adapter_values(model)
+        if not work.held_out or not work.plan.switch_step:
+            self._fit(adapter)
+            return Switch(adapter)
+        tuned = self._measure(fake_quant=False)
+        nearest = self._measure(fake_quant=True) if gains_from_a_choice(model) else None
+        self._fit(adapter)
+        ptq = self._measure(fake_quant=True)
+        told = {"as tuned": tuned, "quantized with nearest values": nearest, "quantized": ptq}
+        losses = ", ".join(f"{mean_loss(found.rows):.4g} {name}" for name, found in told.items() if found)
+        work.ctx.reporter.note(f"At the switch to quantization-aware steps: held-out loss {losses}.")
+        return Switch(adapter, tuned, nearest, ptq)
+
+    def _fit(self, adapter: Adapter) -> None:
+        model = self._work.model
+        with self._work.ctx.reporter.timed("rounding"), in_place(model, adapter):
             if self._work.plan.switch_step:
                 choose_rounding(model, self._work.rounded_by)
             else:  # from the first step on, nearest values learn more (BENCHMARKS.md)
                 fit_scales(model)
-        if known is None:
-            self.switch = Switch(adapter, *self._measure())
-        set_fake_quantization(model, enabled=True)
-        self._adapting = True
 
-    def _measure(self) -> tuple[HeldOut | None, HeldOut | None]:
-        """(tuned, PTQ) on the held-out rows."""
-        work = self._work
-        if not work.held_out or not work.plan.switch_step:
-            return None, None
-        with stopping_at_once(), work.ctx.reporter.timed("switch"):
-            tuned = measure(work.model, work.held_out, fake_quant=False)
-            ptq = measure(work.model, work.held_out, fake_quant=True, keep_codes=work.plan.keeps_codes)
-        work.ctx.reporter.note(
-            f"At the switch to quantization-aware steps: held-out loss {mean_loss(tuned.rows):.4g} as tuned, {mean_loss(ptq.rows):.4g} if quantized now."
-        )
-        return tuned, ptq
+    def _measure(self, *, fake_quant: bool) -> HeldOut:
+        with self._work.ctx.reporter.timed("switch"):
+            return measure(self._work.model, self._work.held_out, fake_quant=fake_quant, keep_codes=self._work.plan.keeps_codes)

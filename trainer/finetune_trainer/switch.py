@@ -16,6 +16,7 @@ from finetune_trainer.teacher import Adapter
 
 FILE = "switch.safetensors"
 _ADAPTER = "adapter/"
+_MEASURED = ("tuned", "nearest", "ptq")
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class Switch:
     Attributes:
         adapter: its values there.
         tuned: as it was, not quantized; None without held-out rows, and where QAT begins with the first step.
-        ptq: the same adapter, quantized.
+        nearest: the same adapter, quantized as torchao's quantize_ does; None where `ptq` is the same.
+        ptq: the same adapter, quantized with the scales and the rounding that were chosen for it.
     """
 
     adapter: Adapter
     tuned: HeldOut | None = None
+    nearest: HeldOut | None = None
     ptq: HeldOut | None = None
 
     def save(self, folder: Path) -> None:
@@ -39,7 +42,8 @@ class Switch:
             OSError: no space, or not writable.
         """
         tensors = {f"{_ADAPTER}{name}": value.cpu().contiguous() for name, value in self.adapter.items()}
-        tensors |= _tensors("tuned", self.tuned) | _tensors("ptq", self.ptq)
+        for name in _MEASURED:
+            tensors |= _tensors(name, getattr(self, name))
         save_file(tensors, folder / FILE)
         atomic.sync(folder / FILE)
 
@@ -50,7 +54,7 @@ class Switch:
             return None
         tensors = load_file(folder / FILE)
         adapter = {name.removeprefix(_ADAPTER): value.to(device) for name, value in tensors.items() if name.startswith(_ADAPTER)}
-        return cls(adapter, _held_out("tuned", tensors), _held_out("ptq", tensors))
+        return cls(adapter, **{name: _held_out(name, tensors) for name in _MEASURED})
 
 
 def _tensors(name: str, measured: HeldOut | None) -> dict[str, Tensor]:

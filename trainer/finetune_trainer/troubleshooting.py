@@ -67,7 +67,7 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         ),
         Symptom(
             "Measuring held-out losses took",
-            "All held-out rows are measured for base, tuned, PTQ and quantized model.",
+            "All held-out rows are measured for base, tuned, nearest values, PTQ and quantized model.",
             "Lower `dataset.evaluation.percent`, or give it a smaller source.",
         ),
         Symptom(

@@ -57,6 +57,8 @@ def test_the_report_has_the_losses_the_layers_and_the_sizes(finished: tuple[Path
     report = finished[1]
     losses = report["losses"]
     assert all(losses[name] > 0 for name in ("base", "tuned", "ptq", "quantized"))
+    chosen = report["qat"]["scheme"] in ("int4", "int8-int4", "fp8-int4")
+    assert (losses["nearest"] is not None) == chosen
     assert losses["tuned"] < losses["base"]
     assert 0 < losses["agreement"] <= 1
     low, high = losses["shipped_over_base"]

@@ -64,11 +64,11 @@ def test_an_error_within_the_block_gives_the_adapter_back() -> None:
 @pytest.mark.parametrize("measured", [None, HeldOut([(1.1, 3), (2.7, 5)], [1, 2, 3, 4, 5, 6, 7, 8])])
 def test_what_a_checkpoint_holds_of_the_switch_comes_back_bit_for_bit(measured: HeldOut | None, tmp_path: Path) -> None:
     model = exact_model()
-    switch = Switch(adapter_values(model), measured, measured)
+    switch = Switch(adapter_values(model), measured, None, measured)
     switch.save(tmp_path)
     found = Switch.load(tmp_path, torch.device("cpu"))
     assert found is not None
-    assert (found.tuned, found.ptq) == (measured, measured)
+    assert (found.tuned, found.nearest, found.ptq) == (measured, None, measured)
     assert found.adapter.keys() == switch.adapter.keys()
     assert all(torch.equal(value, switch.adapter[name]) for name, value in found.adapter.items())
 

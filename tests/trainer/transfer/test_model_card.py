@@ -65,7 +65,8 @@ def test_the_builtin_model_is_named_as_the_hub_names_it(tmp_path: Path) -> None:
     [
         "| base model | 3.142 |",
         "| tuned, before quantization-aware steps | 2.25 |",
-        "| tuned, quantized after training (PTQ) | 2.5 |",
+        "| tuned, quantized with nearest values | 2.75 |",
+        "| tuned, quantized after training (PTQ), scales and rounding chosen | 2.5 |",
         "| shipped quantized model | 2.31 |",
     ],
 )

@@ -14,7 +14,8 @@ _HUB_NAMES = {"builtin://smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _LOSSES = {
     "base": "base model",
     "tuned": "tuned, before quantization-aware steps",
-    "ptq": "tuned, quantized after training (PTQ)",
+    "nearest": "tuned, quantized with nearest values",
+    "ptq": "tuned, quantized after training (PTQ), scales and rounding chosen",
     "quantized": "shipped quantized model",
 }
 _LOAD_QUANTIZED = """In the downloaded folder (transformers and torchao):

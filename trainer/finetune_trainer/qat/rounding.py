@@ -41,6 +41,11 @@ def rows_to_round_by(examples: Sequence[Example]) -> Sequence[Example]:
     return examples
 
 
+def gains_from_a_choice(model: PeftModel) -> bool:
+    """Whether its grid is so coarse that scales and rounding are worth choosing; where it isn't, nearest values and scales of the largest are kept."""
+    return any(layer.exact.quantizer.grid.gains_from_clipping for _, layer in exact_layers(model))
+
+
 @torch.no_grad()
 def choose_rounding(model: PeftModel, examples: Sequence[Example]) -> None:
     """Chooses scales and rounding of every layer, in one forward pass: each by what the quantized layers before it hand it.
@@ -51,10 +56,10 @@ def choose_rounding(model: PeftModel, examples: Sequence[Example]) -> None:
         model: prepared; what scales and rounding its layers have already does not matter.
         examples: rows like those that it is for.
     """
-    waiting = {layer for _, layer in exact_layers(model)}
-    if not any(layer.exact.quantizer.grid.gains_from_clipping for layer in waiting):
+    if not gains_from_a_choice(model):
         fit_scales(model)
         return
+    waiting = {layer for _, layer in exact_layers(model)}
     batch = pad(examples, 0, model.device)
     mask = batch["attention_mask"].bool()
 

@@ -20,7 +20,7 @@ from finetune_trainer.stages.train import Trained
 from finetune_trainer.stages.verify import Proof
 
 FORMAT_VERSION = 1
-_SHOWN_LOSSES = ("base", "tuned", "ptq", "quantized")
+_SHOWN_LOSSES = ("base", "tuned", "nearest", "ptq", "quantized")
 _PACKAGES = ("torch", "torchao", "transformers", "peft", "trl", "unsloth", "unsloth_zoo", "safetensors")
 
 
@@ -71,7 +71,7 @@ def quality(losses: dict[str, Any], proof: dict[str, Any] | None, shortfall: str
         shortfall: what the gate found; empty when nothing.
     """
     shown: dict[str, Any] = {f"{name}_loss": four_digits(losses[name]) for name in _SHOWN_LOSSES if losses.get(name) is not None}
-    shown |= {name: f"{losses[name]:.0%}" for name in ("recovered", "agreement") if losses.get(name) is not None}
+    shown |= {name: f"{losses[name]:.0%}" for name in ("nearest_recovered", "recovered", "agreement") if losses.get(name) is not None}
     if shown:
         shown["shortfall"] = shortfall
     if proof:  # an earlier version published only what held, and did not say so

@@ -54,13 +54,14 @@ def _losses(report: dict[str, Any]) -> list[tuple[str, str]]:
     labels = {
         "base": "held-out loss, base model",
         "tuned": "  tuned (LoRA, not quantized)",
+        "nearest": "  tuned, then quantized with nearest values",
         "ptq": "  tuned, then quantized (PTQ)",
         "quantized": "  shipped quantized model",
     }
     losses = report["losses"]
     rows = [(label, f"{losses[name]:.4g}") for name, label in labels.items() if losses.get(name) is not None]
-    if losses.get("recovered") is not None:
-        rows.append(("  of PTQ's damage taken back", f"{losses['recovered']:.0%}"))
+    shares = {"nearest_recovered": "  of the nearest values' damage taken back", "recovered": "  of PTQ's damage taken back"}
+    rows += [(label, f"{losses[name]:.0%}") for name, label in shares.items() if losses.get(name) is not None]
     if losses.get("agreement") is not None:
         rows.append(("  same first choice as the tuned model", f"{losses['agreement']:.0%} of the tokens"))
     return rows

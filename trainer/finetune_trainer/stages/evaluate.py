@@ -35,10 +35,12 @@ class Losses:
     Attributes:
         base: the base model without an adapter.
         tuned: the adapter at the switch (or, without quantization, the final one), not quantized.
-        ptq: the adapter at the switch, quantized after training.
+        nearest: the adapter at the switch, quantized as torchao's quantize_ does: scales of the largest value, each weight to the nearest one.
+        ptq: the same with scales and rounding chosen, which is what qatPercent 0 ships; and what `nearest` would be, where that is None.
         quantized: what is shipped.
         recovered: (PTQ - quantized) / (PTQ - tuned), the share of PTQ's damage that quantization-aware steps took back; only where that
             damage is significant.
+        nearest_recovered: the same of `nearest`, which the choice of scales and rounding took back a part of.
         agreement: share of the trained places where the quantized model's most likely token is the tuned one's.
         ptq_over_tuned: interval of the difference of two losses, as those below.
         shipped_over_ptq: where quantization-aware steps followed.
@@ -47,9 +49,11 @@ class Losses:
 
     base: float | None = None
     tuned: float | None = None
+    nearest: float | None = None
     ptq: float | None = None
     quantized: float | None = None
     recovered: float | None = None
+    nearest_recovered: float | None = None
     agreement: float | None = None
     ptq_over_tuned: Interval | None = None
     shipped_over_ptq: Interval | None = None
@@ -95,8 +99,11 @@ def run(ctx: RunContext, model: PeftModel, data: Data, switch: "Switch | None", 
     means = {"base": mean_loss(base.rows), "quantized" if quantized else "tuned": mean_loss(shipped.rows)}
     if switch is None or switch.tuned is None or switch.ptq is None:
         return Losses(**means, shipped_over_base=over_base)
+    nearest = switch.nearest
     return Losses(
         **means,
+        nearest=mean_loss(nearest.rows) if nearest else None,
+        nearest_recovered=recovered(switch.tuned.rows, nearest.rows, shipped.rows, seed) if nearest else None,
         tuned=mean_loss(switch.tuned.rows),
         ptq=mean_loss(switch.ptq.rows),
         recovered=recovered(switch.tuned.rows, switch.ptq.rows, shipped.rows, seed),
