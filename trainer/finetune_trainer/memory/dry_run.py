@@ -23,6 +23,7 @@ from finetune_trainer.failures import first_line, is_out_of_memory
 from finetune_trainer.memory.tracking import LiveBytes
 from finetune_trainer.qat.linear import ExactLoraLinear, base_linear, weight_codes
 from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization, free_codes, mode_of, prepare
+from finetune_trainer.qat.rounding import run_quantized, scratch_bytes
 from finetune_trainer.token_loss import Prediction, output_head, summed_loss, token_losses
 
 # The second is its name in the transformers that unsloth asks for.
@@ -68,7 +69,7 @@ class HeldOutBatch:
         rows: rows of the batch; several are taken to differ in length.
         tokens: tokens of each.
         quantized: whether weights and activations are fake-quantized.
-        rounding: whether the rounding of each layer's weights is chosen before it is called; the rows are training data then.
+        rounding: whether the rounding of weights is chosen by them; the rows are training data then.
     """
 
     rows: int
@@ -188,12 +189,6 @@ def factor_bytes(model: PeftModel) -> int:
     return total
 
 
-def rounding_bytes(model: PeftModel, tokens: int) -> int:
-    """The most that rounding.py needs for one layer: its inputs three times over and four square matrices, then one of these and eight of its weights."""
-    shapes = [base_linear(layer).weight.shape for _, layer in exact_layers(model) if layer.exact.quantizer.grid.gains_from_clipping]
-    return max((4 * max(inputs * (4 * inputs + 3 * tokens), inputs * (inputs + 8 * outputs)) for outputs, inputs in shapes), default=0)
-
-
 def run(model: PeftModel, step: Step) -> None:
     """The step itself, on whatever tensors the model has: the loss of stages/train.py (trl's own, or the one with a teacher) and its backward pass."""
     input_ids, mask = _batch(step.rows, step.tokens, padded=step.padded)
@@ -210,14 +205,15 @@ def run(model: PeftModel, step: Step) -> None:
 
 @torch.no_grad()
 def evaluate(model: PeftModel, batch: HeldOutBatch) -> None:
-    """The batch itself, as stages/evaluate.py measures it, or as rounding.py runs it, without what it does before each layer."""
+    """The batch itself, as stages/evaluate.py measures it, or as rounding.py runs it, with empty memory for what it computes before each layer."""
     base = model.get_base_model()
     input_ids, mask = _batch(batch.rows, batch.tokens, padded=batch.rows > 1)
+    if batch.rounding:
+        run_quantized(model, input_ids, mask, lambda layer, _: torch.empty(scratch_bytes(layer, input_ids.numel()), dtype=torch.uint8))
+        return
     model.eval()
     try:
-        hidden = _hidden(base, input_ids, mask)
-        if not batch.rounding:
-            token_losses(output_head(base), Prediction(hidden, input_ids[:, 1:].flatten()))
+        token_losses(output_head(base), Prediction(_hidden(base, input_ids, mask), input_ids[:, 1:].flatten()))
     finally:
         model.train()
 

@@ -10,7 +10,7 @@ from functools import cache
 from finetune_api.spec import FineTuneJobSpec, Scheme
 from peft import PeftModel
 
-from finetune_trainer.memory.dry_run import HeldOutBatch, Step, code_bytes, factor_bytes, peak_bytes, rounding_bytes
+from finetune_trainer.memory.dry_run import HeldOutBatch, Step, code_bytes, factor_bytes, peak_bytes
 from finetune_trainer.plan import Plan
 from finetune_trainer.qat import rounding
 from finetune_trainer.stages.data import Example
@@ -143,8 +143,6 @@ def needed_by(model: PeftModel, kind: Kind) -> Needed:
         gradients = adapter if isinstance(traced, Step) else 0
         kept = (factors if traced.quantized else 0) + (codes if keeps_codes and kind.keeps_codes(traced) else 0)
         activations = max(0, peak(traced) - weights - adapter - gradients)
-        if isinstance(traced, HeldOutBatch) and traced.rounding:
-            activations = max(activations, rounding_bytes(model, traced.rows * traced.tokens))
         copies = 2 if traced.quantized else 1
         return Estimate(weights, copies * adapter, gradients + _MOMENTS * adapter, kept, activations, rows, kind.lengths.trained)
 

@@ -8,15 +8,13 @@ of least squared error where each column counts as much as its inputs are large.
 resumed run makes the same; like a training step it is the same to the bit on one machine, not on any.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from finetune_trainer.qat.linear import ExactLinear, Nudge, adapted_weight
+from finetune_trainer.qat.linear import ExactLinear, Nudge, adapted_weight, base_linear
 from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization
 from finetune_trainer.qat.scales import fit_layer, fit_scales
 from finetune_trainer.stages.data import Example
@@ -63,27 +61,38 @@ def choose_rounding(model: PeftModel, examples: Sequence[Example]) -> None:
     batch = pad(examples, 0, model.device)
     mask = batch["attention_mask"].bool()
 
-    def choose_once(layer: ExactLinear, arguments: tuple[Tensor, ...]) -> None:
+    def choose_once(layer: ExactLinear, inputs: Tensor) -> None:
         if layer in waiting:  # a shared layer is called again
             waiting.remove(layer)
-            _choose(layer, arguments[0], mask)
+            _choose(layer, inputs, mask)
 
     drop_caches(model)
-    with _before_each(tuple(waiting), choose_once), fake_quantization(model, enabled=True):
-        model.get_base_model().base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    run_quantized(model, batch["input_ids"], batch["attention_mask"], choose_once)
     for layer in waiting:
         fit_layer(layer)
     drop_caches(model)
 
 
-@contextmanager
-def _before_each(layers: Sequence[ExactLinear], act: Any) -> Iterator[None]:
-    hooks = [layer.register_forward_pre_hook(act) for layer in layers]
+@torch.no_grad()
+def run_quantized(model: PeftModel, input_ids: Tensor, attention_mask: Tensor | None, act: Callable[[ExactLinear, Tensor], None]) -> None:
+    """One forward pass of the quantized model; `act` is called before each exact layer, with its inputs, and the layer computes as it leaves it."""
+
+    def before(layer: ExactLinear, arguments: tuple[Tensor, ...]) -> None:
+        act(layer, arguments[0])
+
+    hooks = [layer.register_forward_pre_hook(before) for _, layer in exact_layers(model)]
     try:
-        yield
+        with fake_quantization(model, enabled=True):
+            model.get_base_model().base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def scratch_bytes(layer: ExactLinear, tokens: int) -> int:
+    """The most that the choice for one layer needs besides its inputs: two and a quarter times these and a square matrix, or four such, or its weights seven times and scales."""
+    outputs, inputs = base_linear(layer).weight.shape
+    return 4 * inputs * max(inputs + 9 * tokens // 4, 4 * inputs, 7 * outputs + outputs // 4)
 
 
 def _choose(layer: ExactLinear, inputs: Tensor, mask: Tensor) -> None:
@@ -94,11 +103,12 @@ def _choose(layer: ExactLinear, inputs: Tensor, mask: Tensor) -> None:
         read = layer.exact.activations.dequantize(layer.exact.activations.quantize(read), read.dtype)
     read = read.to(torch.float32)
     gram = read.T @ read
+    del read
     counts = gram.diagonal().clone()
     order = counts.argsort(descending=True, stable=True)
     gram = gram[order][:, order]
     factor = _inverse_factor(gram)
-    del gram, read
+    del gram
     if factor is None:
         fit_layer(layer)
         return
