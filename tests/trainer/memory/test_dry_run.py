@@ -222,6 +222,13 @@ def test_held_out_rows_that_take_more_than_a_step_are_what_counts() -> None:
     assert without.peak < held_out.peak
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8-fp8"])
+def test_a_grid_too_fine_for_a_choice_of_the_rounding_needs_nothing_for_it(scheme: str) -> None:
+    model = model_of(scheme=scheme)
+    chosen, measured = (peak_bytes(model, HeldOutBatch(4, 64, quantized=True, rounding=rounding)) for rounding in (True, False))
+    assert chosen <= measured
+
+
 @pytest.mark.parametrize("rows", [4, 32])
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 512}, {"hidden_size": 512, "intermediate_size": 2048}])
 def test_the_choice_of_the_rounding_counts_as_it_does(sizes: dict[str, int], rows: int) -> None:
