@@ -119,7 +119,7 @@ def test_checkpoints_are_removed_after_success(world: World, production: JobInCl
 def test_the_status_tells_what_was_made(world: World, production: JobInCluster) -> None:
     status = production.status()
     assert status["quality"]["shippedMatchesTrained"] is True
-    assert {"baseLoss", "tunedLoss", "ptqLoss", "quantizedLoss"} <= status["quality"].keys()
+    assert {"baseLoss", "tunedLoss", "nearestLoss", "ptqLoss", "quantizedLoss"} <= status["quality"].keys()
     assert status["qat"] | {"coverage": ""} == {"scheme": "int8-int4", "layers": 210, "coverage": ""}
     assert {artifact["uri"].split("://")[0] for artifact in status["artifacts"]} == {"s3", "hf"}
     assert status["observedGeneration"] == production.read()["metadata"]["generation"]
