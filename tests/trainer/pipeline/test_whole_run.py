@@ -205,6 +205,22 @@ def test_the_quality_gate_can_only_warn(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "published" / "manifest.json").read_text())["files"]
 
 
+def test_nearest_values_are_measured_before_anything_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+    measure = phases.measure
+
+    def measured(model: Any, examples: Any, *, fake_quant: bool, keep_codes: bool) -> Any:
+        chosen = {layer.exact.shrink is not None and layer.exact.nudge is not None for _, layer in exact_layers(model)}
+        assert len(chosen) == 1
+        seen.append((fake_quant, *chosen))
+        return measure(model, examples, fake_quant=fake_quant, keep_codes=keep_codes)
+
+    monkeypatch.setattr(phases, "measure", measured)
+    losses = run(tiny_job(tmp_path, BOTH), tmp_path / "work")["losses"]
+    assert seen == [(False, False), (True, False), (True, True)]
+    assert losses["nearest"] != losses["ptq"]
+
+
 @pytest.mark.parametrize(("percent", "times"), [(0, 1), (50, 1), (100, 0)])
 def test_the_rounding_is_chosen_once_behind_the_tuning(percent: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
