@@ -102,7 +102,6 @@ def scratch_bytes(layer: ExactLinear, tokens: int) -> int:
 
 def _choose(layer: ExactLinear, inputs: Tensor, mask: Tensor) -> None:
     """Nearest values where the inputs say nothing."""
-    layer.exact.nudge = None
     read = inputs[mask] if inputs.shape[:-1] == mask.shape else inputs.flatten(0, -2)  # experts get tokens, not rows
     if layer.exact.activations is not None:
         read = layer.exact.activations.dequantize(layer.exact.activations.quantize(read), read.dtype)
