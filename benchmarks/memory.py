@@ -86,15 +86,16 @@ def _estimated(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> d
 
         def traced(self, rows: int) -> list[Step | HeldOutBatch]:
             found = super().traced(rows)
-            if self.quantizes:  # the switch
+            if self.rounds:  # the switch
                 return [item for item in found if isinstance(item, HeldOutBatch)]
             return [replace(item, checkpointed=checkpointed) for item in found if isinstance(item, Step)]
 
     model = empty_model(AutoConfig.from_pretrained(folder), _spec(), torch.float32)
 
     def phase(name: str) -> dict[str, int]:
-        lengths = Lengths(tokens, tokens if name == "switch" else 0)
-        kind = Phase(False, name != "adapt", name == "adapt", True, name == "switch", ACCUMULATION * rows, lengths)
+        at_switch = name == "switch"
+        lengths = Lengths(tokens, tokens if at_switch else 0)
+        kind = Phase(False, name != "adapt", name == "adapt", True, at_switch, at_switch, ACCUMULATION * rows, lengths)
         found = needed_by(model, kind)(rows, True)
         return {**asdict(found), "peak": found.peak}
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from finetune_trainer.memory.dry_run import HeldOutBatch, Step, code_bytes, factor_bytes, peak_bytes
 from finetune_trainer.plan import Plan
-from finetune_trainer.qat import rounding
+from finetune_trainer.qat.rounding import TOKENS, gains_from_a_choice
 from finetune_trainer.stages.data import Example
 from finetune_trainer.stages.evaluate import TOKENS_AT_ONCE
 
@@ -85,7 +85,8 @@ class Kind:
         tunes: whether it has steps without fake quantization.
         adapts: whether it has steps under exact quantization-aware training.
         distills: whether those learn from the adapter at the switch.
-        quantizes: whether the rounding of weights is chosen behind the tuning, and the held-out rows are measured on the quantized model too.
+        quantizes: whether the held-out rows are measured on the quantized model too.
+        rounds: whether the rounding of weights is chosen behind the tuning.
         batch: rows of an optimizer step.
         lengths: tokens of the longest rows.
     """
@@ -95,15 +96,16 @@ class Kind:
     adapts: bool
     distills: bool
     quantizes: bool
+    rounds: bool
     batch: int
     lengths: Lengths
 
     @classmethod
-    def of(cls, spec: FineTuneJobSpec, plan: Plan, lengths: Lengths, *, on_gpu: bool) -> "Kind":
-        """That of this job and plan."""
+    def of(cls, spec: FineTuneJobSpec, model: PeftModel, plan: Plan, lengths: Lengths, *, on_gpu: bool) -> "Kind":
+        """That of this job, its prepared model and its plan."""
         tunes, adapts = plan.switch_step > 0, plan.switch_step < plan.steps
-        distills = spec.quantization.distill and tunes and adapts
-        return cls(on_gpu, tunes, adapts, distills, spec.quantization.scheme is not Scheme.NONE, plan.batch, lengths)
+        distills, rounds = spec.quantization.distill and tunes and adapts, tunes and gains_from_a_choice(model)
+        return cls(on_gpu, tunes, adapts, distills, spec.quantization.scheme is not Scheme.NONE, rounds, plan.batch, lengths)
 
     def traced(self, rows: int) -> list[Step | HeldOutBatch]:
         """One step of each phase, with several rows that differ in length, the pass that chooses the rounding, and a batch of held-out rows."""
@@ -119,7 +121,7 @@ class Kind:
         measured = self.lengths.held_out
         batches = [HeldOutBatch(max(1, TOKENS_AT_ONCE // measured), measured, self.quantizes)] if measured else []
         length = self.lengths.trained
-        chosen_by = [HeldOutBatch(max(1, rounding.TOKENS // length), length, True, rounding=True)] if self.quantizes and self.tunes else []
+        chosen_by = [HeldOutBatch(max(1, TOKENS // length), length, True, rounding=True)] if self.rounds else []
         return [*([step] if self.tunes else []), *chosen_by, *([adapting] if self.adapts else []), *batches]
 
     def keeps_codes(self, traced: Step | HeldOutBatch) -> bool:

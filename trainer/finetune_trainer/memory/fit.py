@@ -97,7 +97,7 @@ def estimates_of(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, le
         UntraceableError: nobody knows, also when it is asked.
     """
     model = empty_model(config, spec, training_dtype(spec.model.dtype, on_gpu=on_gpu))
-    return needed_by(model, Kind.of(spec, plan, lengths, on_gpu=on_gpu))
+    return needed_by(model, Kind.of(spec, model, plan, lengths, on_gpu=on_gpu))
 
 
 def require_host_memory(spec: FineTuneJobSpec, estimate: Estimate) -> None:

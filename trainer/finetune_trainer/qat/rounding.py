@@ -90,12 +90,10 @@ def run_quantized(model: PeftModel, input_ids: Tensor, attention_mask: Tensor | 
 
 
 def scratch_bytes(layer: ExactLinear, tokens: int) -> int:
-    """The most that the choice for one layer needs besides its inputs; nothing where the grid is too fine for one.
+    """The most that the choice for one layer needs besides its inputs.
 
     That is two and a quarter times these inputs and a square matrix, or four such matrices, or the layer's weights seven times and their scales.
     """
-    if not layer.exact.quantizer.grid.gains_from_clipping:
-        return 0
     outputs, inputs = base_linear(layer).weight.shape
     return 4 * inputs * max(inputs + 9 * tokens // 4, 4 * inputs, 7 * outputs + outputs // 4)
 
