@@ -1,7 +1,7 @@
-"""Exact QAT against plain peft LoRA and torchao's split fake quantization: time and peak memory of a training step (`make bench-qat`).
+"""Exact QAT against plain peft LoRA: time and peak memory of a training step in three shapes, in float32 and bfloat16 (`make bench-qat`).
 
-SmolLM2-135M, rank 32, all linears, int8-int4, one micro-batch of 4 x 256 tokens, AdamW. Each measurement is a process of its own; the arms are
-interleaved, so that a machine that gets slower hurts them alike. Ends with one JSON line per figure. `--arm` is what the processes run.
+SmolLM2-135M, rank 32, all linears, AdamW, weight codes kept as the trainer keeps them. Each measurement is a process of its own; the arms are interleaved,
+so that a machine that gets slower hurts them alike. Ends with one JSON line per figure. `--arm` is what the processes run.
 """
 
 import argparse
@@ -13,48 +13,78 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARMS = ("lora", "split", "exact")
+RANK, ROWS, TOKENS = 32, 4, 256
+WARM_STEPS, TIMED_STEPS = 2, 5
 DTYPES = ("float32", "bfloat16")
-ROWS, TOKENS, RANK = 4, 256, 32
-WARM_STEPS, TIMED_STEPS = 2, 6
-BARS = {("time", "float32"): 1.02, ("memory", "float32"): 0.85}
+FULL_INPUTS = {"float32": (1.0, 0.85), "bfloat16": (1.0, 0.95)}  # activations are kept in one byte instead of four or two
+WEIGHT_ONLY = dict.fromkeys(DTYPES, (1.05, 1.02))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A training step of ROWS rows of TOKENS tokens.
+
+    Attributes:
+        arms: what is held against plain LoRA, with the bars of time and memory for each dtype; None without.
+        micro_batches: how many the rows are cut into.
+        checkpointed: whether activations are computed again in the backward pass.
+    """
+
+    arms: dict[str, dict[str, tuple[float, float]] | None]
+    micro_batches: int = 1
+    checkpointed: bool = False
+
+
+SHAPES = {
+    "plain": Shape({"int8-int4": FULL_INPUTS, "int8": WEIGHT_ONLY, "int4": WEIGHT_ONLY, "split": None}),
+    "checkpointed": Shape({"int8-int4": FULL_INPUTS}, checkpointed=True),
+    "micro-batches": Shape({"int8-int4": dict.fromkeys(DTYPES, (1.05, 1.0))}, micro_batches=ROWS),
+}
+Case = tuple[str, str, str]
+"""Shape, dtype and arm."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each arm; the median counts")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="which to measure; lora is what the others are held against")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each arm; the median counts")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
+    parser.add_argument("--arms", nargs="+", help="which to measure beside plain LoRA; all of the shape otherwise")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--arm", choices=ARMS)
-    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--arm", nargs=3, metavar=("SHAPE", "DTYPE", "ARM"), help="what the processes run")
     chosen = parser.parse_args()
     if chosen.arm:
-        print(json.dumps(measure(chosen.arm, chosen.dtype)))
-    else:
-        compare(chosen.rounds, ["lora", *(arm for arm in chosen.arms if arm != "lora")], chosen.dtypes)
+        print(json.dumps(measure(*chosen.arm)))
+        return
+    cases = [
+        (shape, dtype, arm)
+        for shape in chosen.shapes
+        for dtype in chosen.dtypes
+        for arm in ("lora", *SHAPES[shape].arms)
+        if arm == "lora" or not chosen.arms or arm in chosen.arms
+    ]
+    compare(chosen.rounds, cases)
 
 
-def compare(rounds: int, arms: list[str], dtypes: list[str]) -> None:
+def compare(rounds: int, cases: list[Case]) -> None:
     """Runs the arms in turn, shows every measurement as it comes and ends with the figures."""
-    measured: dict[tuple[str, str], list[dict[str, float]]] = {(dtype, arm): [] for dtype in dtypes for arm in arms}
+    measured: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}", file=sys.stderr)
     for turn in range(rounds):
-        for dtype, arm in measured:
-            result = _in_a_process(arm, dtype)
-            measured[dtype, arm].append(result)
-            print(f"{turn + 1}/{rounds} {dtype} {arm}: {result['seconds']:.3f} s a step, {result['bytes'] / 1e9:.2f} GB", file=sys.stderr)
-    for dtype in dtypes:
-        for arm in arms:
-            _print_absolute(dtype, arm, measured[dtype, arm])
-        for arm in arms[1:]:
-            for name, key in (("time", "seconds"), ("memory", "bytes")):
-                _print_ratio(name, dtype, arm, _values(measured[dtype, arm], key), _values(measured[dtype, "lora"], key))
+        for case in cases:
+            result = _in_a_process(case)
+            measured[case].append(result)
+            print(
+                f"{turn + 1}/{rounds} {' '.join(case)}: {result['seconds']:.3f} s a step, {result['bytes'] / 1e9:.2f} GB", file=sys.stderr
+            )
+    for case in cases:
+        _print_figures(case, measured[case], measured[*case[:2], "lora"])
 
 
-def measure(arm: str, dtype: str) -> dict[str, float]:
+def measure(shape: str, dtype: str, arm: str) -> dict[str, float]:
     """Median seconds of a step and peak resident set of this process, for one arm."""
     from finetune_trainer.reporting.quiet import quiet_bars, quiet_libraries
 
@@ -63,25 +93,23 @@ def measure(arm: str, dtype: str) -> dict[str, float]:
     import torch
 
     torch.manual_seed(0)
-    model = _model(arm, dtype)
-    factors = [item for item in model.parameters() if item.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=1e-4)
-    if arm == "exact":
-        from finetune_trainer.qat.prepare import follow_optimizer
-
-        follow_optimizer(model, optimizer)
+    model = _model(SHAPES[shape], dtype, arm)
+    optimizer = torch.optim.AdamW([item for item in model.parameters() if item.requires_grad], lr=1e-4)
+    if arm not in ("lora", "split"):
+        _follow(model, optimizer, keep_codes=SHAPES[shape].micro_batches > 1)
     input_ids = torch.randint(0, model.config.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     seconds = []
     for _ in range(WARM_STEPS + TIMED_STEPS):
         started = time.perf_counter()
-        model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+        for batch in input_ids.chunk(SHAPES[shape].micro_batches):
+            (model(input_ids=batch, labels=batch, use_cache=False).loss / SHAPES[shape].micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
     return {"seconds": statistics.median(seconds[WARM_STEPS:]), "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
 
 
-def _model(arm: str, dtype: str) -> Any:
+def _model(shape: Shape, dtype: str, arm: str) -> Any:
     import torch
     from finetune_api.spec import QuantizationSpec
     from finetune_trainer.qat.prepare import prepare
@@ -91,13 +119,23 @@ def _model(arm: str, dtype: str) -> Any:
 
     base = AutoModelForCausalLM.from_pretrained(builtin.fetch_model(_cache()), dtype=getattr(torch, dtype))
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
-    model.train()
-    if arm == "exact":
-        prepare(model, QuantizationSpec(), enabled=True)
+    model = get_peft_model(base, config).train()
+    if shape.checkpointed:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
     if arm == "split":
         _fake_quantize_apart(model)
+    elif arm != "lora":
+        prepare(model, QuantizationSpec(scheme=arm), enabled=True)
     return model
+
+
+def _follow(model: Any, optimizer: Any, *, keep_codes: bool) -> None:
+    """Weight codes are kept from micro-batch to micro-batch, until the optimizer has changed the weights."""
+    from finetune_trainer.qat.prepare import follow_optimizer, mode_of
+
+    follow_optimizer(model, optimizer)
+    mode_of(model).keep_codes = keep_codes
 
 
 def _fake_quantize_apart(model: Any) -> None:
@@ -112,24 +150,22 @@ def _fake_quantize_apart(model: Any) -> None:
     quantize_(model, QATConfig(grid, step="prepare"), lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
 
 
-def _in_a_process(arm: str, dtype: str) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore::FutureWarning", __file__, "--arm", arm, "--dtype", dtype]
+def _in_a_process(case: Case) -> dict[str, float]:
+    command = [sys.executable, "-W", "ignore::FutureWarning", __file__, "--arm", *case]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _values(results: list[dict[str, float]], key: str) -> list[float]:
-    return [result[key] for result in results]
-
-
-def _print_absolute(dtype: str, arm: str, results: list[dict[str, float]]) -> None:
-    for figure, key, unit in (("step", "seconds", "s"), ("peak RSS", "bytes", "bytes")):
-        _print_figure(f"{arm} {dtype} {figure}", _values(results, key), unit, None)
-
-
-def _print_ratio(name: str, dtype: str, arm: str, values: list[float], lora: list[float]) -> None:
-    bar = BARS.get((name, dtype)) if arm == "exact" else None
-    _print_figure(f"{arm} {dtype} {name}, LoRA = 1", [value / against for value, against in zip(values, lora, strict=True)], "ratio", bar)
+def _print_figures(case: Case, results: list[dict[str, float]], lora: list[dict[str, float]]) -> None:
+    shape, dtype, arm = case
+    bars = (SHAPES[shape].arms.get(arm) or {}).get(dtype, (None, None))
+    for name, key, unit, bar in (("step", "seconds", "s", bars[0]), ("peak RSS", "bytes", "bytes", bars[1])):
+        values, against = ([result[key] for result in found] for found in (results, lora))
+        _print_figure(f"{' '.join(case)} {name}", values, unit, None)
+        if arm != "lora":
+            _print_figure(
+                f"{' '.join(case)} {name}, LoRA = 1", [ours / theirs for ours, theirs in zip(values, against, strict=True)], "ratio", bar
+            )
 
 
 def _print_figure(figure: str, values: list[float], unit: str, bar: float | None) -> None:
