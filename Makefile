@@ -116,7 +116,7 @@ bench-qat: setup ## exact QAT against plain LoRA: time and memory
 	@$(PY) benchmarks/qat.py $(ARGS)
 
 bench-schemes: setup ## size and held-out loss of each scheme on SmolLM2; measures what is missing, then writes docs/schemes.md
-	@$(PY) benchmarks/schemes.py $(ARGS) && $(PY) -m finetune_trainer.qat.schemes_page
+	@$(BENCH_THREADS) $(PY) benchmarks/schemes.py $(ARGS) && $(PY) -m finetune_trainer.qat.schemes_page
 
 bench-memory: setup ## the memory estimate against what training processes really take; the rows of docs/memory.md
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(BENCH_THREADS) $(PY) benchmarks/memory.py $(ARGS) && $(PY) -m finetune_trainer.memory.page

@@ -1,7 +1,7 @@
 """Size and held-out loss of every scheme on SmolLM2-135M: one whole `finetune run` a scheme, kept in benchmarks/results/schemes.json.
 
-`make bench-schemes` measures what is missing or was measured otherwise, then writes docs/schemes.md anew. Plain LoRA for half of the steps, then
-exact QAT: so every run passes the same tuned model, and both losses behind it, PTQ and QAT, are of the same rows.
+`make bench-schemes` measures what is missing or was measured otherwise, then writes docs/schemes.md anew. Every run passes the same tuned model, since
+plain LoRA comes first, and the losses behind it are of the same rows.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.spec import Scheme
+from finetune_trainer.qat.schemes_page import LOSSES
 
 RESULTS = Path(__file__).parent / "results" / "schemes.json"
 SPEC: dict[str, Any] = {
@@ -55,7 +56,7 @@ def measure(scheme: Scheme) -> dict[str, Any]:
             return {"refused": done.stderr.strip().splitlines()[0]}
         report = json.loads((Path(folder) / "published" / "report.json").read_text())
     return {
-        "losses": {name: value and round(value, 4) for name, value in report["losses"].items() if name != "recovered"},
+        "losses": {name: report["losses"][name] and round(report["losses"][name], 4) for name in LOSSES},
         "bytes": report["bytes"],
         "coverage": report["qat"]["coverage"],
         "verifiedBy": report["proof"]["verified_by"],
