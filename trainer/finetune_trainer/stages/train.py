@@ -30,6 +30,7 @@ from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.prepare import Prepared, prepare, require_effect, serving_note
 from finetune_trainer.qat.rounding import rows_to_round_by
 from finetune_trainer.qat.roundtrip import require_roundtrip
+from finetune_trainer.row_order import GroupedByLength
 from finetune_trainer.schedule import ADAPT_PEAK, rate_factor
 from finetune_trainer.stages.data import Data, Example, require_known_tokens
 from finetune_trainer.stages.evaluate import pad
@@ -166,6 +167,7 @@ def _trainer(ctx: RunContext, loaded: Loaded, data: Data, steps: Plan, phases: P
         callbacks=[phases],
     )
     trainer.phases = phases
+    trainer.row_order = GroupedByLength([len(item.input_ids) for item in data.train], steps.batch, ctx.spec.training.seed)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -180,7 +182,6 @@ def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
         learning_rate=float(training.learning_rate),
         max_grad_norm=1.0,
         seed=training.seed,
-        data_seed=training.seed,
         bf16=False,  # the weights' own dtype decides: autocast would compute another function than the exported model
         use_cpu=not on_gpu,
         **{_CHECKPOINTING: on_gpu},
@@ -201,6 +202,10 @@ class _PhasedTrainer(SFTTrainer):
     """Learns from the teacher in the adapt phase, and stops at the first loss that is not finite, before it reaches a weight."""
 
     phases: Phases
+    row_order: GroupedByLength
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> GroupedByLength:
+        return self.row_order
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
