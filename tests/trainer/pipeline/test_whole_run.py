@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_trainer import phases
+from finetune_trainer import phases, plan
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import ProofError
 from finetune_trainer.qat.kernels import REFERENCE, kernel_of, reference_arithmetic
 from finetune_trainer.qat.prepare import exact_layers
 from finetune_trainer.reporting.report import quality
-from finetune_trainer.stages import verify
+from finetune_trainer.row_order import order_of
+from finetune_trainer.stages import train, verify
+from finetune_trainer.stages.data import Data
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.exact_models import SCHEMES, WIDE
@@ -235,3 +237,28 @@ def test_the_rounding_is_chosen_once_behind_the_tuning(percent: int, times: int,
     assert calls == [14] * times
     assert report["proof"]["weights_equal"]
     assert report["proof"]["max_logit_difference"] == 0.0
+
+
+def test_each_epoch_reads_the_rows_in_the_order_of_their_lengths_whatever_the_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "MICRO_BATCH_TOKENS", 64)
+    read: list[int] = []
+    known: list[Data] = []
+    make, fill = train._trainer, train.pad
+
+    def noted(ctx: Any, loaded: Any, data: Data, *rest: Any) -> Any:
+        known.append(data)
+        return make(ctx, loaded, data, *rest)
+
+    def counted(examples: Any, *rest: Any) -> Any:
+        read.extend(len(example.input_ids) for example in examples)
+        return fill(examples, *rest)
+
+    monkeypatch.setattr(train, "_trainer", noted)
+    monkeypatch.setattr(train, "pad", counted)
+    rows = [{"instruction": "please " * (index % 5), "output": "yes"} for index in range(21)]
+    run(tiny_job(tmp_path, {"training": {"epochs": 2, "batchSize": 4, "seed": 7}}, rows), tmp_path / "work")
+    lengths = [len(example.input_ids) for example in known[0].train]
+    assert len(set(lengths)) > 1
+    assert read == [lengths[index] for epoch in (0, 1) for index in order_of(lengths, 4, 7 + epoch)]
