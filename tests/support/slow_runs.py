@@ -13,10 +13,6 @@ QUICK = Measured(
     computes_bfloat16=True,
     threads=8,
     cores=8,
-    micro_batch=8,
-    accumulation=1,
-    longest=512,
-    mean=300.0,
     in_cluster=True,
     keeps_models=False,
 )
@@ -38,12 +34,6 @@ CASES: list[tuple[str, Measured, str]] = [
         replace(QUICK, dtype="float32"),
         "Training computed in float32, though this GPU has bfloat16 arithmetic: "
         "model.dtype bfloat16 takes half the memory for the weights, and mostly less time.",
-    ),
-    (
-        "a few long rows",
-        replace(QUICK, micro_batch=1, accumulation=64, longest=2048, mean=130.4),
-        "A step took 64 micro-batches of 1 rows, chosen for the longest row of 2048 tokens, but the mean is 130: "
-        "a lower training.maxLength makes larger micro-batches.",
     ),
     (
         "held-out rows",

@@ -50,6 +50,10 @@ class Work:
     start: Checkpoint | None
 
 
+class StepDropped(Exception):  # noqa: N818 no error: the step is done again by the next attempt
+    """SIGTERM came in the midst of an optimizer step, which may take longer than a pod's grace period."""
+
+
 class Phases(TrainerCallback):
     """The trainer's callback.
 
@@ -108,14 +112,6 @@ class Phases(TrainerCallback):
             control.should_save = True
         self._stop_if_asked(control)
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """SIGTERM between two micro-batches: a step may take longer than a pod's grace period, so the one in hand is dropped."""
-        if not self.stopping:
-            return
-        control.should_training_stop = True
-        folder = checkpoints.folder_of(Path(args.output_dir), state.global_step)
-        control.should_save = state.global_step > 0 and not checkpoints.is_complete(folder)
-
     def on_log(self, _args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """One optimizer step is done."""
         if logs and "loss" in logs:
@@ -159,6 +155,15 @@ class Phases(TrainerCallback):
             f"The {what} of step {step} is not finite at training.learningRate {rate}; lower it, look for broken rows, or set model.dtype to float32. "
             "Checkpoints of earlier steps are kept."
         )
+
+    def drop_step_if_asked(self) -> None:
+        """Asked before each micro-batch.
+
+        Raises:
+            StepDropped: SIGTERM came.
+        """
+        if self.stopping:
+            raise StepDropped
 
     def _stop_if_asked(self, control: Any) -> None:
         """SIGTERM: save this step and stop."""

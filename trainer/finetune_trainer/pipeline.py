@@ -113,7 +113,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
         reporter.enter(Stage.VERIFYING)
         proof = stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=(ctx.quantized, ctx.proof))
     seconds = reporter.seconds()
-    slow = hints(measured(ctx, seconds, reporter.part_seconds, rows, trained))
+    slow = hints(measured(ctx, seconds, reporter.part_seconds, trained))
     for sentence in slow:
         reporter.note(sentence)
     report = build_report(ctx.job, loaded, rows, trained, losses, converted, proof, seconds, slow) | {"digests": _digests(ctx)}

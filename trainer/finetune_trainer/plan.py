@@ -21,8 +21,8 @@ class Plan:
     Attributes:
         steps: optimizer steps in all.
         switch_step: steps before exact QAT begins; equal to `steps` when there is none.
-        micro_batch: rows of one forward pass; divides the effective batch.
-        accumulation: micro-batches of one optimizer step.
+        micro_batch: rows of one forward pass where all are as long as the longest one; of shorter rows it takes more. Divides the effective batch.
+        accumulation: micro-batches of one optimizer step, at most.
         warmup_steps: steps over which the learning rate rises.
         keeps_codes: whether quantized weights are kept from one micro-batch to the next, which is faster, and takes one byte a weight.
         reduced: whether the micro-batch was chosen smaller because memory had run out.

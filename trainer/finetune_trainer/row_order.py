@@ -1,4 +1,4 @@
-"""The order in which training rows are read: rows of similar length share a batch, since a batch computes as many tokens a row as its longest has."""
+"""Which rows share a step and a forward pass: those of similar length, since each row is computed as long as the longest one beside it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,6 +23,22 @@ def order_of(lengths: Sequence[int], batch: int, seed: int) -> list[int]:
     whole = len(rows) // batch
     batches = torch.tensor(rows[: whole * batch], dtype=torch.long).view(whole, batch)
     return [*batches[torch.randperm(whole, generator=generator)].flatten().tolist(), *rows[whole * batch :]]
+
+
+def micro_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices of rows that share a forward pass, from short to long.
+
+    Args:
+        lengths: tokens of each row.
+        tokens: that a forward pass computes at most, padding included; a single row may be longer.
+    """
+    found: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if found and (len(found[-1]) + 1) * lengths[row] <= tokens:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found
 
 
 class GroupedByLength(Sampler[int]):

@@ -61,11 +61,6 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
             "Set `model.dtype: bfloat16`.",
         ),
         Symptom(
-            "A step took … micro-batches of … rows",
-            "A micro-batch is chosen so that even the longest row fits.",
-            "Lower `training.maxLength`: it cuts the few long rows, and more rows fit at once.",
-        ),
-        Symptom(
             "Measuring held-out losses took",
             "All held-out rows are measured for base, tuned, nearest values, PTQ and quantized model.",
             "Lower `dataset.evaluation.percent`, or give it a smaller source.",

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import torch
-from finetune_trainer.row_order import GroupedByLength, order_of
+from finetune_trainer.row_order import GroupedByLength, micro_batches, order_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +21,20 @@ def test_every_row_is_read_once_and_the_same_seed_gives_the_same_order(lengths: 
     order = order_of(lengths, batch, seed)
     assert sorted(order) == list(range(len(lengths)))
     assert order == order_of(lengths, batch, seed)
+
+
+@given(lengths=LENGTHS, rows=st.integers(1, 64))
+def test_micro_batches_have_every_row_once_and_are_no_more_than_of_the_longest(lengths: list[int], rows: int) -> None:
+    longest = max(lengths)
+    found = micro_batches(lengths, rows * longest)
+    assert sorted(index for part in found for index in part) == list(range(len(lengths)))
+    assert all(lengths[part[-1]] == max(lengths[index] for index in part) for part in found)
+    assert all(len(part) * lengths[part[-1]] <= rows * longest for part in found)
+    assert len(found) <= -(-len(lengths) // rows)
+
+
+def test_a_row_that_is_too_long_for_any_forward_pass_is_alone() -> None:
+    assert micro_batches([9, 2, 2, 2], 4) == [[1, 2], [3], [0]]
 
 
 def test_padding_costs_little_where_lengths_differ() -> None:

@@ -48,7 +48,7 @@ def test_half_the_rows_at_once_train_the_same_batch_to_the_same_bits(tmp_path: P
     told = [line["message"] for line in lines if line["event"] == "note"]
     (shrunk,) = [sentence for sentence in told if sentence.startswith("Out of memory")]
     assert shrunk.startswith("Out of memory with micro-batches of 8 rows (")
-    assert shrunk.endswith("going on with 4, 2 of them a step, and nothing kept for speed.")
+    assert shrunk.endswith("going on with 4, at most 2 of them a step, and nothing kept for speed.")
     summaries = [line["summary"] for line in lines if line["event"] == "step"]
     assert summaries == [f"{done}/2, micro-batch 4 after out of memory" for done in (1, 2)]
     assert not (tmp_path / "work" / shrink.FILE).exists()
@@ -79,7 +79,7 @@ def test_the_next_attempt_goes_on_from_the_last_checkpoint_with_what_was_left_fo
 def test_where_a_single_row_is_too_much_the_run_ends_with_the_estimate_and_three_ways_out(tmp_path: Path) -> None:
     code, lines, errors = short_of_memory(wide_job(tmp_path, batch=2), 8 * MIB)
     assert code == ExitCode.CAPACITY
-    assert "going on with 1, 2 of them a step" in str(lines)
+    assert "going on with 1, at most 2 of them a step" in str(lines)
     for words in (
         "micro-batch of a single row",
         "training.maxLength",

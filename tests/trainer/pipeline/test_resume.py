@@ -49,6 +49,18 @@ def at_step(monkeypatch: pytest.MonkeyPatch, wanted: int, act: Callable[[], None
     return steps
 
 
+def before_micro_batch(monkeypatch: pytest.MonkeyPatch, wanted: int, act: Callable[[], None]) -> None:
+    """Acts before that micro-batch of the training, counted from 1."""
+    count, original = iter(range(1, 1000)), phases.Phases.drop_step_if_asked
+
+    def drop_step_if_asked(self: phases.Phases) -> None:
+        if next(count) == wanted:
+            act()
+        original(self)
+
+    monkeypatch.setattr(phases.Phases, "drop_step_if_asked", drop_step_if_asked)
+
+
 def kill() -> None:
     raise Killed
 
@@ -84,15 +96,8 @@ def test_sigterm_between_two_micro_batches_drops_the_step_in_hand(tmp_path: Path
     monkeypatch.setattr(plan, "MICRO_BATCH_TOKENS", 64)
     run(tiny_job(tmp_path / "undisturbed", EVERY_100), tmp_path / "undisturbed" / "work")
     job = tiny_job(tmp_path / "stopped", EVERY_100)
-    original = phases.Phases.on_substep_end
-
-    def on_substep_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 1:
-            signal.raise_signal(signal.SIGTERM)
-        original(self, args, state, control)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phases.Phases, "on_substep_end", on_substep_end)
+        before_micro_batch(patch, 12, lambda: signal.raise_signal(signal.SIGTERM))  # a step has eight, of a row each
         with pytest.raises(Checkpointed, match=f"after step 1 of {STEPS}"):
             run(job, tmp_path / "stopped" / "work")
     assert run(job, tmp_path / "stopped" / "work")["training"]["resumedFrom"] == 1
@@ -101,13 +106,7 @@ def test_sigterm_between_two_micro_batches_drops_the_step_in_hand(tmp_path: Path
 
 def test_sigterm_before_the_first_step_says_that_nothing_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "MICRO_BATCH_TOKENS", 64)
-    original = phases.Phases.on_substep_end
-
-    def on_substep_end(self: Any, *args: Any, **_: Any) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        original(self, *args)
-
-    monkeypatch.setattr(phases.Phases, "on_substep_end", on_substep_end)
+    before_micro_batch(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Checkpointed, match="before a first step was done"):
         run(tiny_job(tmp_path), tmp_path / "work")
     assert not list((tmp_path / "work" / "outputs").glob("checkpoint-*"))

@@ -262,3 +262,15 @@ def test_each_epoch_reads_the_rows_in_the_order_of_their_lengths_whatever_the_mi
     lengths = [len(example.input_ids) for example in known[0].train]
     assert len(set(lengths)) > 1
     assert read == [lengths[index] for epoch in (0, 1) for index in order_of(lengths, 4, 7 + epoch)]
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8-int4"])
+def test_a_step_that_is_cut_learns_what_a_whole_one_does(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"instruction": "please " * (index % 5), "output": f"yes, {index % 3}"} for index in range(24)]
+    found = []
+    for tokens in (1, 10**6):
+        monkeypatch.setattr(plan, "MICRO_BATCH_TOKENS", tokens)
+        job = tiny_job(tmp_path / str(tokens), {"quantization": {"scheme": scheme}}, rows)
+        found.append(run(job, tmp_path / str(tokens) / "work"))
+    assert found[0]["training"]["lastLoss"] == pytest.approx(found[1]["training"]["lastLoss"], rel=1e-3)
+    assert found[0]["losses"]["tuned"] == pytest.approx(found[1]["losses"]["tuned"], rel=1e-3)

@@ -18,10 +18,6 @@ MEASURED = st.builds(
     computes_bfloat16=st.booleans(),
     threads=st.integers(1, 256),
     cores=st.integers(1, 256),
-    micro_batch=st.integers(1, 64),
-    accumulation=st.integers(1, 64),
-    longest=st.integers(1, 10**6),
-    mean=st.floats(1, 1e6),
     in_cluster=st.booleans(),
     keeps_models=st.booleans(),
 )

@@ -45,7 +45,7 @@ def give_up_or_shrink(ctx: RunContext, plan: Plan, told: str, needs: str) -> Cap
     atomic.write_text(ctx.workdir / FILE, json.dumps({"trainDigest": ctx.job.train_digest, **smaller.cut}))
     sentence = (
         f"Out of memory with micro-batches of {plan.micro_batch} rows ({told}): "
-        f"going on with {smaller.micro_batch}, {smaller.accumulation} of them a step, and nothing kept for speed."
+        f"going on with {smaller.micro_batch}, at most {smaller.accumulation} of them a step, and nothing kept for speed."
     )
     ctx.reporter.note(sentence)
     return OutOfMemory(sentence)

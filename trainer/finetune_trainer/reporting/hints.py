@@ -9,7 +9,6 @@ from dataclasses import dataclass
 LEAST_SECONDS = 60.0  # a run that is over sooner is not slow
 LARGE_SHARE = 0.25
 CPU_SECONDS = 600.0
-UNEVEN = 4
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,6 @@ class Measured:
         computes_bfloat16: whether the device has bfloat16 arithmetic.
         threads: that PyTorch computes with.
         cores: that this process may use.
-        micro_batch: rows of one forward pass.
-        accumulation: forward passes of one optimizer step.
-        longest: tokens of the longest row.
-        mean: tokens of the rows on average.
         in_cluster: whether it ran in a pod.
         keeps_models: whether the next run finds the model in its cache.
     """
@@ -41,10 +36,6 @@ class Measured:
     computes_bfloat16: bool
     threads: int
     cores: int
-    micro_batch: int
-    accumulation: int
-    longest: int
-    mean: float
     in_cluster: bool
     keeps_models: bool
 
@@ -96,16 +87,6 @@ def _precision(run: Measured) -> str:
     )
 
 
-def _batch(run: Measured) -> str:
-    """A few long rows"""
-    if run.accumulation == 1 or run.longest < UNEVEN * run.mean or not run.trained_long:
-        return ""
-    return (
-        f"A step took {run.accumulation} micro-batches of {run.micro_batch} rows, chosen for the longest row of {run.longest} tokens, "
-        f"but the mean is {run.mean:.0f}: a lower training.maxLength makes larger micro-batches."
-    )
-
-
 def _held_out(run: Measured) -> str:
     """Held-out losses"""
     seconds = run.stages.get("Evaluating", 0.0) + run.parts.get("switch", 0.0)
@@ -141,4 +122,4 @@ def _data(run: Measured) -> str:
     return f"Fetching and tokenizing the data took {seconds:.0f} of {run.total:.0f} s: give dataset.source fewer rows, or a nearer place."
 
 
-KINDS: tuple[Callable[[Measured], str], ...] = (_cpu, _threads, _precision, _batch, _held_out, _mirror, _model, _data)
+KINDS: tuple[Callable[[Measured], str], ...] = (_cpu, _threads, _precision, _held_out, _mirror, _model, _data)

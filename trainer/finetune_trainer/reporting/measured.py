@@ -1,4 +1,4 @@
-"""What one attempt measured, for reporting/hints.py: times of the reporter, sizes of the data, and what this machine computes with. Imports torch."""
+"""What one attempt measured, for reporting/hints.py: times of the reporter, and what this machine computes with. Imports torch."""
 
 import os
 
@@ -7,21 +7,18 @@ import torch
 from finetune_trainer import sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.reporting.hints import Measured
-from finetune_trainer.stages.data import Data
 from finetune_trainer.stages.train import Trained
 
 
-def measured(ctx: RunContext, stages: dict[str, float], parts: dict[str, float], data: Data, trained: Trained) -> Measured:
+def measured(ctx: RunContext, stages: dict[str, float], parts: dict[str, float], trained: Trained) -> Measured:
     """Gathers it.
 
     Args:
         ctx: the run.
         stages: seconds by stage.
         parts: seconds by part of a stage.
-        data: rows that were trained on.
         trained: the steps and the model.
     """
-    lengths = [len(example.input_ids) for example in data.train]
     device = trained.model.device.type
     return Measured(
         stages=stages,
@@ -32,10 +29,6 @@ def measured(ctx: RunContext, stages: dict[str, float], parts: dict[str, float],
         computes_bfloat16=_computes_bfloat16(device),
         threads=torch.get_num_threads(),
         cores=len(os.sched_getaffinity(0)),
-        micro_batch=trained.plan.micro_batch,
-        accumulation=trained.plan.accumulation,
-        longest=max(lengths),
-        mean=sum(lengths) / len(lengths),
         in_cluster=ctx.job.in_cluster,
         keeps_models=not ctx.job.in_cluster or sources.keeps_weights(ctx),
     )

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from finetune_trainer.context import RunContext
 from finetune_trainer.qat.prepare import fake_quantization
+from finetune_trainer.row_order import micro_batches
 from finetune_trainer.stages.data import IGNORED, Data, Example
 from finetune_trainer.token_loss import output_head, predict, token_losses
 
@@ -170,7 +171,7 @@ def measure(model: PeftModel, examples: Sequence[Example], *, fake_quant: bool, 
     results: dict[int, tuple[float, list[int]]] = {}
     try:
         with fake_quantization(model, enabled=fake_quant, keep_codes=keep_codes):
-            for batch in _batches(examples):
+            for batch in micro_batches([len(example.input_ids) for example in examples], TOKENS_AT_ONCE):
                 results |= dict(zip(batch, _measure_batch(model, [examples[index] for index in batch]), strict=True))
     finally:
         model.train(before)
@@ -189,17 +190,6 @@ def pad(examples: Sequence[Example], pad_token_id: int, device: torch.device | s
         "labels": [[*example.labels, *([IGNORED] * missing)] for _, missing, example in filled],
     }
     return {name: torch.tensor(values, device=device) for name, values in batch.items()}
-
-
-def _batches(examples: Sequence[Example]) -> list[list[int]]:
-    """Indices of examples of similar length, at most a fixed number of tokens at once."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(examples)), key=lambda item: len(examples[item].input_ids)):
-        if batches and (len(batches[-1]) + 1) * len(examples[index].input_ids) <= TOKENS_AT_ONCE:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 def _measure_batch(model: PeftModel, examples: Sequence[Example]) -> list[tuple[float, list[int]]]:

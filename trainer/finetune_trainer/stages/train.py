@@ -6,6 +6,7 @@ On a GPU: bfloat16 and activation checkpointing; there flash attention's backwar
 
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ from finetune_trainer.failures import first_line, is_out_of_memory
 from finetune_trainer.memory import fit, shrink
 from finetune_trainer.memory.estimate import Estimate, Lengths
 from finetune_trainer.mirror import Mirror
-from finetune_trainer.phases import Phases, Work
+from finetune_trainer.phases import Phases, StepDropped, Work
 from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.prepare import Prepared, prepare, require_effect, serving_note
 from finetune_trainer.qat.rounding import rows_to_round_by
 from finetune_trainer.qat.roundtrip import require_roundtrip
-from finetune_trainer.row_order import GroupedByLength
+from finetune_trainer.row_order import GroupedByLength, micro_batches
 from finetune_trainer.schedule import ADAPT_PEAK, rate_factor
 from finetune_trainer.stages.data import Data, Example, require_known_tokens
 from finetune_trainer.stages.evaluate import pad
@@ -86,7 +87,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     try:
         trainer = _trainer(ctx, loaded, data, steps, phases)
         with stopping_later(phases.stop):
-            trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
+            trainer.train_from(start)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -167,7 +168,9 @@ def _trainer(ctx: RunContext, loaded: Loaded, data: Data, steps: Plan, phases: P
         callbacks=[phases],
     )
     trainer.phases = phases
-    trainer.row_order = GroupedByLength([len(item.input_ids) for item in data.train], steps.batch, ctx.spec.training.seed)
+    lengths = [len(item.input_ids) for item in data.train]
+    trainer.row_order = GroupedByLength(lengths, steps.batch, ctx.spec.training.seed)
+    trainer.tokens_at_once = steps.micro_batch * max(lengths)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -177,8 +180,7 @@ def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
     return SFTConfig(
         output_dir=str(ctx.outputs),
         max_steps=steps.steps,
-        per_device_train_batch_size=steps.micro_batch,
-        gradient_accumulation_steps=steps.accumulation,
+        per_device_train_batch_size=steps.batch,  # _PhasedTrainer cuts it
         learning_rate=float(training.learning_rate),
         max_grad_norm=1.0,
         seed=training.seed,
@@ -199,18 +201,39 @@ def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
 
 
 class _PhasedTrainer(SFTTrainer):
-    """Learns from the teacher in the adapt phase, and stops at the first loss that is not finite, before it reaches a weight."""
+    """Cuts each step into micro-batches, learns from the teacher in the adapt phase, and stops at the first loss that is not finite.
+
+    Attributes:
+        row_order: which rows each step has.
+        tokens_at_once: that a forward pass computes at most.
+    """
 
     phases: Phases
     row_order: GroupedByLength
+    tokens_at_once: int
+
+    def train_from(self, start: Checkpoint | None) -> None:
+        """Trains to the end, or until SIGTERM has been obeyed; the last completed step is saved."""
+        try:
+            self.train(resume_from_checkpoint=str(start.folder) if start else None)
+        except StepDropped:
+            done = self.state.global_step
+            if done and not checkpoints.is_complete(checkpoints.folder_of(Path(self.args.output_dir), done)):
+                self._save_checkpoint(self.model, trial=None)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> GroupedByLength:
         return self.row_order
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        self.phases.require_finite(loss, "loss", self.state.global_step + 1)
-        return loss
+    def training_step(self, model: PeftModel, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward passes of a whole optimizer step; the loss of its tokens, on average."""
+        lengths, losses = inputs["attention_mask"].sum(dim=1).tolist(), []
+        for rows in micro_batches(lengths, self.tokens_at_once):
+            self.phases.drop_step_if_asked()
+            part = {name: values[rows, : lengths[rows[-1]]] for name, values in inputs.items()}
+            losses.append(super().training_step(model, part, num_items_in_batch))
+            self.phases.require_finite(losses[-1], "loss", self.state.global_step + 1)
+        return torch.stack(losses).sum()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The schedule of both phases, over the steps of the plan."""
