@@ -23,8 +23,8 @@ from finetune_trainer.qat.quantizers import WeightQuantizer
 from finetune_trainer.qat.quantizers.integers import SymmetricGrid
 from finetune_trainer.qat.rounding import choose_rounding, rows_to_round_by
 from finetune_trainer.qat.scales import fit_scales
+from finetune_trainer.row_order import micro_batches
 from finetune_trainer.schedule import rate_factor
-from finetune_trainer.stages.data import Example
 from finetune_trainer.stages.evaluate import HeldOut, measure, pad
 from finetune_trainer.teacher import Adapter, adapter_values, in_place, teacher_hidden
 from finetune_trainer.token_loss import output_head, predict, summed_loss
@@ -185,7 +185,8 @@ class _Training:
             group["lr"] = recipe.peak * _factor(recipe, state.step)
         drawn = self.data.train[state.step * ROWS_PER_STEP : (state.step + 1) * ROWS_PER_STEP]
         tokens = sum(example.trained_tokens for example in drawn)
-        batches = _micro_batches(drawn)
+        cut = micro_batches([len(example.input_ids) for example in drawn], _TOKENS_AT_ONCE)
+        batches = [[drawn[row] for row in rows] for rows in cut]
         mode = mode_of(self.model)
         if mode is not None:
             mode.keep_codes = len(batches) > 1
@@ -350,16 +351,6 @@ def _agreement(measured: dict[str, HeldOut]) -> dict[str, float]:
         for name, found in measured.items()
         if found is not reference and name != "base"
     }
-
-
-def _micro_batches(examples: tuple[Example, ...]) -> list[list[Example]]:
-    """Rows of similar length, at most a fixed number of tokens with padding."""
-    batches: list[list[Example]] = [[]]
-    for example in sorted(examples, key=lambda item: len(item.input_ids)):
-        if (len(batches[-1]) + 1) * len(example.input_ids) > _TOKENS_AT_ONCE:
-            batches.append([])
-        batches[-1].append(example)
-    return batches
 
 
 def _cpu_seconds() -> float:
