@@ -7,11 +7,13 @@ import pytest
 import torch
 from finetune_trainer import pipeline, sources
 from finetune_trainer.errors import CapacityError
+from finetune_trainer.plan import Plan
 from finetune_trainer.qat.prepare import exact_layers
-from finetune_trainer.stages import convert, load, verify
+from finetune_trainer.stages import convert, load, train, verify
 from support.exact_models import exact_model, logits_of, token_ids
 from support.run_contexts import context, refused, run_spec
 from support.tiny_jobs import run, tiny_job
+from trl import SFTConfig
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +71,17 @@ def test_the_gpu_is_left_after_the_export_and_before_the_proof(tmp_path: Path, m
         monkeypatch.setattr(module, name, lambda *args, f=original, n=f"{module.__name__}.{name}": order.append(n) or f(*args))
     run(tiny_job(tmp_path, {"outputs": {"artifacts": ["adapter", "quantized"]}}), tmp_path / "work")
     assert [name.removeprefix("finetune_trainer.stages.") for name in order] == ["convert.run", "convert.leave_gpu", "verify.run"]
+
+
+def test_a_machine_with_several_gpus_trains_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = SFTConfig._setup_devices.func
+
+    def found(self: SFTConfig) -> torch.device:
+        device = original(self)
+        self._n_gpu = 4
+        return device
+
+    monkeypatch.setattr(SFTConfig, "_setup_devices", property(found))
+    steps = Plan(steps=2, switch_step=1, micro_batch=4, accumulation=2, warmup_steps=0)
+    arguments = train._arguments(context(tmp_path, run_spec()), steps, on_gpu=False)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)

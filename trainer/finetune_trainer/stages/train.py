@@ -177,7 +177,7 @@ def _trainer(ctx: RunContext, loaded: Loaded, data: Data, steps: Plan, phases: P
 
 def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
     training = ctx.spec.training
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(ctx.outputs),
         max_steps=steps.steps,
         per_device_train_batch_size=steps.batch,  # _PhasedTrainer cuts it
@@ -198,6 +198,8 @@ def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
         dataloader_pin_memory=on_gpu,
         eos_token=None,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # where a machine has several, transformers would split each batch among all of them
+    return arguments
 
 
 class _PhasedTrainer(SFTTrainer):
