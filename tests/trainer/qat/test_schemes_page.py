@@ -40,13 +40,13 @@ def test_a_measured_row_names_what_was_not_chosen_and_a_refused_one_says_why() -
     losses = {"base": 3.0, "tuned": 2.0, "nearest": None, "ptq": 2.5, "quantized": 2.25}
     rows = {
         "int8": {"losses": losses, "bytes": {"bytes_before": 4e6, "bytes_after": 1e6}, "verifiedBy": "weights", "steps": 21},
-        "fp8-int4": {"refused": "does not fit"},
+        "fp8-int4": {"refused": "InvalidSpec: spec.quantization: does not fit"},
     }
     spec = {"model": {"source": "m"}, "dataset": {"source": "d"}, "lora": {"rank": 2}, "quantization": {"qatPercent": 20}}
     page = schemes_markdown({"spec": spec | {"training": {"batchSize": 4, "maxLength": 8}}, "schemes": rows})
     assert "21 steps of 4 rows" in page
     assert "| `int8` | 1 | 3.000 | 2.000 | as PTQ | 2.500 | 2.250 | weights |" in page
-    assert "| `fp8-int4` | does not fit | | | | | | |" in page
+    assert "| `fp8-int4` | refused: does not fit | | | | | | |" in page
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

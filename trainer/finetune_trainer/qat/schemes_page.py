@@ -116,7 +116,7 @@ def _described(results: dict[str, Any]) -> str:
 
 def _measured_row(scheme: Scheme, row: dict[str, Any]) -> str:
     if "refused" in row:
-        return f"| `{scheme.value}` | {row['refused']} | | | | | | |\n"
+        return f"| `{scheme.value}` | refused: {row['refused'].rpartition('spec.quantization: ')[2]} | | | | | | |\n"
     losses = " | ".join("as PTQ" if row["losses"][name] is None else f"{row['losses'][name]:.3f}" for name in LOSSES)
     return f"| `{scheme.value}` | {row['bytes']['bytes_after'] / 1e6:.0f} | {losses} | {row['verifiedBy']} |\n"
 
