@@ -9,7 +9,6 @@ is compared with the size of the model. Rows that are in benchmarks/results/memo
 import argparse
 import gc
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -209,10 +208,11 @@ def _spec() -> Any:
 
 def _folder(name: str) -> Path:
     """The model on the disk; the wide one is made once, with random weights."""
+    from finetune_trainer.context import user_cache
     from finetune_trainer.sources import builtin
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
+    cache = user_cache()
     if name == MODELS[0]:
         return builtin.fetch_model(cache)
     folder = cache / "bench" / "llama-2x1024"

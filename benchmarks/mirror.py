@@ -18,14 +18,13 @@ from typing import Any
 from finetune_api.job import JobDescription
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer import checkpoints, pipeline
-from finetune_trainer.context import RunContext
+from finetune_trainer.context import RunContext, user_cache
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.reporting.quiet import quiet_libraries
 from support.run_contexts import RecordingReporter
 from support.s3_server import running_s3
 from support.tiny_model import sums, write_jsonl
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
 STEPS = 2
 
 
@@ -61,7 +60,7 @@ def train(folder: Path) -> Path:
     """The checkpoint of the last step."""
     write_jsonl(folder / "rows.jsonl", sums(2 * STEPS))
     spec = spec_of(folder, {"uri": f"file://{folder}/published"})
-    pipeline.run(JobDescription.of({"name": "mirror"}, spec, in_cluster=False), folder / "work", CACHE)
+    pipeline.run(JobDescription.of({"name": "mirror"}, spec, in_cluster=False), folder / "work", user_cache())
     return checkpoints.folder_of(folder / "work" / "outputs", STEPS)
 
 

@@ -3,7 +3,6 @@
 Rows as they come, cut into micro-batches by number, against the trainer's order and cut (row_order.py).
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 from finetune_api.job import JobDescription
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.context import RunContext
+from finetune_trainer.context import RunContext, user_cache
 from finetune_trainer.row_order import micro_batches, order_of
 from finetune_trainer.sources import builtin
 from finetune_trainer.stages import data
@@ -60,7 +59,7 @@ def language_reference() -> list[int]:
     """Tokens of the rows of the demo's data, not cut."""
     source = {"model": {"source": "builtin://smollm2-135m"}, "dataset": {"source": "builtin://python-docs"}}
     spec = FineTuneJobSpec.model_validate(source | {"outputs": {"destinations": [{"uri": "file:///nowhere"}]}})
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
+    cache = user_cache()
     with TemporaryDirectory() as name:
         ctx = RunContext(JobDescription.of({"name": "padding"}, spec, in_cluster=False), Path(name), cache, RecordingReporter())
         rows = data.run(ctx, AutoTokenizer.from_pretrained(builtin.fetch_model(cache)))

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 RANK, ROWS, TOKENS = 32, 4, 256
@@ -112,12 +111,13 @@ def measure(shape: str, dtype: str, arm: str) -> dict[str, float]:
 def _model(shape: Shape, dtype: str, arm: str) -> Any:
     import torch
     from finetune_api.spec import QuantizationSpec
+    from finetune_trainer.context import user_cache
     from finetune_trainer.qat.prepare import prepare
     from finetune_trainer.sources import builtin
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(builtin.fetch_model(_cache()), dtype=getattr(torch, dtype))
+    base = AutoModelForCausalLM.from_pretrained(builtin.fetch_model(user_cache()), dtype=getattr(torch, dtype))
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config).train()
     if shape.checkpointed:
@@ -173,10 +173,6 @@ def _print_figure(figure: str, values: list[float], unit: str, bar: float | None
     spread = [round(min(values), 4), round(max(values), 4)]
     holds = None if bar is None else value <= bar
     print(json.dumps({"figure": figure, "value": round(value, 4), "unit": unit, "bar": bar, "holds": holds, "spread": spread}))
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
 
 
 if __name__ == "__main__":

@@ -113,9 +113,9 @@ def _versions() -> dict[str, str]:
 
 
 def _cache() -> Path:
-    import os
+    from finetune_trainer.context import user_cache
 
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
+    folder = user_cache()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

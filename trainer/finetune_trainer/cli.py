@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from typer.exceptions import TyperException
 
 from finetune_trainer import VERSION
-from finetune_trainer.context import RunContext
+from finetune_trainer.context import RunContext, user_cache
 from finetune_trainer.errors import FineTuneError, SpecError
 from finetune_trainer.failures import classify
 from finetune_trainer.reporting.quiet import quiet_libraries
@@ -162,7 +162,7 @@ def _folders(description: JobDescription, workdir: Path | None, cache: Path | No
     in_pod = description.in_cluster
     return (
         workdir or Path(names.WORKDIR if in_pod else f"work-{description.name}"),
-        cache or (Path(names.CACHE_DIR) if in_pod else _user_cache()),
+        cache or (Path(names.CACHE_DIR) if in_pod else user_cache()),
     )
 
 
@@ -183,10 +183,6 @@ def _read(name: str) -> str:
 def _listed(name: str, problems: list[Problem]) -> str:
     first = f"{name}: {problems[0]}"
     return first if len(problems) == 1 else "\n".join([first, *(f"{name}: {problem}" for problem in problems[1:])])
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Each stage takes it with the results of earlier stages and returns one frozen re
 Must not import torch: `finetune validate` and preflight's cheap checks run without it.
 """
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,3 +70,8 @@ class RunContext:
     def report(self) -> Path:
         """Everything measured, as JSON."""
         return self.workdir / names.REPORT
+
+
+def user_cache() -> Path:
+    """Where a laptop keeps what is fetched or converted once; not made here."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
