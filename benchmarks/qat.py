@@ -1,7 +1,7 @@
 """Exact QAT against plain peft LoRA: time and peak memory of a training step in three shapes, in float32 and bfloat16 (`make bench-qat`).
 
-SmolLM2-135M, rank 32, all linears, AdamW, weight codes kept as the trainer keeps them. Each measurement is a process of its own; the arms are interleaved,
-so that a machine that gets slower hurts them alike. Ends with one JSON line per figure. `--arm` is what the processes run.
+SmolLM2-135M, rank 32, all linears, AdamW, weight codes kept as the trainer keeps them. Each arm runs beside a process of plain LoRA, a step here and a
+step there, so that a machine that gets slower hurts both alike. Ends with one JSON line per figure. `--arm` is what the processes run.
 """
 
 import argparse
@@ -13,11 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 RANK, ROWS, TOKENS = 32, 4, 256
-WARM_STEPS, TIMED_STEPS = 2, 5
+WARM_STEPS = 2
 DTYPES = ("float32", "bfloat16")
 FULL_INPUTS = {"float32": (1.0, 0.85), "bfloat16": (1.0, 0.95)}  # activations are kept in one byte instead of four or two
 WEIGHT_ONLY = dict.fromkeys(DTYPES, (1.05, 1.02))
@@ -49,42 +51,39 @@ Case = tuple[str, str, str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each arm; the median counts")
+    parser.add_argument("--steps", type=int, default=7, help="timed steps of each arm, behind two warm ones; the median counts")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
-    parser.add_argument("--arms", nargs="+", help="which to measure beside plain LoRA; all of the shape otherwise")
+    parser.add_argument("--arms", nargs="+", help="which to hold against plain LoRA; all of the shape otherwise")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--arm", nargs=3, metavar=("SHAPE", "DTYPE", "ARM"), help="what the processes run")
+    parser.add_argument(
+        "--arm", nargs=3, metavar=("SHAPE", "DTYPE", "ARM"), help="what the processes run: a step for each line of their input"
+    )
     chosen = parser.parse_args()
     if chosen.arm:
-        print(json.dumps(measure(*chosen.arm)))
+        for measured in measure(*chosen.arm, asked=sys.stdin):
+            print(json.dumps(measured), flush=True)
         return
-    cases = [
-        (shape, dtype, arm)
-        for shape in chosen.shapes
-        for dtype in chosen.dtypes
-        for arm in ("lora", *SHAPES[shape].arms)
-        if arm == "lora" or not chosen.arms or arm in chosen.arms
-    ]
-    compare(chosen.rounds, cases)
-
-
-def compare(rounds: int, cases: list[Case]) -> None:
-    """Runs the arms in turn, shows every measurement as it comes and ends with the figures."""
-    measured: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}", file=sys.stderr)
-    for turn in range(rounds):
-        for case in cases:
-            result = _in_a_process(case)
-            measured[case].append(result)
-            print(
-                f"{turn + 1}/{rounds} {' '.join(case)}: {result['seconds']:.3f} s a step, {result['bytes'] / 1e9:.2f} GB", file=sys.stderr
-            )
-    for case in cases:
-        _print_figures(case, measured[case], measured[*case[:2], "lora"])
+    for shape in chosen.shapes:
+        for dtype in chosen.dtypes:
+            for arm in SHAPES[shape].arms:
+                if not chosen.arms or arm in chosen.arms:
+                    compare((shape, dtype, arm), chosen.steps)
 
 
-def measure(shape: str, dtype: str, arm: str) -> dict[str, float]:
-    """Median seconds of a step and peak resident set of this process, for one arm."""
+def compare(case: Case, steps: int) -> None:
+    """Steps of the arm and of plain LoRA in turn; shows every pair as it comes, and ends with the figures."""
+    with _process(case) as ours, _process((*case[:2], "lora")) as theirs:
+        pairs = []
+        for step in range(WARM_STEPS + steps):
+            pairs.append((_step(ours), _step(theirs)))
+            shown = ", ".join(f"{found['seconds']:.3f} s {found['bytes'] / 1e9:.2f} GB" for found in pairs[-1])
+            print(f"{' '.join(case)}, LoRA: step {step + 1}: {shown}", file=sys.stderr)
+    _print_figures(case, pairs[WARM_STEPS:])
+
+
+def measure(shape: str, dtype: str, arm: str, asked: Iterable[str]) -> Iterator[dict[str, float]]:
+    """One step of one arm for each item of `asked`: its seconds, and the peak resident set of this process until then in bytes."""
     from finetune_trainer.reporting.quiet import quiet_bars, quiet_libraries
 
     quiet_libraries()
@@ -97,15 +96,14 @@ def measure(shape: str, dtype: str, arm: str) -> dict[str, float]:
     if arm not in ("lora", "split"):
         _follow(model, optimizer, keep_codes=SHAPES[shape].micro_batches > 1)
     input_ids = torch.randint(0, model.config.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-    seconds = []
-    for _ in range(WARM_STEPS + TIMED_STEPS):
+    for _ in asked:
         started = time.perf_counter()
         for batch in input_ids.chunk(SHAPES[shape].micro_batches):
             (model(input_ids=batch, labels=batch, use_cache=False).loss / SHAPES[shape].micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds[WARM_STEPS:]), "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+        seconds = time.perf_counter() - started
+        yield {"seconds": seconds, "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
 
 
 def _model(shape: Shape, dtype: str, arm: str) -> Any:
@@ -150,25 +148,36 @@ def _fake_quantize_apart(model: Any) -> None:
     quantize_(model, QATConfig(grid, step="prepare"), lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
 
 
-def _in_a_process(case: Case) -> dict[str, float]:
+@contextmanager
+def _process(case: Case) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-W", "ignore::FutureWarning", __file__, "--arm", *case]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
-def _print_figures(case: Case, results: list[dict[str, float]], lora: list[dict[str, float]]) -> None:
+def _step(process: subprocess.Popen[str]) -> dict[str, float]:
+    if process.stdin is None or process.stdout is None:
+        raise ValueError("a process without pipes")
+    print(file=process.stdin, flush=True)
+    answered = process.stdout.readline()
+    if not answered:
+        sys.exit("A process ended before its step; what it said stands above.")
+    return dict(json.loads(answered))
+
+
+def _print_figures(case: Case, pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> None:
     shape, dtype, arm = case
     bars = (SHAPES[shape].arms.get(arm) or {}).get(dtype, (None, None))
-    for name, key, unit, bar in (("step", "seconds", "s", bars[0]), ("peak RSS", "bytes", "bytes", bars[1])):
-        values, against = ([result[key] for result in found] for found in (results, lora))
-        _print_figure(f"{' '.join(case)} {name}", values, unit, None)
-        if arm != "lora":
-            _print_figure(
-                f"{' '.join(case)} {name}, LoRA = 1", [ours / theirs for ours, theirs in zip(values, against, strict=True)], "ratio", bar
-            )
+    for name, key, unit, bar, counted in (("step", "seconds", "s", bars[0], pairs), ("peak RSS", "bytes", "bytes", bars[1], pairs[-1:])):
+        for of, values in zip((arm, "lora"), zip(*((one[key], other[key]) for one, other in counted), strict=True), strict=True):
+            _print_figure(f"{shape} {dtype} {of} {name}", values, unit, None)
+        _print_figure(f"{' '.join(case)} {name}, LoRA = 1", [one[key] / other[key] for one, other in counted], "ratio", bar)
 
 
-def _print_figure(figure: str, values: list[float], unit: str, bar: float | None) -> None:
+def _print_figure(figure: str, values: Sequence[float], unit: str, bar: float | None) -> None:
     value = statistics.median(values)
     spread = [round(min(values), 4), round(max(values), 4)]
     holds = None if bar is None else value <= bar
