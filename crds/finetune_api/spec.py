@@ -60,7 +60,7 @@ class SecretReference(ApiModel):
     """A Secret in the job's own namespace, mounted into the trainer's pod; a laptop ignores it and uses the ambient credentials."""
 
     secret_name: OptionalName = spec_field(
-        "Name of the Secret. Accepted keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, HF_TOKEN. Default: none.",
+        "Name of the Secret. Accepted keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, HF_TOKEN. Default: none; for storage.checkpoints the first S3 destination's.",
         default="",
     )
 

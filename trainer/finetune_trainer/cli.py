@@ -134,6 +134,8 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 the last line of defence: a sentence, never a traceback
+        if os.environ.get("FINETUNE_DEBUG"):
+            traceback.print_exc()
         failure = classify(error)
         typer.echo(f"{failure.reason}: {failure}", err=True)
         sys.exit(failure.exit_code)
@@ -196,8 +198,6 @@ def _debug_log(workdir: Path) -> Iterator[None]:
 
 
 def _write_debug_log(workdir: Path) -> None:
-    if os.environ.get("FINETUNE_DEBUG"):
-        traceback.print_exc()
     try:
         (workdir / "debug.log").write_text(traceback.format_exc())
     except OSError:

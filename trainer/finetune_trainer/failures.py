@@ -12,7 +12,16 @@ from finetune_trainer.errors import CapacityError, FineTuneError, Infrastructure
 DEBUG_LOG = "debug.log"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "Cannot allocate memory", "CUDA out of memory", "bad_alloc")
+_OUT_OF_MEMORY = (
+    "OutOfMemoryError",
+    "MemoryError",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "CUDA out of memory",  # the caching allocator's words; the driver's and the libraries' are others
+    "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "bad_alloc",
+)
 
 
 def classify(error: BaseException) -> FineTuneError:
@@ -31,7 +40,7 @@ def classify(error: BaseException) -> FineTuneError:
         return CapacityError("No space is left on the disk; free some, or raise storage.workspace.size.")
     return InfrastructureError(
         f"Unexpected {type(error).__name__}: {first_line(error) or 'no message'}. "
-        f"The traceback is in {DEBUG_LOG} in the working directory (or set FINETUNE_DEBUG=1); please report it."
+        f"FINETUNE_DEBUG=1 shows the traceback, and a run leaves it in {DEBUG_LOG} in its working directory; please report it."
     )
 
 

@@ -88,21 +88,25 @@ def _messages(row: Row, form: Form) -> tuple[Messages, int]:
 
 
 def _conversation(row: Row, form: Form, template: Render, eos: str, name: str) -> list[Segment]:
-    """Every assistant turn is trained, up to and with its end-of-sequence token; what the template adds around it is not."""
+    """Every assistant turn is trained, up to and with its end-of-sequence token; what the template adds around it is not.
+
+    Where the template ends no turn with that token, a turn is trained with all that the template puts behind it, and the row's last one ends with
+    the token: in the midst of a conversation it would be a text that the template never makes.
+    """
     messages, given = _messages(row, form)
+    learnt = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= given]
     segments: list[Segment] = []
     done = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < given:
-            continue
+    for index in learnt:
         asked, answered = _question_and_answer(messages, index, template)
         if not asked.startswith(done) or not answered.startswith(asked):
             raise DataError(
                 f"{name}, line {row.line}: the model's chat template rewrites earlier turns; keep one assistant turn in each row."
             )
         turn, end, rest = answered[len(asked) :].partition(eos)
-        segments += [Segment(asked[len(done) :], trained=False), Segment(turn + eos, trained=True)]
-        segments += [Segment(rest, trained=False)] if end and rest else []
+        end = end or (eos if index == learnt[-1] else "")
+        segments += [Segment(asked[len(done) :], trained=False), Segment(turn + end, trained=True)]
+        segments += [Segment(rest, trained=False)] if rest else []
         done = answered
     return segments
 

@@ -138,8 +138,8 @@ _HEAD = """<!-- Generated from trainer/finetune_trainer by `make crd`; do not ed
 # When something goes wrong
 
 Start with the sentence. `kubectl describe ftj NAME` has it as `message`; on a laptop it is the last line. It names the field or the file, what was found, and
-the mend. A traceback, for a bug report, is in `debug.log` in the working directory (on a laptop also with `FINETUNE_DEBUG=1`). `finetune validate` and `finetune
-preflight` say the same before anything trains. [status.md](status.md) lists every state, [exit-codes.md](exit-codes.md) every exit code.
+the mend. A traceback, for a bug report, is in `debug.log` in the working directory of `finetune run` and `finetune preflight`; every command prints it with `FINETUNE_DEBUG=1`.
+`finetune validate` and `finetune preflight` say the same before anything trains. [status.md](status.md) lists every state, [exit-codes.md](exit-codes.md) every exit code.
 
 ## Every class of failure
 

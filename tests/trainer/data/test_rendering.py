@@ -111,8 +111,21 @@ def test_a_template_that_ends_no_turn_gets_an_end_that_is_trained() -> None:
     assert trained(rendered("chat", without_eos, messages=turns("Hi", "Hello"))) == [f"Hello\n{EOS}"]
 
 
-def test_every_answer_ends_where_a_template_does_not_end_it() -> None:
-    assert trained(rendered("chat", without_eos, messages=turns("a", "b", "c", "d"))) == [f"b\n{EOS}", f"d\n{EOS}"]
+def test_where_a_template_ends_no_turn_only_the_last_one_gets_an_end() -> None:
+    messages = turns("a", "b", "c", "d")
+    segments = rendered("chat", without_eos, messages=messages)
+    assert trained(segments) == ["b\n", f"d\n{EOS}"]
+    assert text_of(segments) == without_eos(messages, generation_prompt=False) + EOS
+
+
+def test_where_a_template_ends_the_last_turn_alone_nothing_is_added() -> None:
+    def ends_once(messages: Messages, generation_prompt: bool) -> str:
+        return without_eos(messages, generation_prompt) + ("" if generation_prompt or len(messages) < 4 else f"{EOS}\n")
+
+    messages = turns("a", "b", "c", "d")
+    segments = rendered("chat", ends_once, messages=messages)
+    assert trained(segments) == ["b\n", f"d\n{EOS}"]
+    assert text_of(segments) == ends_once(messages, generation_prompt=False)
 
 
 def test_where_the_generation_prompt_opens_more_than_the_answer_holds_the_header_is_trained_with_it() -> None:

@@ -1,5 +1,6 @@
 """How much memory there is: control groups of both versions, process limits, quantities."""
 
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,16 @@ def test_quantities_are_read_as_kubernetes_writes_them(quantity: str, size: int)
 def test_a_process_has_room_and_not_more_than_the_machine() -> None:
     total = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     assert 0 < process_room() <= total * 1024
+
+
+def test_a_mapped_file_counts_once(tmp_path: Path) -> None:
+    """As a loaded model does; its pages are the page cache's, which the kernel counts as available."""
+    file, size = tmp_path / "weights", 256 * 2**20
+    file.write_bytes(b"\1" * size)
+    before = process_room()
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert mapped[:: mmap.PAGESIZE].count(1) == size // mmap.PAGESIZE
+        assert process_room() - before < size // 2
 
 
 @pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])

@@ -1,11 +1,17 @@
 """`finetune estimate`: the parts, this machine and the GPUs, from the configuration alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finetune_api.exits import ExitCode
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.memory import fit
+from finetune_trainer.memory.estimate import Needed
 from finetune_trainer.memory.gpus import GPU_BYTES
+from finetune_trainer.plan import Plan
 from support.tiny_jobs import finetune, tiny_job
+from transformers import PreTrainedConfig
 
 
 def estimate(job: Path, *options: str) -> int:
@@ -29,6 +35,22 @@ def test_one_gpu_alone_can_be_asked_for(tmp_path: Path, capfd: pytest.CaptureFix
     assert "nvidia-l4" in said
     assert "this machine" not in said
     assert "nvidia-b200" not in said
+
+
+@pytest.mark.parametrize("percent", [1, 60, 99])
+def test_a_share_of_steps_under_quantization_leaves_no_phase_out(percent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps would all be quantization-aware ones, which take less than those of plain LoRA."""
+    asked: list[Plan] = []
+    original = fit.estimates_of
+
+    def estimates_of(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, *rest: Any, **options: Any) -> Needed:
+        asked.append(plan)
+        return original(spec, config, plan, *rest, **options)
+
+    monkeypatch.setattr(fit, "estimates_of", estimates_of)
+    assert estimate(tiny_job(tmp_path, {"quantization": {"qatPercent": percent}}), "--gpu", "nvidia-l4") == 0
+    assert all(0 < plan.switch_step < plan.steps for plan in asked)
+    assert asked
 
 
 def test_a_gpu_that_is_not_in_the_table_is_refused_with_those_that_are(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

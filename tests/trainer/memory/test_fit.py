@@ -87,8 +87,12 @@ def test_a_pods_room_is_what_its_spec_promises(resources: dict[str, Any], on_gpu
 def test_a_pod_with_a_gpu_needs_memory_for_the_weights_as_well() -> None:
     _, needed = fit.fitted(spec(), CONFIG, plan_of(8, 8), LENGTHS, Place(None, True, "a GPU", ""))
     fit.require_host_memory(spec(resources={"memory": "2Gi"}), needed)
-    with refused(CapacityError, "resources.memory 1Gi", "raise resources.memory"):
+    with refused(CapacityError, "a pod with resources.memory 1Gi has 0.00 GB for them", "raise resources.memory or choose a smaller model"):
         fit.require_host_memory(spec(resources={"memory": "1Gi"}), needed)
+    small = spec(resources={"memory": "1Gi"})
+    wide = small.model_copy(update={"model": small.model.model_copy(update={"dtype": "float32"})})
+    with refused(CapacityError, "raise resources.memory, set model.dtype to bfloat16 or choose"):
+        fit.require_host_memory(wide, needed)
 
 
 @pytest.mark.parametrize(

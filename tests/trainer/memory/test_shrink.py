@@ -13,8 +13,10 @@ import torch
 from finetune_api.exits import ExitCode
 from finetune_trainer import plan
 from finetune_trainer.memory import shrink
+from finetune_trainer.phases import Phases
 from finetune_trainer.plan import Plan
 from finetune_trainer.reporting.progress import ProgressMeter
+from finetune_trainer.teacher import Adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from support.run_contexts import context, notes, run_spec
@@ -76,6 +78,25 @@ def test_the_next_attempt_goes_on_from_the_last_checkpoint_with_what_was_left_fo
     assert summaries == ["1/4", "2/4", *(f"{step}/4, micro-batch 4 after out of memory" for step in (2, 3, 4))]
 
 
+def test_quantization_behind_the_last_step_has_a_second_attempt_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With qatPercent 0 scales and rounding are chosen there, and weight codes kept for the held-out rows."""
+    kept: list[bool] = []
+
+    def fitting(phases: Phases, adapter: Adapter) -> None:
+        kept.append(phases.plan.keeps_codes)
+        if phases.plan.keeps_codes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(phases, adapter)
+
+    original = Phases._fit
+    monkeypatch.setattr(Phases, "_fit", fitting)
+    job = tiny_job(tmp_path, {"quantization": {"qatPercent": 0}})
+    with pytest.raises(shrink.OutOfMemory, match="nothing kept for speed"):
+        run(job, tmp_path / "work")
+    assert run(job, tmp_path / "work")["training"]["resumedFrom"] == 4
+    assert kept == [True, False]
+
+
 def test_where_a_single_row_is_too_much_the_run_ends_with_the_estimate_and_three_ways_out(tmp_path: Path) -> None:
     code, lines, errors = short_of_memory(wide_job(tmp_path, batch=2), 8 * MIB)
     assert code == ExitCode.CAPACITY
@@ -98,14 +119,16 @@ def test_every_attempt_is_smaller_keeps_the_batch_and_is_what_the_next_one_finds
 ) -> None:
     ctx = context(tmp_path_factory.mktemp("run"), run_spec())
     micro = data.draw(st.sampled_from(plan.divisors(batch)))
-    steps, sizes = Plan(10, 5, micro, batch // micro, 1), [micro]
+    steps, sizes = Plan(10, 5, micro, batch // micro, 1, keeps_codes=data.draw(st.booleans())), [micro]
+    smaller = steps.micro_batch > 1 or steps.keeps_codes
     while isinstance(ended := shrink.give_up_or_shrink(ctx, steps, "no memory", "a lot"), shrink.OutOfMemory):
         steps = steps.with_cut(shrink.remembered(ctx))
         assert (steps.batch, steps.reduced) == (batch, True)
         assert str(steps.micro_batch) in str(ended)
         sizes.append(steps.micro_batch)
     assert sizes[-1] == 1
-    assert all(after <= before // 2 or before == 1 for before, after in pairwise(sizes))
+    assert (len(sizes) > 1) == smaller, "the same attempt once more would end the same way"
+    assert all(after <= before // 2 or (before == 1 and smaller) for before, after in pairwise(sizes))
     assert len(notes(ctx)) == len(sizes) - 1 <= batch.bit_length()
     assert "Estimated: a lot." in str(ended)
     assert shrink.remembered(ctx) == {}

@@ -12,8 +12,10 @@ _UNITS = {"m": 1e-3, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10
 
 def process_room() -> int:
     """Bytes that this process can come to, those that it has included."""
-    resident = _kibibytes("/proc/self/status", "VmRSS")
-    rooms = [resident + _kibibytes("/proc/meminfo", "MemAvailable"), *_rlimits(resident)]
+    status = "/proc/self/status"
+    # The kernel counts a mapped file's pages as available already, and a loaded model is little else.
+    own = _kibibytes(status, "RssAnon") + _kibibytes(status, "RssShmem")
+    rooms = [own + _kibibytes("/proc/meminfo", "MemAvailable"), *_rlimits(_kibibytes(status, "VmRSS"))]
     limit = cgroup_limit(Path("/proc/self/cgroup").read_text())
     return min(rooms if limit is None else [*rooms, limit])
 

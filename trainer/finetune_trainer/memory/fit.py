@@ -107,10 +107,11 @@ def require_host_memory(spec: FineTuneJobSpec, estimate: Estimate) -> None:
         CapacityError: resources.memory is too small for them.
     """
     place = _promised_memory(spec)
+    narrower = ", set model.dtype to bfloat16" if spec.model.dtype == "float32" else ""
     if place.room is None or not fits(estimate.weights, place.room):
         raise CapacityError(
-            f"The weights alone take {gigabytes(estimate.weights)} and the libraries {gigabytes(PROCESS_BYTES)}, but {place.name}; "
-            "raise resources.memory, set model.dtype to bfloat16 or choose a smaller model."
+            f"The weights alone take {gigabytes(estimate.weights)}, but {place.name} has {gigabytes(max(0, place.room or 0))} for them "
+            f"beside the libraries' {gigabytes(PROCESS_BYTES)}; raise resources.memory{narrower} or choose a smaller model."
         )
 
 

@@ -78,8 +78,8 @@ def tell(ctx: RunContext, gpu: str | None) -> Told:
 def _fit_all(ctx: RunContext, config: PreTrainedConfig, places: list[Place], *, on_gpu: bool) -> tuple[Estimate, list[Fitted]]:
     """The estimate of one row, and the largest micro-batch for each place."""
     batch, tokens = ctx.spec.training.batch_size, ctx.spec.training.max_length
-    # As many rows as make two steps, so that each phase has one: how often they are repeated changes nothing.
-    steps = plan(ctx.spec, 2 * batch, tokens, on_gpu=on_gpu)
+    # As many rows as make a step of each percent, so that each phase has one: how often they are repeated changes nothing.
+    steps = plan(ctx.spec, 100 * batch, tokens, on_gpu=on_gpu)
     evaluation = ctx.spec.dataset.evaluation
     lengths = Lengths(tokens, tokens if evaluation.percent or evaluation.source else 0)
     needed = fit.estimates_of(ctx.spec, config, steps, lengths, on_gpu=on_gpu)

@@ -36,7 +36,7 @@ def give_up_or_shrink(ctx: RunContext, plan: Plan, told: str, needs: str) -> Cap
         needs: what the plan was estimated to need.
     """
     smaller = plan.halved()
-    if smaller.cut == plan.cut:
+    if (smaller.micro_batch, smaller.keeps_codes) == (plan.micro_batch, plan.keeps_codes):
         forget(ctx)
         return CapacityError(
             f"Out of memory with a micro-batch of a single row ({told}); lower training.maxLength, set model.dtype to bfloat16, "

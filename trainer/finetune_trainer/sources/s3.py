@@ -137,8 +137,8 @@ def _download_one(client: Any, where: Location, item: Object, path: Path) -> Non
     if path.is_file() and path.stat().st_size == item.size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    extra = {"VersionId": item.version} if item.version else None
-    client.download_file(where.authority, item.key, str(path), ExtraArgs=extra)  # writes beside it and renames
-    if path.stat().st_size != item.size:
+    client.download_file(where.authority, item.key, str(path))  # writes beside it and renames
+    # Not by its version: reading one by name takes s3:GetObjectVersion, which who may read the object need not have.
+    if client.head_object(Bucket=where.authority, Key=item.key)["ETag"].strip('"') != item.etag:
         shutil.rmtree(path.parent, ignore_errors=True)
         raise DataError(f"{where.field}: {item.key} changed while it was downloaded; start the run again.")

@@ -88,6 +88,8 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
         trainer = _trainer(ctx, loaded, data, steps, phases)
         with stopping_later(phases.stop):
             trainer.train_from(start)
+        if not phases.stopping:
+            phases.finish()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -99,7 +101,6 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
             f"after step {done} of {steps.steps}, which is saved; run again to go on" if done else "before a first step was done; run again"
         )
         raise Checkpointed(f"Stopped by SIGTERM {saved}.")
-    phases.finish()
     shrink.forget(ctx)
     last_loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
     return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, start.step if start else 0, last_loss, steps)
