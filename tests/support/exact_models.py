@@ -10,7 +10,7 @@ from finetune_trainer.qat.prepare import exact_layers, prepare
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from support.tiny_model import tiny_llama
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 SCHEMES = tuple(scheme for scheme in Scheme if scheme is not Scheme.NONE)
 KERNELS = (Scheme.INT8, Scheme.INT8_INT4)  # what torchao computes by dequantizing, anywhere
@@ -41,6 +41,28 @@ def lora_opt(*, seed: int = 0, **changes: Any) -> PeftModel:
         torch.manual_seed(seed)
         base = OPTForCausalLM(OPTConfig(**(settings | changes)))
     return _with_adapter(base, "all-linear", 4, seed)
+
+
+def tiny_mixture() -> PreTrainedModel:
+    """A tiny Qwen3 mixture of experts: attention of linear layers, and experts in tensors of their own."""
+    settings: dict[str, Any] = {
+        "vocab_size": 260,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    settings |= {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "pad_token_id": 2,
+        "eos_token_id": 0,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
 
 
 def _with_adapter(base: PreTrainedModel, targets: str, rank: int, seed: int) -> PeftModel:

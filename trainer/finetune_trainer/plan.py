@@ -12,6 +12,7 @@ from finetune_api.spec import FineTuneJobSpec, Scheme
 MICRO_BATCH_TOKENS = 1024  # on a CPU
 GPU_MICRO_BATCH_TOKENS = 16_384  # on a GPU, where other sizes were not measured
 _WARMUP_SHARE = 0.03
+_ALL = 100
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def plan(spec: FineTuneJobSpec, rows: int, longest: int, *, on_gpu: bool = False
     training, quantization = spec.training, spec.quantization
     steps, quantizes = training.epochs * math.ceil(rows / training.batch_size), quantization.scheme is not Scheme.NONE
     adapt = math.ceil(steps * quantization.qat_percent / 100) if quantizes else 0
+    if quantization.qat_percent < _ALL:
+        adapt = min(adapt, max(1, steps - 1))  # of a few steps all would be: then there is no tuned model to compare with
     tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else MICRO_BATCH_TOKENS
     micro_batch = largest_divisor(training.batch_size, max(1, tokens // longest))
     return Plan(steps, steps - adapt, micro_batch, training.batch_size // micro_batch, math.ceil(steps * _WARMUP_SHARE), quantizes)

@@ -71,6 +71,13 @@ def test_float8_needs_multiples_of_16() -> None:
     assert found.unfit == {"b": "40 x 48 are not multiples of 16", "c": "48 x 40 are not multiples of 16"}
 
 
+def test_experts_that_share_a_tensor_count_as_weights_that_stay_as_they_are() -> None:
+    experts = 3 * sum(out * size for out, size in SMOLLM2.values())
+    with pytest.raises(SpecError, match=r"quantize only 25% .*for one: its experts share tensors.*; choose scheme none\.$"):
+        best_fit(QuantizationSpec(scheme=Scheme.INT8), SMOLLM2, experts)
+    assert best_fit(QuantizationSpec(scheme=Scheme.INT8), SMOLLM2, experts // 3).coverage == LEAST_COVERAGE
+
+
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(SpecError, match=r"it has no linear layer besides the output head.*choose scheme none"):
         best_fit(QuantizationSpec(scheme=Scheme.INT8), {})

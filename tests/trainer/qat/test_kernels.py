@@ -1,5 +1,7 @@
 """What computes a shipped layer on this machine, and how far it is from the arithmetic of the training."""
 
+import math
+
 import pytest
 import torch
 from finetune_api.spec import Scheme
@@ -60,6 +62,16 @@ def test_a_kernel_that_reads_another_scale_is_found_in_its_layer() -> None:
     errors = kernel_errors(model, BATCH)
     assert max(errors, key=lambda key: errors[key]) == name
     assert errors[name] > 100
+
+
+def test_a_kernel_that_gives_no_number_is_found() -> None:
+    """From its layer on every input is none either, so that each layer alone would look as if it had no error."""
+    model = shipped(Scheme.INT8)
+    name, layer = list(quantized_layers(model))[1]
+    layer.forward = lambda x: torch.nn.Linear.forward(layer, x) * math.nan
+    errors = kernel_errors(model, BATCH)
+    assert errors[name] == math.inf
+    assert max(errors.values()) == math.inf
 
 
 def test_reference_arithmetic_ends_with_its_block() -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_api.spec import Scheme
+from finetune_api.spec import LoraSpec, Scheme
+from finetune_trainer.adapter import add_adapter
 from finetune_trainer.errors import DataError, ProofError, SpecError
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLoraLinear, fake_quantized_weight
 from finetune_trainer.qat.prepare import (
@@ -18,7 +19,18 @@ from finetune_trainer.qat.prepare import (
     set_fake_quantization,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.exact_models import SCHEMES, WIDE, exact_layer, exact_model, logits_of, lora_model, lora_opt, quantization, token_ids
+from support.exact_models import (
+    SCHEMES,
+    WIDE,
+    exact_layer,
+    exact_model,
+    logits_of,
+    lora_model,
+    lora_opt,
+    quantization,
+    tiny_mixture,
+    token_ids,
+)
 from support.tiny_model import tiny_llama
 
 NARROW = {"hidden_size": 128, "intermediate_size": 96}  # all but down_proj divide into groups of 128
@@ -109,6 +121,18 @@ def test_the_output_head_is_not_among_the_layers_that_are_offered() -> None:
 def test_less_than_half_of_the_weights_is_refused_with_what_would_fit() -> None:
     with pytest.raises(SpecError, match=r"int8-int4 in groups of 128 would quantize only 22%.*choose groupSize 64 or scheme"):
         prepare(lora_model(), quantization(group_size=128))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # peft, of its own pattern
+def test_a_mixture_is_refused_before_its_experts_are_trained_for_nothing() -> None:
+    """peft puts its adapter on the experts too, which are no layers that export merges."""
+    with pytest.raises(SpecError, match=r"spec\.lora\.targetModules: LoRA on model\.layers\.0\.mlp\.(experts|gate) .*choose scheme none"):
+        prepare(add_adapter(tiny_mixture(), LoraSpec(rank=4)), quantization())
+
+
+def test_a_mixture_whose_attention_alone_is_trained_counts_its_experts_as_not_quantized() -> None:
+    with pytest.raises(SpecError, match=r"would quantize only \d+% of this model's linear weights.*its experts share tensors"):
+        prepare(add_adapter(tiny_mixture(), LoraSpec(rank=4, target_modules="q_proj,k_proj,v_proj,o_proj")), quantization())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -5,6 +5,7 @@ the next layer's input, so that logits drift apart without any defect. Hence eac
 Used by the proof's fresh process (stages/verify_folder.py).
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -83,4 +84,5 @@ def _note_error(errors: dict[str, float], name: str, layer: nn.Linear, inputs: t
     size = F.linear(read.double().abs(), dense(layer.weight).double().abs(), bias)
     difference = (output.double() - reference_linear(x, layer.weight, layer.bias).double()).abs()
     steps = difference / (size * torch.finfo(x.dtype).eps).clamp(min=torch.finfo(torch.float64).tiny)
-    errors[name] = max(errors.get(name, 0.0), float(steps.max()))
+    # Of two numbers, one of them NaN, max() gives the first.
+    errors[name] = max(errors.get(name, 0.0), float(steps.nan_to_num(nan=math.inf).max()))

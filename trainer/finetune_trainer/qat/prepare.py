@@ -22,6 +22,8 @@ from finetune_trainer.qat.fit import best_fit
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLinear, ExactLoraLinear, ExactMode, ExactState
 from finetune_trainer.qat.schemes import SCHEMES
 
+_FUSED_DIMENSIONS = 3  # [experts, out, in]
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -57,12 +59,13 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
 
     Raises:
         DataError: a weight has values that are not finite.
-        SpecError: LoRA dropout, DoRA or another LoRA variant, or less than half of the linear weights fit the scheme.
+        SpecError: LoRA dropout, DoRA or another LoRA variant, an adapter on what is no linear layer, or less than half of the linear weights fit the scheme.
     """
+    _require_linear_adapters(model)
     linears, head = list(_linears(model)), model.get_base_model().get_output_embeddings()
     layers = {plain_name(path): (module, _base(module)) for path, module in linears}
     shapes = {name: (base.out_features, base.in_features) for name, (_, base) in layers.items() if base is not head}
-    found = best_fit(quantization, shapes)
+    found = best_fit(quantization, shapes, _fused(model))
     mode = ExactMode(enabled=enabled)
     scheme = SCHEMES[quantization.scheme]
     quantizer = scheme.quantizer(found.group_size)
@@ -207,6 +210,22 @@ def _linears(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear) or (isinstance(module, nn.Linear) and ".lora_" not in path and not path.endswith(".base_layer")):
             yield path, module
+
+
+def _fused(model: PeftModel) -> int:
+    """Weights of linear maps that are no layers: the experts of a mixture, which share tensors [experts, out, in]."""
+    own = (item for module in model.modules() if not isinstance(module, nn.Conv1d) for item in module.parameters(recurse=False))
+    return sum(parameter.numel() for parameter in own if parameter.dim() == _FUSED_DIMENSIONS)
+
+
+def _require_linear_adapters(model: PeftModel) -> None:
+    """Whatever else has an adapter would be trained and not exported: the proof would say so, but only behind the training."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, LoraLinear):
+            raise SpecError(
+                f"spec.lora.targetModules: LoRA on {plain_name(path)} trains what is no linear layer ({type(module.get_base_layer()).__name__}), such as "
+                "the experts of a mixture or an embedding, which no scheme quantizes; name the linear layers of the attention alone, or choose scheme none."
+            )
 
 
 def _base(module: nn.Module) -> nn.Linear:

@@ -65,7 +65,7 @@ def run(ctx: RunContext, trained: Trained) -> Converted:
 
 def write_reference(ctx: RunContext, trained: Trained) -> None:
     """Records token ids and logits of the prepared model in training mode, and a digest of every weight it uses."""
-    input_ids, attention_mask = reference_batch(trained.model.config.vocab_size)
+    input_ids, attention_mask = reference_batch(trained.model.get_input_embeddings().num_embeddings)
     device = trained.model.device
     logits = training_logits(trained.model, input_ids.to(device), attention_mask.to(device)).cpu()
     expected = {

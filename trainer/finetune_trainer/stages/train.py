@@ -33,7 +33,7 @@ from finetune_trainer.qat.rounding import rows_to_round_by
 from finetune_trainer.qat.roundtrip import require_roundtrip
 from finetune_trainer.row_order import GroupedByLength, micro_batches
 from finetune_trainer.schedule import ADAPT_PEAK, rate_factor
-from finetune_trainer.stages.data import Data, Example, require_known_tokens
+from finetune_trainer.stages.data import IGNORED, Data, Example, require_known_tokens
 from finetune_trainer.stages.evaluate import pad
 from finetune_trainer.stages.load import Loaded
 from finetune_trainer.switch import Switch
@@ -189,6 +189,7 @@ def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
         use_cpu=not on_gpu,
         **{_CHECKPOINTING: on_gpu},
         max_length=None,
+        router_aux_loss_coef=0.0,  # else trl has a mixture of experts return its router's logits, and the shipped model would too
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         save_steps=training.checkpoint_every,
@@ -230,6 +231,8 @@ class _PhasedTrainer(SFTTrainer):
 
     def training_step(self, model: PeftModel, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward passes of a whole optimizer step; the loss of its tokens, on average."""
+        if num_items_in_batch is None:  # of models that do not say that they take it: each micro-batch would count its own tokens alone
+            num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum()
         lengths, losses = inputs["attention_mask"].sum(dim=1).tolist(), []
         for rows in micro_batches(lengths, self.tokens_at_once):
             self.phases.drop_step_if_asked()
