@@ -211,7 +211,7 @@ class _Routes:
 
     async def info(self, request: web.Request) -> web.Response:
         repository, commit = self._find(request)
-        files = [{"rfilename": path} for path in sorted(repository.commits[commit])]
+        files = [{"rfilename": path, "blobId": digest[:40]} for path, digest in sorted(repository.commits[commit].items())]
         return web.json_response({"id": _name(request), "sha": commit, "siblings": files, "private": repository.private, "tags": []})
 
     async def auth_check(self, request: web.Request) -> web.Response:

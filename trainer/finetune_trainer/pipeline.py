@@ -6,16 +6,19 @@ a later stage where its result is missing, publishing at once when report.json o
 
 import json
 import textwrap
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from finetune_api.job import JobDescription
 from finetune_api.spec import Artifact, QualitySpec, Scheme
 from finetune_api.status import Stage
 
 from finetune_trainer import atomic, backends, finished, quality_gate, sources
 from finetune_trainer.context import RunContext
-from finetune_trainer.errors import FineTuneError
+from finetune_trainer.errors import FineTuneError, InfrastructureError
 from finetune_trainer.reporting.quiet import quiet_bars
 from finetune_trainer.reporting.reporter import RunReporter
 from finetune_trainer.reporting.session import reporting
@@ -37,10 +40,11 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
     Raises:
         FineTuneError: how it ended instead; the termination message says the same.
     """
-    with reporting(job) as reporter:
+    with reporting(job) as reporter, ExitStack() as alone:
         ctx = RunContext(job, workdir, cache, reporter)
         reporter.enter(Stage.PREFLIGHT)
         cheap_checks.run(ctx)
+        alone.enter_context(_alone_in(workdir))
         report = finished_report(ctx) or _published_report(ctx) or _make(ctx, reporter)
         _tell(reporter, report, job.spec.quality)
         quality_gate.require_quality(ctx, report["losses"])
@@ -70,6 +74,26 @@ def preflight(job: JobDescription, workdir: Path, cache: Path) -> "Rehearsed":
         return found
 
 
+@contextmanager
+def _alone_in(workdir: Path) -> Iterator[None]:
+    """Two runs in one working directory would remove each other's checkpoints. A file system that knows no locks is trusted.
+
+    Raises:
+        InfrastructureError: another run is at work there.
+    """
+    lock = FileLock(workdir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InfrastructureError(f"Another run is at work in {workdir}; wait for its end, or choose another --workdir.") from error
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     """Trains, converts and proves; ends with report.json, which is what says that all of it is done."""
     reporter.enter(Stage.LOADING)
@@ -94,8 +118,9 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
 
     reporter.enter(Stage.TRAINING)
     trained = train.run(ctx, loaded, rows)
+    device = trained.model.device.type
     save_adapter(trained.model, trained.tokenizer, ctx.job, ctx.adapter)
-    weights = finished.digest_of(ctx.job.train_digest, loaded.resolved, rows.digest, ctx.adapter / "adapter_model.safetensors")
+    weights = finished.digest_of(ctx.job.train_digest, loaded.identity, rows.digest, ctx.adapter / "adapter_model.safetensors")
     stages = finished.FinishedStages(ctx.workdir / finished.FOLDER, weights)
 
     reporter.enter(Stage.EVALUATING)
@@ -109,11 +134,11 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     if Artifact.QUANTIZED in ctx.spec.wanted_artifacts:
         reporter.enter(Stage.CONVERTING)
         converted = stages.once(Stage.CONVERTING, convert.Converted, lambda: convert.run(ctx, trained), made=(ctx.quantized, ctx.proof))
-        convert.leave_gpu(trained.model)
+        convert.make_room(trained.model)
         reporter.enter(Stage.VERIFYING)
         proof = stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=(ctx.quantized, ctx.proof))
     seconds = reporter.seconds()
-    slow = hints(measured(ctx, seconds, reporter.part_seconds, trained))
+    slow = hints(measured(ctx, seconds, reporter.part_seconds, trained, device))
     for sentence in slow:
         reporter.note(sentence)
     report = build_report(ctx.job, loaded, rows, trained, losses, converted, proof, seconds, slow) | {"digests": _digests(ctx)}
@@ -122,12 +147,12 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
 
 
 def finished_report(ctx: RunContext) -> dict[str, Any] | None:
-    """The report of an earlier attempt at the same training on the same data that made all that this job ships; None when there is none."""
+    """The report of an earlier attempt at the same training on the same model and data that made all that this job ships; None when there is none."""
     try:
         report = dict(json.loads(ctx.report.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    if report.get("trainDigest") != ctx.job.train_digest or not _same_data(ctx, report):
+    if report.get("trainDigest") != ctx.job.train_digest or report.get("identities") != _identities(ctx):
         return None
     known = report.get("digests", {})
     changed = sorted(name for name, digest in _digests(ctx).items() if known.get(name) != digest)
@@ -150,12 +175,14 @@ def _digests(ctx: RunContext) -> dict[str, str]:
     return {artifact.value: finished.tree_digest(folders[artifact]) for artifact in ctx.spec.wanted_artifacts}
 
 
-def _same_data(ctx: RunContext, report: dict[str, Any]) -> bool:
+def _identities(ctx: RunContext) -> dict[str, str]:
+    """What the sources hold at present; no weights are downloaded for it."""
     held_out = sources.fetch_evaluation(ctx)
-    known = report.get("sources", {})
-    return known.get("dataset") == sources.fetch_dataset(ctx).resolved and known.get("heldOut", "") == (
-        held_out.resolved if held_out else ""
-    )
+    return {
+        "model": sources.fetch_model(ctx, weights=False).identify(),
+        "dataset": sources.fetch_dataset(ctx).identify(),
+        "heldOut": held_out.identify() if held_out else "",
+    }
 
 
 def _publish(ctx: RunContext, reporter: RunReporter, report: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ from finetune_trainer.stages.data import IGNORED, Data, Example, split, tokenize
 from finetune_trainer.stages.evaluate import pad
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.run_contexts import context, notes, run_spec
-from support.tiny_model import sums, tiny_tokenizer, write_jsonl
+from support.exact_models import lora_opt
+from support.run_contexts import context, notes, refused, run_spec
+from support.tiny_model import sums, tiny_llama, tiny_tokenizer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
@@ -33,7 +34,7 @@ def example(length: int) -> Example:
 
 
 def made(train: list[Example], held_out: list[Example]) -> Data:
-    return Data(tuple(train), tuple(held_out), 0, "text", "here", "", "")
+    return Data(tuple(train), tuple(held_out), 0, "text", "here", "", {}, "")
 
 
 def run_context(folder: Path, rows: list[dict[str, Any]], *, max_length: int = 256, **evaluation: Any) -> RunContext:
@@ -60,6 +61,23 @@ def with_bos(*, chat: bool) -> PreTrainedTokenizerFast:
 
 def text_of(ids: tuple[int, ...]) -> str:
     return TOKENIZER.decode(list(ids))
+
+
+def test_a_row_longer_than_a_model_has_positions_is_refused() -> None:
+    model = lora_opt(max_position_embeddings=16)
+    data.require_known_tokens(made([example(16)], []), model)
+    with refused(DataError, "longest row has 17 tokens", "model has 16 positions", "training.maxLength to 16"):
+        data.require_known_tokens(made([example(4)], [example(17)]), model)
+
+
+def test_positions_that_are_computed_have_no_end() -> None:
+    data.require_known_tokens(made([example(17)], []), tiny_llama(max_position_embeddings=16))
+
+
+def test_a_limit_that_has_no_step_to_compare_with_is_refused(tmp_path: Path) -> None:
+    spec = run_spec(dataset=f"file://{write_jsonl(tmp_path / 'rows.jsonl', sums(10))}", quality={"maxLossIncreasePercent": "5"})
+    with refused(DataError, "single optimizer step", "quality.maxLossIncreasePercent", "add rows or epochs"):
+        data.make(context(tmp_path, spec), TOKENIZER)
 
 
 def test_prompts_have_no_labels_and_completions_have_their_own_tokens() -> None:

@@ -8,7 +8,7 @@ import torch
 from finetune_trainer import pipeline, sources
 from finetune_trainer.errors import CapacityError
 from finetune_trainer.plan import Plan
-from finetune_trainer.qat.prepare import exact_layers
+from finetune_trainer.qat.prepare import exact_layers, plain_name
 from finetune_trainer.stages import convert, load, train, verify
 from support.exact_models import exact_model, logits_of, token_ids
 from support.run_contexts import context, refused, run_spec
@@ -47,30 +47,35 @@ def test_a_pod_that_sees_its_gpu_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_model_on_a_gpu_leaves_it_with_all_that_it_keeps_there(monkeypatch: pytest.MonkeyPatch) -> None:
     model = exact_model(targets="q_proj")
-    before = logits_of(model, token_ids())
+    logits_of(model, token_ids())
     done: list[Any] = []
     monkeypatch.setattr(type(model), "device", torch.device("cuda", 0), raising=False)
     monkeypatch.setattr(type(model), "to", lambda _, device: done.append(device))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
     assert any(layer.exact.cached for _, layer in exact_layers(model))
-    convert.leave_gpu(model)
+    convert.make_room(model)
     assert done == ["cpu", "emptied"]
     assert not any(layer.exact.cached for _, layer in exact_layers(model))
-    assert torch.equal(logits_of(model, token_ids()), before)
 
 
-def test_a_model_on_the_cpu_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_on_the_cpu_gives_up_what_was_exported_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("there is no GPU to empty"))
-    convert.leave_gpu(exact_model())
+    model = exact_model()
+    quantized = {f"{name}.weight" for name, _ in exact_layers(model)}
+    convert.make_room(model)
+    left = {
+        plain_name(name.replace(".base_layer", "")): weight.numel() for name, weight in model.named_parameters() if ".lora_" not in name
+    }
+    assert {name for name, size in left.items() if size == 0} == quantized
 
 
-def test_the_gpu_is_left_after_the_export_and_before_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_made_after_the_export_and_before_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    for module, name in ((convert, "run"), (convert, "leave_gpu"), (verify, "run")):
+    for module, name in ((convert, "run"), (convert, "make_room"), (verify, "run")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, f=original, n=f"{module.__name__}.{name}": order.append(n) or f(*args))
     run(tiny_job(tmp_path, {"outputs": {"artifacts": ["adapter", "quantized"]}}), tmp_path / "work")
-    assert [name.removeprefix("finetune_trainer.stages.") for name in order] == ["convert.run", "convert.leave_gpu", "verify.run"]
+    assert [name.removeprefix("finetune_trainer.stages.") for name in order] == ["convert.run", "convert.make_room", "verify.run"]
 
 
 def test_a_machine_with_several_gpus_trains_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

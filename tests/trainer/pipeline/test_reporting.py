@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import socket
 import urllib.request
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from finetune_api.status import Progress, Stage
 from finetune_trainer.errors import DataError
 from finetune_trainer.failures import classify
 from finetune_trainer.reporting import hints
+from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.reporting.reporter import LogScreen, RunReporter, TerminalScreen
 from finetune_trainer.reporting.server import Endpoint, serving
-from finetune_trainer.reporting.session import ENV_TERMINATION_LOG
+from finetune_trainer.reporting.session import ENV_TERMINATION_LOG, reporting
+from support.run_contexts import context, run_spec
 from support.tiny_jobs import finetune, run, tiny_job
 
 PROGRESS = Progress(summary="1/4", step=1, total_steps=4, loss="2.314", tokens_per_second=300)
@@ -87,6 +90,13 @@ def test_progress_and_metrics_are_served() -> None:
     assert 'finetune_stage{stage="Training"} 1.0' in metrics
 
 
+def test_a_connection_that_asks_nothing_holds_up_neither_others_nor_the_end() -> None:
+    with socket.socket() as idle, serving(Endpoint(), "127.0.0.1", 0) as port:
+        idle.connect(("127.0.0.1", port))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=5) as answer:
+            assert answer.read() == b"{}"
+
+
 def test_each_step_is_one_structured_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = RunReporter("digest", screen=LogScreen())
     reporter.enter(Stage.TRAINING)
@@ -94,6 +104,30 @@ def test_each_step_is_one_structured_line_where_there_is_no_terminal(capsys: pyt
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines] == ["stage", "step"]
     assert lines[1] | {"loss": "2.314", "step": 1, "total_steps": 4} == lines[1]
+
+
+def test_ctrl_c_leaves_the_terminal_with_its_cursor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with pytest.raises(KeyboardInterrupt), reporting(context(tmp_path, run_spec()).job) as reporter:
+            reporter.enter(Stage.TRAINING)
+            reporter.step(PROGRESS)
+            raise KeyboardInterrupt
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1
+
+
+def test_the_speed_of_a_resumed_run_is_that_of_its_own_steps() -> None:
+    shown: list[Progress] = []
+    reporter = RunReporter("digest", screen=LogScreen())
+    reporter.on_change = lambda report: shown.append(report.progress)
+    meters = [ProgressMeter(reporter, 10, resumed_from=resumed) for resumed in (0, 5)]
+    for meter in meters:
+        meter._started -= 10.0
+        meter.step_done(6, 1.0, 0.5, tokens=1000)
+    assert [progress.tokens_per_second for progress in shown] == [100, 100]
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

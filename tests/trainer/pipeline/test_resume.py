@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.stages import evaluate, verify
 from safetensors.torch import load_file
 from support.tiny_jobs import STEPS, run, tiny_job
-from support.tiny_model import sums, write_jsonl
+from support.tiny_model import save_tiny_model, sums, write_jsonl
 
 ADAPTER = "lora_model/adapter_model.safetensors"
 EVERY_100: dict[str, Any] = {"training": {"checkpointEvery": 100}}
@@ -92,10 +93,17 @@ def test_a_killed_run_goes_on_from_the_last_sealed_checkpoint(step: int, undistu
     assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
 
 
-def test_sigterm_between_two_micro_batches_drops_the_step_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scheme", "dropout"), [("int8-int4", 0.0), ("none", 0.2)])
+def test_sigterm_between_two_micro_batches_drops_the_step_in_hand(
+    scheme: str, dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its random numbers too, which a model's own dropout has drawn by then."""
     monkeypatch.setattr(plan, "MICRO_BATCH_TOKENS", 64)
-    run(tiny_job(tmp_path / "undisturbed", EVERY_100), tmp_path / "undisturbed" / "work")
-    job = tiny_job(tmp_path / "stopped", EVERY_100)
+    changes = EVERY_100 | {"quantization": {"scheme": scheme}}
+    for name in ("undisturbed", "stopped"):
+        save_tiny_model(tmp_path / name / "model", attention_dropout=dropout)
+    run(tiny_job(tmp_path / "undisturbed", changes), tmp_path / "undisturbed" / "work")
+    job = tiny_job(tmp_path / "stopped", changes)
     with pytest.MonkeyPatch.context() as patch:
         before_micro_batch(patch, 12, lambda: signal.raise_signal(signal.SIGTERM))  # a step has eight, of a row each
         with pytest.raises(Checkpointed, match=f"after step 1 of {STEPS}"):
@@ -260,6 +268,50 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
         steps = at_step(patch, 0, kill)
         assert run(job, tmp_path / "work") == first
     assert steps == []
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_another_base_model_at_the_same_place_is_trained_anew(stopped: bool, tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    with pytest.MonkeyPatch.context() as patch, nullcontext() if not stopped else pytest.raises(Killed):
+        at_step(patch, 2 if stopped else 0, kill)
+        run(job, tmp_path / "work")
+    (tmp_path / "model" / "README.md").write_text("Read me.")
+    with pytest.MonkeyPatch.context() as patch:
+        steps = at_step(patch, 0, kill)
+        run(job, tmp_path / "work")
+        assert steps == (list(range(2, STEPS + 1)) if stopped else []), "nothing that is loaded has changed"
+    (tmp_path / "work" / "report.json").unlink(missing_ok=stopped)
+    save_tiny_model(tmp_path / "model", seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        steps = at_step(patch, 0, kill)
+        run(job, tmp_path / "work")
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_finished_model_of_another_base_is_not_published_again(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    first = run(job, tmp_path / "work")
+    save_tiny_model(tmp_path / "model", seed=1)
+    second = run(job, tmp_path / "work")
+    assert first["identities"]["model"] != second["identities"]["model"]
+    assert first["identities"] | {"model": ""} == second["identities"] | {"model": ""}
+    assert first["losses"]["base"] != second["losses"]["base"]
+
+
+def test_a_second_run_in_the_same_working_directory_is_refused_and_disturbs_nothing(tmp_path: Path) -> None:
+    job, seen = tiny_job(tmp_path), []
+
+    def again() -> None:
+        seen.append(sorted((tmp_path / "work" / "outputs").rglob("*")))
+        with pytest.raises(InfrastructureError, match=r"Another run is at work in .*; wait for its end, or choose another --workdir"):
+            run(job, tmp_path / "work")
+        seen.append(sorted((tmp_path / "work" / "outputs").rglob("*")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 2, again)
+        run(job, tmp_path / "work")
+    assert seen[0] == seen[1]
 
 
 def test_after_a_failed_upload_no_optimizer_step_is_repeated(tmp_path: Path) -> None:

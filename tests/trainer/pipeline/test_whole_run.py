@@ -47,6 +47,18 @@ def test_every_weight_is_equal_and_no_logit_differs(finished: tuple[Path, dict[s
     assert proof["generated"]
 
 
+def test_a_generation_config_that_contradicts_itself_is_shipped_as_it_was(tmp_path: Path) -> None:
+    """Many a published model has one; transformers refuses to save it once the tokenizer's special tokens were written into it."""
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "pad_token_id": 2}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    run(tiny_job(tmp_path, BOTH), tmp_path / "work")
+    shipped = json.loads((tmp_path / "work" / "model-torchao" / "generation_config.json").read_text())
+    assert shipped | {"temperature": 0.6, "pad_token_id": 2} == shipped
+
+
 def test_the_proof_says_whether_a_kernel_was_run(finished: tuple[Path, dict[str, Any]]) -> None:
     report = finished[1]
     runs = report["qat"]["scheme"] in ("int8", "int8-int4", "fp8-fp8") or (DEVICE.type == "cuda" and find_spec("mslk") is not None)

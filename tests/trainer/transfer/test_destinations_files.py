@@ -125,6 +125,18 @@ def test_a_newer_model_replaces_the_older_one_wholly(tmp_path: Path) -> None:
     assert read_files(tmp_path / "bot" / "model-torchao") == new
 
 
+def test_what_somebody_has_deleted_is_put_back(tmp_path: Path) -> None:
+    target = tmp_path / "bot"
+    ctx = shipping(tmp_path, target)
+    publish(ctx)
+    before = read_files(target)
+    (target / "model-torchao" / "config.json").unlink()
+
+    publish(ctx)
+
+    assert read_files(target) == before
+
+
 def test_the_same_publication_touches_nothing(tmp_path: Path) -> None:
     target = tmp_path / "bot"
     first = publish(shipping(tmp_path, target))

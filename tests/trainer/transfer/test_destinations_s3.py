@@ -113,6 +113,19 @@ def test_publishing_twice_sends_nothing(s3_laptop: S3Server, inside: Any, s3_cal
     assert s3_calls.keys(*SENDING, "DeleteObject") == []
 
 
+def test_what_somebody_has_deleted_is_put_back(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
+    ctx = shipping(tmp_path, s3_laptop, inside.name)
+    publish(ctx)
+    before = inside.read()
+    inside.client.delete_object(Bucket=inside.name, Key="bot/model-torchao/config.json")
+    s3_calls.made.clear()
+
+    publish(ctx)
+
+    assert inside.read() == before
+    assert s3_calls.keys(*SENDING) == ["bot/model-torchao/config.json"]
+
+
 def test_an_upload_that_broke_off_sends_only_what_is_missing(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
     ctx = shipping(tmp_path, s3_laptop, inside.name)
     s3_calls.before = breaking_off(s3_laptop, "PutObject", "bot/model-torchao/model.safetensors")

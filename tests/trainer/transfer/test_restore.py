@@ -60,6 +60,15 @@ def test_a_file_that_is_not_what_the_manifest_says_is_not_taken_up(s3_laptop: S3
     )
 
 
+@pytest.mark.usefixtures("published")
+def test_a_publication_that_has_lost_a_file_is_made_again(s3_laptop: S3Server, bucket: str, inside: Any, tmp_path: Path) -> None:
+    inside.client.delete_object(Bucket=bucket, Key="bot/model-torchao/model.safetensors")
+    run(tiny_job(tmp_path, outputs(s3_laptop, bucket)), tmp_path / "work")
+    assert (tmp_path / "work" / "stages").is_dir()  # made here, not fetched
+    assert "bot/model-torchao/model.safetensors" in inside.read()
+    assert not (tmp_path / "work" / "restored").exists()
+
+
 def test_an_artifact_that_was_not_published_is_made(s3_laptop: S3Server, bucket: str, tmp_path: Path) -> None:
     run(tiny_job(tmp_path, outputs(s3_laptop, bucket, artifacts=["adapter"])), tmp_path / "work")
     shutil.rmtree(tmp_path / "work")

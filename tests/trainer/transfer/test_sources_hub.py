@@ -74,6 +74,16 @@ def test_a_branch_that_has_moved_is_fetched_anew(hub: HubServer, tmp_path: Path)
     assert (second.path / "config.json").read_bytes() == b"{}"
 
 
+def test_a_commit_to_what_is_not_loaded_changes_the_commit_and_not_the_identity(hub: HubServer, tmp_path: Path) -> None:
+    """A finished training is not made again for a README."""
+    found = []
+    for changed in (MODEL_FILES, {"README.md": b"# base"}, {"model.safetensors": b"others"}):
+        hub.put("acme/base", changed)
+        found.append(sources.fetch_model(reading(tmp_path, "hf://acme/base"), weights=False))
+    assert len({item.resolved for item in found}) == 3
+    assert found[0].identify() == found[1].identify() != found[2].identify()
+
+
 def test_one_look_up_decides_which_commit_is_read(hub: HubServer, tmp_path: Path) -> None:
     """The branch moves right after it was resolved: what is fetched is what was resolved."""
     commit = hub.put("acme/base", MODEL_FILES)

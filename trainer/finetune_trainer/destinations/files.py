@@ -38,13 +38,20 @@ def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
         AccessError, CapacityError, InfrastructureError, SpecError
     """
     target = _target(ctx, where)
-    manifest = target / MANIFEST
     try:
-        if not manifest.is_file() or manifest.read_bytes() != publication.manifest:
+        if not _stands(target, publication):
             _replace(target, publication)
     except OSError as error:
         raise disk_error(error, where) from error
     return where.uri
+
+
+def _stands(target: Path, publication: Publication) -> bool:
+    manifest = target / MANIFEST
+    if not manifest.is_file() or manifest.read_bytes() != publication.manifest:
+        return False
+    placed = ((target / item.path, item.bytes) for item in publication.files)
+    return all(path.is_file() and path.stat().st_size == size for path, size in placed)
 
 
 def _replace(target: Path, publication: Publication) -> None:

@@ -13,6 +13,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.destinations.layout import folders
 from finetune_trainer.destinations.manifest import PublishedFile, published_files
 from finetune_trainer.destinations.s3 import Place, open_place
+from finetune_trainer.errors import AccessError, DataError
 from finetune_trainer.sources.location import Location, destinations
 from finetune_trainer.sources.s3_errors import s3_errors
 
@@ -26,7 +27,7 @@ def restore(ctx: RunContext) -> bool:
         Whether there was one.
 
     Raises:
-        AccessError, CapacityError, InfrastructureError: one sentence each.
+        CapacityError, InfrastructureError: one sentence each.
     """
     return any(_restore_from(ctx, where) for where in destinations(ctx.job) if where.scheme == "s3")
 
@@ -37,8 +38,13 @@ def _restore_from(ctx: RunContext, where: Location) -> bool:
         files = published_files(place.read(names.MANIFEST) or b"", ctx.job.train_digest)
         if not _is_whole(ctx, files):
             return False
-        fetched = ctx.workdir / "restored"
-        _download(place, files, fetched)
+    fetched = ctx.workdir / "restored"
+    try:
+        with s3_errors(where):
+            _download(place, files, fetched)
+    except (AccessError, DataError) as error:  # what its manifest names is gone, or lies in an archive
+        ctx.reporter.note(f"{where.uri} is not taken up: {error}")
+        return False
     differing = [path for path, digest in files.items() if PublishedFile.of(path, fetched / path).sha256 != digest]
     if differing:
         ctx.reporter.note(f"{where.uri} is not taken up: {differing[0]} is not what its manifest says.")

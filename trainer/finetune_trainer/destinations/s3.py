@@ -68,10 +68,12 @@ def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
     """
     with s3_errors(where):
         place = open_place(ctx, where)
-        if place.read(MANIFEST) != publication.manifest:
+        stands = place.read(MANIFEST) == publication.manifest
+        if not stands:
             _withdraw(place)
-            for item in publication.files:
-                upload(place.client, place.bucket, place.key(item.path), item)
+        for item in publication.files:  # what somebody has deleted since is put back
+            upload(place.client, place.bucket, place.key(item.path), item)
+        if not stands:
             put_bytes(place.client, place.bucket, place.key(MANIFEST), publication.manifest)
         _remove_stale(place, frozenset(item.path for item in publication.files))
     return where.uri.rstrip("/")

@@ -68,13 +68,18 @@ def plain_model(
     for name, layer in exact_layers(model):
         _assign(plain, f"{name}.weight", exported_tensor(name, layer, scheme))
         if consume:
-            weight = base_linear(layer).weight
-            heap.forget_pages(weight)
-            weight.data, layer.exact.cached, layer.exact.nudge = weight.new_empty(0), None, None
+            free_weight(layer)
     plain.tie_weights()
     plain.generation_config = base.generation_config
     _mark_quantized(plain, SCHEMES[scheme].config(group_size_of(model)), skipped, consume=consume)
     return plain.eval()
+
+
+def free_weight(layer: ExactLinear) -> None:
+    """Frees what an exact layer computes with; nobody may ask it for anything any more."""
+    weight = base_linear(layer).weight
+    heap.forget_pages(weight)
+    weight.data, layer.exact.cached, layer.exact.nudge = weight.new_empty(0), None, None
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:

@@ -10,7 +10,7 @@ from finetune_trainer.reporting.hints import Measured
 from finetune_trainer.stages.train import Trained
 
 
-def measured(ctx: RunContext, stages: dict[str, float], parts: dict[str, float], trained: Trained) -> Measured:
+def measured(ctx: RunContext, stages: dict[str, float], parts: dict[str, float], trained: Trained, device: str) -> Measured:
     """Gathers it.
 
     Args:
@@ -18,8 +18,8 @@ def measured(ctx: RunContext, stages: dict[str, float], parts: dict[str, float],
         stages: seconds by stage.
         parts: seconds by part of a stage.
         trained: the steps and the model.
+        device: what it was trained on, which it has left by the time of the proof.
     """
-    device = trained.model.device.type
     return Measured(
         stages=stages,
         parts=parts,

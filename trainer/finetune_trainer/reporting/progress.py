@@ -15,7 +15,6 @@ class ProgressMeter:
         self._reporter, self._total, self._first = reporter, total_steps, resumed_from
         self._remark = remark
         self._started = time.monotonic()
-        self._first_tokens: int | None = None
 
     def step_done(self, step: int, loss: float, epoch: float, tokens: int) -> None:
         """Reports a finished step.
@@ -24,11 +23,9 @@ class ProgressMeter:
             step: optimizer steps done, earlier attempts included.
             loss: training loss in nats per token.
             epoch: passes over the data so far.
-            tokens: tokens seen, earlier attempts included.
+            tokens: that this attempt has seen.
         """
         elapsed = max(time.monotonic() - self._started, 1e-6)
-        if self._first_tokens is None:
-            self._first_tokens = tokens if self._first else 0
         self._reporter.step(
             Progress(
                 summary=f"{step}/{self._total}{self._remark}",
@@ -36,7 +33,7 @@ class ProgressMeter:
                 total_steps=self._total,
                 epoch=f"{epoch:.2f}",
                 loss=four_digits(loss),
-                tokens_per_second=round(max(0, tokens - self._first_tokens) / elapsed),
+                tokens_per_second=round(tokens / elapsed),
                 eta_seconds=round(elapsed / max(1, step - self._first) * (self._total - step)),
                 updated_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             )

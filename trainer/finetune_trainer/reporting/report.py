@@ -43,6 +43,7 @@ def build_report(
         "runDigest": job.run_digest,
         "artifacts": [artifact.value for artifact in job.spec.wanted_artifacts],
         "sources": {"model": loaded.resolved, "dataset": data.resolved, "heldOut": data.held_out_resolved},
+        "identities": {"model": loaded.identity, **data.identities},
         "data": {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), "dropped": data.dropped},
         "training": {
             "backend": loaded.backend.NAME,

@@ -85,11 +85,15 @@ class RunReporter:
     def end(self, error: FineTuneError | None) -> None:
         """The run is over, well or badly."""
         self._leave()
-        self._screen.close()
+        self.close()
         if error is None:
             self._write(reason="Succeeded", exit_code=0)
         else:
             self._write(reason=error.reason, message=str(error)[:1024], exit_code=int(error.exit_code))
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._screen.close()
 
     @property
     def _screen(self) -> "Screen":

@@ -6,12 +6,15 @@ Started by pipeline.py in a cluster only. The operator reads /progress; whoever 
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from finetune_api.progress import ProgressReport
 from finetune_api.status import Progress
 from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
+
+_IDLE_SECONDS = 10
 
 
 class Endpoint:
@@ -52,7 +55,19 @@ class Endpoint:
             gauge.set(float(getattr(progress, name) or 0))
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """A connection that asks nothing, such as a browser's spare one, holds up neither the others nor the end of the run."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, *_: Any) -> None:
+        """Whoever asked has gone: no traceback for that."""
+
+
 class _Quiet(WSGIRequestHandler):
+    timeout = _IDLE_SECONDS
+
     def log_message(self, *args: Any) -> None:
         """The operator asks every few seconds: no line for that."""
 
@@ -60,7 +75,7 @@ class _Quiet(WSGIRequestHandler):
 @contextmanager
 def serving(endpoint: Endpoint, address: str, port: int) -> Iterator[int]:
     """Serves within the block and yields the port (useful for port 0)."""
-    server = make_server(address, port, endpoint.answer, handler_class=_Quiet)
+    server = make_server(address, port, endpoint.answer, server_class=_Server, handler_class=_Quiet)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

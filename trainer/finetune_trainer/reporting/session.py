@@ -49,6 +49,9 @@ def reporting(job: JobDescription, *, serve: bool = True) -> Iterator[RunReporte
             failure = classify(error)
             reporter.end(failure)
             raise failure from error
+        except KeyboardInterrupt:
+            reporter.close()
+            raise
         reporter.end(None)
 
 

@@ -4,7 +4,8 @@ One module a scheme: local (file, pvc, configmap), s3, hub, builtin. A source is
 resolved form is what the report and the status quote. Must not import torch at the top: `check` runs before it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_trainer.context import RunContext
@@ -17,10 +18,22 @@ _LOCAL = ("file", "pvc", "configmap")
 
 @dataclass(frozen=True)
 class Fetched:
-    """A source on this machine: a model's folder or a JSON Lines file, and its URI with the resolved commit, version or digest."""
+    """A source on this machine: a model's folder or a JSON Lines file.
+
+    Attributes:
+        resolved: its URI with the commit, version or digest that was found.
+        identify: gives what changes with the content that is used, and with nothing else, such as a commit to another file; of a model in a
+            local folder it reads all weights.
+    """
 
     path: Path
     resolved: str
+    identify: Callable[[], str] = field(compare=False)
+
+    @classmethod
+    def of(cls, path: Path, resolved: str, identity: str) -> "Fetched":
+        """A source whose identity is known already."""
+        return cls(path, resolved, lambda: identity)
 
 
 def fetch_model(ctx: RunContext, *, weights: bool = True) -> Fetched:
@@ -33,13 +46,14 @@ def fetch_model(ctx: RunContext, *, weights: bool = True) -> Fetched:
     if where.scheme in _LOCAL:
         path = local.local_path(where, in_cluster=ctx.job.in_cluster)
         local.check_model(where, path)
-        return Fetched(path, where.uri)
+        trusted = ctx.spec.model.trust_remote_code
+        return Fetched(path, where.uri, lambda: local.model_digest(where, path, trust_remote_code=trusted))
     if where.scheme == "s3":
-        return Fetched(*s3.fetch_model(ctx, where, weights=weights))
+        return Fetched.of(*s3.fetch_model(ctx, where, weights=weights))
     if where.scheme == "hf":
-        return Fetched(*hub.fetch_model(ctx, where, weights=weights))
+        return Fetched.of(*hub.fetch_model(ctx, where, weights=weights))
     builtin.check(where, builtin.MODEL)
-    return Fetched(builtin.fetch_model(ctx.cache, weights=weights), where.uri)
+    return Fetched.of(builtin.fetch_model(ctx.cache, weights=weights), where.uri, where.uri)
 
 
 def keeps_weights(ctx: RunContext) -> bool:
@@ -107,11 +121,15 @@ def _fetch_file(ctx: RunContext, where: Location) -> Fetched:
     if where.scheme in _LOCAL:
         path = local.local_path(where, in_cluster=ctx.job.in_cluster)
         local.check_file(where, path)
-        return Fetched(path, f"{where.uri}?sha256={local.file_digest(path)}")
+        return _digested(path, where)
     if where.scheme == "s3":
-        return Fetched(*s3.fetch_file(ctx, where))
+        return Fetched.of(*s3.fetch_file(ctx, where))
     if where.scheme == "hf":
-        return Fetched(*hub.fetch_file(ctx, where))
+        return Fetched.of(*hub.fetch_file(ctx, where))
     builtin.check(where, builtin.DATASET)
-    path = builtin.fetch_dataset(ctx.cache)
-    return Fetched(path, f"{where.uri}?sha256={local.file_digest(path)}")
+    return _digested(builtin.fetch_dataset(ctx.cache), where)
+
+
+def _digested(path: Path, where: Location) -> Fetched:
+    digest = local.file_digest(path)
+    return Fetched.of(path, f"{where.uri}?sha256={digest}", digest)

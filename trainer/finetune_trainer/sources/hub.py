@@ -4,6 +4,8 @@ A branch or tag is resolved to a commit once; everything is then read at that co
 """
 
 import glob
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,15 @@ _PARALLEL_DOWNLOADS = 8
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository at one commit."""
+    """A repository at one commit.
+
+    Attributes:
+        files: git's own digest of each file's content, or of the pointer that has its sha256, by the file's name.
+    """
 
     address: HubAddress
     commit: str
-    files: frozenset[str]
+    files: Mapping[str, str]
 
 
 def check_model(ctx: RunContext, where: Location) -> None:
@@ -50,15 +56,17 @@ def check_file(ctx: RunContext, where: Location) -> None:
     _may_read(api, where, found, found.address.path, dataset=True)
 
 
-def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Path, str]:
-    """The model's folder in the cache (without `weights` only its small files are sure to be there), and its URI at the commit.
+def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Path, str, str]:
+    """The model's folder in the cache (without `weights` only its small files are sure to be there), its URI at the commit, and a digest of what is loaded.
 
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError
     """
     api = hub_api(ctx, where.role)
     found = _find(api, where, dataset=False)
-    wanted = wanted_files(found.files, trust_remote_code=ctx.spec.model.trust_remote_code, weights=weights)
+    trusted = ctx.spec.model.trust_remote_code
+    loaded = wanted_files(found.files, trust_remote_code=trusted)
+    wanted = wanted_files(found.files, trust_remote_code=trusted, weights=weights)
     with hub_errors(where):
         folder = api.snapshot_download(
             found.address.repo_id,
@@ -67,11 +75,12 @@ def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Pat
             allow_patterns=[glob.escape(name) for name in wanted],
             max_workers=_PARALLEL_DOWNLOADS,
         )
-    return Path(folder), f"hf://{found.address.repo_id}@{found.commit}"
+    identity = hashlib.sha256("".join(f"{name} {found.files[name]}\n" for name in loaded).encode()).hexdigest()
+    return Path(folder), f"hf://{found.address.repo_id}@{found.commit}", identity
 
 
-def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str]:
-    """The file of a dataset repository in the cache, and its URI at the commit.
+def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str, str]:
+    """The file of a dataset repository in the cache, its URI at the commit, and a digest of its content.
 
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError
@@ -82,7 +91,7 @@ def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str]:
         path = api.hf_hub_download(
             found.address.repo_id, found.address.path, repo_type="dataset", revision=found.commit, cache_dir=ctx.cache / "hub"
         )
-    return Path(path), f"hf://{found.address.repo_id}@{found.commit}/{found.address.path}"
+    return Path(path), f"hf://{found.address.repo_id}@{found.commit}/{found.address.path}", found.files[found.address.path]
 
 
 def _find(api: Any, where: Location, *, dataset: bool) -> Snapshot:
@@ -90,8 +99,9 @@ def _find(api: Any, where: Location, *, dataset: bool) -> Snapshot:
     address = hub_address(where, with_path=dataset)
     with hub_errors(where):
         read = api.dataset_info if dataset else api.model_info
-        info = read(address.repo_id, revision=address.revision, timeout=LOOKUP_TIMEOUT_SECONDS)
-    files = frozenset(item.rfilename for item in info.siblings or ())
+        info = read(address.repo_id, revision=address.revision, timeout=LOOKUP_TIMEOUT_SECONDS, files_metadata=True)
+    # A mirror of the Hub may know no digests: there every commit counts as other content.
+    files = {item.rfilename: item.blob_id or info.sha for item in info.siblings or ()}
     if not dataset:
         require_model(files, f"{where.field}: {where.uri}")
     elif address.path not in files:

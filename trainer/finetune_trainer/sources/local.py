@@ -7,7 +7,7 @@ from finetune_api.names import VOLUMES_ROOT
 
 from finetune_trainer.errors import AccessError, DataError, SpecError
 from finetune_trainer.sources.location import Location
-from finetune_trainer.sources.model_files import require_model
+from finetune_trainer.sources.model_files import require_model, wanted_files
 
 _KINDS = {"pvc": "PersistentVolumeClaim", "configmap": "ConfigMap"}
 
@@ -67,6 +67,22 @@ def check_file(location: Location, path: Path) -> None:
         raise _closed(location, path) from error
     if empty:
         raise DataError(f"{location.field}: {path} is empty; a dataset needs at least one row.")
+
+
+def model_digest(location: Location, folder: Path, *, trust_remote_code: bool) -> str:
+    """sha256 over the names and contents of what is loaded from a model's folder, in hex; reads all weights.
+
+    Raises:
+        AccessError: a file may not be read.
+    """
+    joined = hashlib.sha256()
+    present = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    for name in wanted_files(present, trust_remote_code=trust_remote_code):
+        try:
+            joined.update(f"{name}\0{file_digest(folder / name)}\n".encode())
+        except PermissionError as error:
+            raise _closed(location, folder / name) from error
+    return joined.hexdigest()
 
 
 def file_digest(path: Path) -> str:

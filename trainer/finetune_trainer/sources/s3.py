@@ -52,8 +52,8 @@ def check_model(ctx: RunContext, where: Location) -> None:
         client.get_object(Bucket=where.authority, Key=objects["config.json"].key)["Body"].close()
 
 
-def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str]:
-    """The object as a file of the cache, and its URI with version or ETag.
+def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str, str]:
+    """The object as a file of the cache, its URI with version or ETag, and the ETag alone.
 
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError
@@ -62,11 +62,11 @@ def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str]:
     found = _find_object(client, where)
     folder = _download(client, where, {Path(where.path).name: found}, ctx.cache)
     pinned = f"versionId={found.version}" if found.version else f"etag={found.etag}"
-    return folder / Path(where.path).name, f"{where.uri}?{pinned}"
+    return folder / Path(where.path).name, f"{where.uri}?{pinned}", found.etag
 
 
-def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Path, str]:
-    """The model's folder in the cache (without `weights` one of its small files), and the prefix with a digest of all its ETags.
+def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Path, str, str]:
+    """The model's folder in the cache (without `weights` one of its small files), the prefix with a digest of all its ETags, and that digest whole.
 
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError
@@ -75,7 +75,8 @@ def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Pat
     objects = _find_model(client, where, trust_remote_code=ctx.spec.model.trust_remote_code)
     wanted = wanted_files(objects, trust_remote_code=ctx.spec.model.trust_remote_code, weights=weights)
     folder = _download(client, where, {name: objects[name] for name in wanted}, ctx.cache)
-    return folder, f"{where.uri}?etags={content_key(where, objects.values())[:16]}"
+    key = content_key(where, objects.values())
+    return folder, f"{where.uri}?etags={key[:16]}", key
 
 
 def content_key(where: Location, objects: Iterable[Object]) -> str:

@@ -16,8 +16,8 @@ from finetune_trainer import atomic
 from finetune_trainer.canonical import sort_metadata
 from finetune_trainer.context import RunContext
 from finetune_trainer.memory import heap
-from finetune_trainer.qat.export import plain_model, trained_digests
-from finetune_trainer.qat.prepare import drop_caches, fake_quantization, free_codes, mode_of
+from finetune_trainer.qat.export import free_weight, plain_model, trained_digests
+from finetune_trainer.qat.prepare import exact_layers, fake_quantization, free_codes, mode_of
 from finetune_trainer.stages.train import Trained
 
 _ROWS, _TOKENS = 2, 32
@@ -81,13 +81,16 @@ def write_reference(ctx: RunContext, trained: Trained) -> None:
         (folder / names.PROOF_EXPECTED).write_text(json.dumps(expected, indent=1))
 
 
-def leave_gpu(model: PeftModel) -> None:
-    """Moves the trained model to the CPU, so that the fresh process of verify has the GPU's memory to itself."""
+def make_room(model: PeftModel) -> None:
+    """Before the fresh process of verify: it has the GPU's memory to itself, and the host's beside what export left as it was.
+
+    Export has freed the quantized layers' trained weights, unless an attempt before this one exported.
+    """
+    for _, layer in exact_layers(model):
+        free_weight(layer)
     if model.device.type != "cuda":
         return
     model.to("cpu")
-    drop_caches(model)
-    free_codes(model, frozen=True)  # no move of the model takes them along
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -15,16 +15,19 @@ from datetime import datetime, tzinfo
 from typing import Any
 
 from jinja2.exceptions import TemplateError as JinjaError
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from finetune_trainer import dataset, rendering, sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.dataset import Dataset, Form
 from finetune_trainer.errors import DataError
+from finetune_trainer.plan import plan
 from finetune_trainer.rendering import Messages, Render, Segment, TemplateError
 
 IGNORED = -100
+_SPARE_POSITIONS = 2
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Data:
         form: the form of the rows.
         resolved: the source with its digest, version or commit.
         held_out_resolved: likewise of held-out data that has a source of its own; else empty.
+        identities: what changes with the content of the two and with nothing else, for the report.
         preview: the first example, with what is trained between ⟦ and ⟧.
     """
 
@@ -58,6 +62,7 @@ class Data:
     form: Form
     resolved: str
     held_out_resolved: str
+    identities: dict[str, str]
     preview: str
 
     @property
@@ -98,26 +103,33 @@ def make(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
         train, held_out, dropped = examples, held, dropped + held_dropped
     else:
         train, held_out = split(examples, spec.evaluation.percent, ctx.spec.training.seed)
-    _require_held_out(ctx, held_out)
+    _require_comparison(ctx, train, held_out)
     if dropped:
         ctx.reporter.note(
             f"{dropped} rows were dropped: nothing of their completion fits into training.maxLength ({ctx.spec.training.max_length} tokens)."
         )
     shown = rendering.preview(rendering.render(rows.rows[0], rows.form, _template(tokenizer), _eos(tokenizer), spec.source))
-    return Data(train, held_out, dropped, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", shown)
+    identities = {"dataset": fetched.identify(), "heldOut": evaluation.identify() if evaluation else ""}
+    return Data(train, held_out, dropped, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", identities, shown)
 
 
-def require_known_tokens(data: Data, vocabulary: int) -> None:
-    """Refuses data that uses tokens the model has no embedding for, which would end as an index error in mid-training.
+def require_known_tokens(data: Data, model: PreTrainedModel) -> None:
+    """Refuses data that uses tokens or positions the model has no embedding for, which would end as an index error in mid-training.
 
     Args:
         data: what is trained on and what is held out.
-        vocabulary: embeddings of the model.
+        model: with or without an adapter, and with or without weights.
 
     Raises:
-        DataError: tokenizer and model do not belong together.
+        DataError: tokenizer and model do not belong together, or a row is too long.
     """
-    largest = max(max(example.input_ids) for example in (*data.train, *data.held_out))
+    examples = (*data.train, *data.held_out)
+    longest, positions = max(len(example.input_ids) for example in examples), _learned_positions(model)
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"The longest row has {longest} tokens, but the model has {positions} positions; set training.maxLength to {positions}."
+        )
+    largest, vocabulary = max(max(example.input_ids) for example in examples), model.get_input_embeddings().num_embeddings
     if largest >= vocabulary:
         raise DataError(
             f"The tokenizer makes token {largest}, but the model knows {vocabulary} tokens only; use the tokenizer that belongs to the model."
@@ -170,9 +182,25 @@ def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase
     return kept, len(made) - len(kept)
 
 
-def _require_held_out(ctx: RunContext, held_out: Sequence[Example]) -> None:
+def _learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has an embedding for; None where they are computed, as rotary ones are."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens]
+    # OPT's table has two more than its configuration says, for what is padding elsewhere.
+    return limit if limit is not None and any(0 <= size - limit <= _SPARE_POSITIONS for size in tables) else None
+
+
+def _require_comparison(ctx: RunContext, train: Sequence[Example], held_out: Sequence[Example]) -> None:
     """A gate that has nothing to measure would let every model through."""
-    if ctx.spec.quality.max_loss_increase_percent is not None and not held_out:
+    if ctx.spec.quality.max_loss_increase_percent is None:
+        return
+    if plan(ctx.spec, len(train), 1).switch_step == 0:
+        raise DataError(
+            f"{ctx.spec.dataset.source} is enough for a single optimizer step, which is a quantization-aware one, but quality.maxLossIncreasePercent "
+            "compares with the model before such steps; add rows or epochs, lower training.batchSize or remove the limit."
+        )
+    if not held_out:
         raise DataError(
             f"{ctx.spec.dataset.source} leaves no row to hold out, but quality.maxLossIncreasePercent compares held-out losses; "
             "add rows, set dataset.evaluation.source or remove the limit."

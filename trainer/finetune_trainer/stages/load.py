@@ -28,12 +28,14 @@ class Loaded:
 
     Attributes:
         resolved: the source with its commit or version.
+        identity: changes with the base model's files and with nothing else.
         backend: what it was loaded through.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     resolved: str
+    identity: str
     backend: Backend
 
 
@@ -71,11 +73,12 @@ def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase, backend: Backend) -
         AccessError, DataError, InfrastructureError, SpecError: one sentence each.
     """
     fetched = sources.fetch_model(ctx)
+    identity = fetched.identify()
     set_seed(ctx.spec.training.seed)
     base = backend.load_base(fetched.path, ctx.spec.model.dtype, trust_remote_code=ctx.spec.model.trust_remote_code)
     size, dtype = base.num_parameters() / 1e6, str(base.dtype).removeprefix("torch.")
     ctx.reporter.note(f"Loaded {size:,.0f} million parameters as {dtype} on the {base.device.type.upper()}.")
-    return Loaded(backend.add_adapter(base, ctx.spec.lora, ctx.spec.quantization.scheme), tokenizer, fetched.resolved, backend)
+    return Loaded(backend.add_adapter(base, ctx.spec.lora, ctx.spec.quantization.scheme), tokenizer, fetched.resolved, identity, backend)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -57,10 +57,10 @@ def run(ctx: RunContext) -> Rehearsed:
     parameters = base.num_parameters()
     with torch.device("meta"):
         model = add_adapter(base, ctx.spec.lora)
-    adapted, vocabulary = model.num_parameters(only_trainable=True), model.get_input_embeddings().num_embeddings
+    adapted = model.num_parameters(only_trainable=True)
     _prepare(ctx, model)
     rows = data.make(ctx, tokenizer)
-    data.require_known_tokens(rows, vocabulary)
+    data.require_known_tokens(rows, model)
     if not rows.held_out:
         ctx.reporter.note(NOTHING_HELD_OUT)
     # Before the weights: what fits nowhere need not be downloaded, and may not even be mapped.

@@ -4,6 +4,7 @@ Resumable at any step, bit for bit on a CPU. SIGTERM saves the last completed st
 On a GPU: bfloat16 and activation checkpointing; there flash attention's backward pass adds up in no fixed order, so that steps of large models differ in the last bits.
 """
 
+import copy
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,12 +78,13 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
         Checkpointed: SIGTERM came; the last completed step is saved.
         DataError: a loss or gradient is not finite, or a token is unknown to the model.
     """
-    require_known_tokens(data, loaded.model.get_input_embeddings().num_embeddings)
+    require_known_tokens(data, loaded.model)
     mirror = Mirror.of(ctx)
-    inputs = finished.digest_of(loaded.resolved, data.digest, loaded.backend.NAME)
+    inputs = finished.digest_of(loaded.identity, data.digest, loaded.backend.NAME)
     prepared = _prepare(ctx, loaded, data)
     start = find_checkpoint(ctx, mirror, inputs)
     steps, needed = _plan(ctx, loaded, data, start)
+    generation = copy.deepcopy(loaded.model.generation_config)
     phases = Phases(Work(ctx, loaded.model, data.held_out, rows_to_round_by(_shuffled(ctx, data)), steps, inputs, mirror, start))
     try:
         trainer = _trainer(ctx, loaded, data, steps, phases)
@@ -101,6 +103,8 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
             f"after step {done} of {steps.steps}, which is saved; run again to go on" if done else "before a first step was done; run again"
         )
         raise Checkpointed(f"Stopped by SIGTERM {saved}.")
+    # transformers writes the tokenizer's special tokens into it, and refuses to save a changed one that contradicts itself, as many a published one does.
+    loaded.model.get_base_model().generation_config = generation
     shrink.forget(ctx)
     last_loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
     return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, start.step if start else 0, last_loss, steps)
@@ -129,7 +133,7 @@ def find_checkpoint(ctx: RunContext, mirror: Mirror | None, inputs: str) -> Chec
     """The newest complete checkpoint of this training, from the working directory or else from the mirror; the others are removed.
 
     Args:
-        inputs: digest of the base model's revision and the rows; where a source has changed under the same name, training begins anew.
+        inputs: digest of the base model's files and the rows; where a source has changed under the same name, training begins anew.
     """
     found = checkpoints.newest(ctx.outputs, ctx.job.train_digest, ctx.reporter.note)
     if found is None and mirror is not None:
@@ -215,6 +219,7 @@ class _PhasedTrainer(SFTTrainer):
     phases: Phases
     row_order: GroupedByLength
     tokens_at_once: int
+    _random_state: list[torch.Tensor]
 
     def train_from(self, start: Checkpoint | None) -> None:
         """Trains to the end, or until SIGTERM has been obeyed; the last completed step is saved."""
@@ -222,6 +227,7 @@ class _PhasedTrainer(SFTTrainer):
             self.train(resume_from_checkpoint=str(start.folder) if start else None)
         except StepDropped:
             done = self.state.global_step
+            _set_random_state(self._random_state)
             if done and not checkpoints.is_complete(checkpoints.folder_of(Path(self.args.output_dir), done)):
                 self._save_checkpoint(self.model, trial=None)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -231,6 +237,7 @@ class _PhasedTrainer(SFTTrainer):
 
     def training_step(self, model: PeftModel, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward passes of a whole optimizer step; the loss of its tokens, on average."""
+        self._random_state = _random_state()
         if num_items_in_batch is None:  # of models that do not say that they take it: each micro-batch would count its own tokens alone
             num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum()
         lengths, losses = inputs["attention_mask"].sum(dim=1).tolist(), []
@@ -266,3 +273,14 @@ class _PhasedTrainer(SFTTrainer):
         predicted = predict(base, **inputs)
         tokens = len(predicted.labels) if num_items_in_batch is None else num_items_in_batch
         return summed_loss(output_head(base), predicted, taught, _TEACHER_WEIGHT) / torch.as_tensor(tokens).clamp(min=1)
+
+
+def _random_state() -> list[torch.Tensor]:
+    """Of the CPU, and of each GPU."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def _set_random_state(state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])
