@@ -49,6 +49,9 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
         _tell(reporter, report, job.spec.quality)
         quality_gate.require_quality(ctx, report["losses"])
         _publish(ctx, reporter, report)
+        # Everything is published: neither a failure in what is left nor a SIGTERM may send another pod to train it again.
+        alone.enter_context(stopping_later(lambda: None))
+        remove_mirror(ctx)
         # Last: what a pod is killed for is never explained by a hint.
         reporter.know(message=textwrap.shorten(" ".join(report.get("hints", ())), _TOLD_CHARACTERS, placeholder=" …"))
         return report
@@ -190,18 +193,16 @@ def _publish(ctx: RunContext, reporter: RunReporter, report: dict[str, Any]) -> 
 
     reporter.enter(Stage.PUBLISHING)
     reporter.know(artifacts=publish.run(ctx, report))
-    remove_mirror(ctx)
 
 
 def remove_mirror(ctx: RunContext) -> None:
-    """Everything is published: neither a failure here nor a SIGTERM may send another pod to train it again."""
+    """Checkpoints of what is published are of no more use; where they can't be removed, that is said."""
     from finetune_trainer.mirror import Mirror
 
     try:
-        with stopping_later(lambda: None):
-            mirror = Mirror.of(ctx)
-            if mirror is not None:
-                mirror.remove()
+        mirror = Mirror.of(ctx)
+        if mirror is not None:
+            mirror.remove()
     except FineTuneError as error:
         ctx.reporter.note(f"The mirrored checkpoints were not removed: {error}")
 

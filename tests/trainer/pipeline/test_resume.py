@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_trainer import checkpoints, destinations, phases, plan
+from finetune_trainer import checkpoints, destinations, phases, pipeline, plan
 from finetune_trainer.errors import Checkpointed, InfrastructureError, NotPublishedError
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.stages import evaluate, verify
@@ -394,6 +394,12 @@ def test_a_finished_run_with_held_out_data_of_its_own_is_not_done_again(tmp_path
     first = run(job, tmp_path / "work")
     assert first["sources"]["heldOut"].startswith(f"file://{held_out}")
     assert run(job, tmp_path / "work") == first
+
+
+def test_sigterm_behind_the_publication_ends_a_run_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another pod would train it again: its checkpoints are gone by then."""
+    monkeypatch.setattr(pipeline, "remove_mirror", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert run(tiny_job(tmp_path), tmp_path / "work")["training"]["steps"] == STEPS
 
 
 def test_sigterm_outside_of_training_ends_at_once_with_the_code_of_a_checkpointed_run(

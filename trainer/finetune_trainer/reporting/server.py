@@ -15,6 +15,7 @@ from finetune_api.status import Progress
 from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
 
 _IDLE_SECONDS = 10
+_POLL_SECONDS = 0.1  # what the end of a run waits for at most
 
 
 class Endpoint:
@@ -76,7 +77,7 @@ class _Quiet(WSGIRequestHandler):
 def serving(endpoint: Endpoint, address: str, port: int) -> Iterator[int]:
     """Serves within the block and yields the port (useful for port 0)."""
     server = make_server(address, port, endpoint.answer, server_class=_Server, handler_class=_Quiet)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(_POLL_SECONDS,), daemon=True)
     thread.start()
     try:
         yield server.server_port

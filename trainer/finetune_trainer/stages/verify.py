@@ -60,7 +60,7 @@ def run(ctx: RunContext) -> Proof:
         CapacityError: the process was ended by a signal, or out of memory.
         ProofError: it does not load, or differs and the spec does not accept that; the sentence names the first weight, the difference or the layer.
     """
-    measured = _measure(ctx.quantized, ctx.proof)
+    measured = _measure(ctx)
     expected = json.loads((ctx.proof / names.PROOF_EXPECTED).read_text())["weights"]
     differing = sorted(name for name in expected.keys() | measured["weights"].keys() if expected.get(name) != measured["weights"].get(name))
     errors = measured["kernel_errors"]
@@ -93,13 +93,14 @@ def _difference(proof: Proof, differing: list[str], errors: dict[str, float]) ->
     return f"{head}{proof.kernel} computes {worst} {errors[worst]:.3g} rounding steps off, where {_ROUNDING_STEPS:.0f} are allowed, although all weights are equal"
 
 
-def _measure(folder: Path, proof: Path) -> dict:
-    recorded = [str(proof / name) for name in (names.PROOF_REFERENCE, names.PROOF_EXPECTED)]
-    command = [sys.executable, "-m", "finetune_trainer.stages.verify_folder", str(folder), *recorded]
+def _measure(ctx: RunContext) -> dict:
+    recorded = [str(ctx.proof / name) for name in (names.PROOF_REFERENCE, names.PROOF_EXPECTED)]
+    command = [sys.executable, "-m", "finetune_trainer.stages.verify_folder", str(ctx.quantized), *recorded]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_clean_environment())
     if done.returncode:
-        (proof / "verify.log").write_text(done.stderr)
-        _refuse(done, proof / "verify.log")
+        log = ctx.workdir / "verify.log"  # not beside the proof, which is published and must stay what convert wrote
+        log.write_text(done.stderr)
+        _refuse(done, log)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
