@@ -92,6 +92,7 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
     ),
     "A model that will not load: what it depends on": (
         Symptom("brings Python code of its own (auto_map in config.json); set spec.model.trustRemoteCode to true if you trust it.", "The architecture is not part of transformers.", "Read that code; if you trust it, set `model.trustRemoteCode: true`."),
+        Symptom("spec.lora.targetModules: LoRA on … trains what is no linear layer", "A mixture of experts keeps its experts in tensors that are no layers; LoRA reaches them, but no scheme quantizes them.", "Name the attention's layers alone where they are half of the weights, or set `quantization.scheme: none`."),
         Symptom("finds no GPU in this pod; ", "The node's driver is older than PyTorch's CUDA, or the device plugin gave no GPU.", "Renew the driver, check the device plugin."),
         Symptom("of this model's linear weights, less than half", "The group size of the scheme does not divide the layers' input sizes.", "Take the scheme and group size that the sentence names."),
         Symptom("holds no job description of this version", "Operator and trainer image are of different versions.", "Use the image that belongs to the operator."),
@@ -114,6 +115,9 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         Symptom("holds conversations, but the model has no chat template", "A base model knows no turns.", "Use its instruction-tuned sibling, or prompt and completion columns."),
         Symptom("the model's chat template refuses the conversation", "Two turns of one role in a row, a role that it does not know; or the template itself is wrong, or does what no template may.", "Change the turns, or mend the template."),
         Symptom("use the tokenizer that belongs to the model.", "The tokenizer has more tokens than the model has embeddings.", "Take both from one place."),
+        Symptom("the model's chat template rewrites earlier turns; keep one assistant turn in each row.", "Some templates drop what was thought in earlier answers, so that a conversation is not the beginning of a longer one.", "Cut each conversation into rows of one answer."),
+        Symptom("The longest row has … tokens, but the model has … positions", "The model learnt an embedding for each position, and has no more.", "Set `training.maxLength` to that number; longer rows are cut."),
+        Symptom("is enough for a single optimizer step, which is a quantization-aware one,", "`quality.maxLossIncreasePercent` has nothing to compare with.", "Add rows or epochs, lower `training.batchSize`, or remove the limit."),
         Symptom("is not finite at training.learningRate", "The learning rate is too high, or a row is broken.", "Lower it; checkpoints of earlier steps are kept."),
     ),
     "Access": (
@@ -129,6 +133,8 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
     "A run that was stopped": (
         Symptom("is passed over: ", "A checkpoint was not finished, or its files are not what its seal says.", "Nothing: the one before it is used."),
         Symptom("The model or the data has changed since the checkpoint of step", "A source has other content under the same name.", "Nothing, if that was meant; else pin a revision."),
+        Symptom("is not taken up: ", "A file of an earlier publication is gone, unreadable, or has other bytes.", "Nothing: it is made and published again."),
+        Symptom("Another run is at work in", "Two runs in one working directory would remove each other's checkpoints.", "Wait for its end, or give this one another `--workdir`."),
         Symptom("was not mirrored: ", "S3 refused or did not answer; the training went on.", "Mend what the sentence names: what is not mirrored ends with the pod."),
         Symptom("Checkpoints end with this pod", "Nothing that the job names outlasts it.", "Set `storage.checkpoints.uri` or `storage.workspace.persistentVolumeClaim`."),
     ),
