@@ -138,7 +138,8 @@ class QuantizationSpec(ApiModel):
         default=None,
     )
     qat_percent: int = spec_field(
-        "Share of the optimizer steps, at the end, under exact quantization-aware training, in percent. Default 20. 100 is QAT from the first step, 0 quantizes after training.",
+        "Share of the optimizer steps, at the end, under exact quantization-aware training, in percent; below 100 the first step is never one, unless it is the only one. "
+        "Default 20. 100 is QAT from the first step, 0 quantizes after training.",
         default=20, ge=0, le=100,
     )  # fmt: skip
     distill: bool = spec_field(

@@ -4,6 +4,7 @@ Tiny models gain nothing from threads, and lose much where other tests run besid
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,14 @@ if backends.has_unsloth():
 
 BAD_KEY = "key-that-nobody-knows"
 BAD_SECRET = "secret-that-must-not-be-quoted"
+
+
+@pytest.fixture(autouse=True)
+def _sigterm() -> Iterator[None]:
+    """A run that has published takes no SIGTERM any more, and neither would what is tested after it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -23,11 +23,12 @@ from finetune_trainer.reporting.quiet import quiet_bars
 from finetune_trainer.reporting.reporter import RunReporter
 from finetune_trainer.reporting.session import reporting
 from finetune_trainer.stages import preflight as cheap_checks
-from finetune_trainer.termination_signal import stopping_later
+from finetune_trainer.termination_signal import nothing_left_to_stop
 
 if TYPE_CHECKING:
     from finetune_trainer.stages.rehearse import Rehearsed
 
+_LOCK_SECONDS = 150  # a lost node's lock on NFS lives for 90
 _TOLD_CHARACTERS = 1024  # what a termination message takes
 
 
@@ -44,13 +45,11 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
         ctx = RunContext(job, workdir, cache, reporter)
         reporter.enter(Stage.PREFLIGHT)
         cheap_checks.run(ctx)
-        alone.enter_context(_alone_in(workdir))
+        alone.enter_context(_alone(ctx))
         report = finished_report(ctx) or _published_report(ctx) or _make(ctx, reporter)
         _tell(reporter, report, job.spec.quality)
         quality_gate.require_quality(ctx, report["losses"])
         _publish(ctx, reporter, report)
-        # Everything is published: neither a failure in what is left nor a SIGTERM may send another pod to train it again.
-        alone.enter_context(stopping_later(lambda: None))
         remove_mirror(ctx)
         # Last: what a pod is killed for is never explained by a hint.
         reporter.know(message=textwrap.shorten(" ".join(report.get("hints", ())), _TOLD_CHARACTERS, placeholder=" …"))
@@ -78,17 +77,20 @@ def preflight(job: JobDescription, workdir: Path, cache: Path) -> "Rehearsed":
 
 
 @contextmanager
-def _alone_in(workdir: Path) -> Iterator[None]:
+def _alone(ctx: RunContext) -> Iterator[None]:
     """Two runs in one working directory would remove each other's checkpoints. A file system that knows no locks is trusted.
+
+    In a cluster the other one is a pod of the same Job that is going, or whose node has gone: it is waited for.
 
     Raises:
         InfrastructureError: another run is at work there.
     """
-    lock = FileLock(workdir / ".lock", timeout=0)
+    # No marker in place of a lock: nobody would remove that of a killed pod.
+    lock = FileLock(ctx.workdir / ".lock", timeout=_LOCK_SECONDS if ctx.job.in_cluster else 0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:
-        raise InfrastructureError(f"Another run is at work in {workdir}; wait for its end, or choose another --workdir.") from error
+        raise InfrastructureError(f"Another run is at work in {ctx.workdir}; wait for its end, or choose another --workdir.") from error
     except (OSError, NotImplementedError):
         pass
     try:
@@ -169,7 +171,7 @@ def finished_report(ctx: RunContext) -> dict[str, Any] | None:
 def _published_report(ctx: RunContext) -> dict[str, Any] | None:
     from finetune_trainer.destinations.restore import restore
 
-    return finished_report(ctx) if restore(ctx) else None
+    return finished_report(ctx) if restore(ctx, lambda: _identities(ctx)) else None
 
 
 def _digests(ctx: RunContext) -> dict[str, str]:
@@ -192,7 +194,9 @@ def _publish(ctx: RunContext, reporter: RunReporter, report: dict[str, Any]) -> 
     from finetune_trainer.stages import publish
 
     reporter.enter(Stage.PUBLISHING)
-    reporter.know(artifacts=publish.run(ctx, report))
+    published = publish.run(ctx, report)
+    nothing_left_to_stop()  # another pod would train it again: its checkpoints are removed next
+    reporter.know(artifacts=published)
 
 
 def remove_mirror(ctx: RunContext) -> None:

@@ -33,6 +33,16 @@ def stopping_later(remember: Callable[[], None]) -> Iterator[None]:
         yield
 
 
+def nothing_left_to_stop() -> None:
+    """From now on the signal does nothing, until the process ends: what it was started for is done."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _done)
+
+
+def _done(*_: Any) -> None:
+    """A handler of its own: an ignored signal would be ignored by every program that is started, too."""
+
+
 @contextmanager
 def _handling(handler: Callable[..., None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
@@ -42,4 +52,5 @@ def _handling(handler: Callable[..., None]) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is not _done:
+            signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,5 @@
 """The step plan: whole micro-batches, a switch within the training, a warm-up that ends."""
 
-import math
 from typing import Any
 
 import pytest
@@ -44,13 +43,31 @@ def test_the_switch_lies_within_the_training(training: dict[str, int], rows: int
     assert 0 <= found.switch_step <= found.steps
 
 
-@given(training=TRAINING, rows=ROWS, percent=PERCENT)
-def test_the_quantized_steps_are_their_share_rounded_up_and_leave_one_before_them(
-    training: dict[str, int], rows: int, percent: int
-) -> None:
+@pytest.mark.parametrize(
+    ("steps", "percent", "quantized"),
+    [
+        (100, 20, 20),
+        (100, 1, 1),
+        (101, 20, 21),
+        (7, 50, 4),
+        (10, 100, 10),
+        (10, 99, 9),
+        (2, 99, 1),
+        (2, 20, 1),
+        (1, 20, 1),
+        (1, 0, 0),
+        (3, 0, 0),
+    ],
+)
+def test_the_quantized_steps_are_their_share_rounded_up_and_leave_one_before_them(steps: int, percent: int, quantized: int) -> None:
+    found = planned({"batchSize": 1}, percent, rows=steps)
+    assert (found.steps, found.steps - found.switch_step) == (steps, quantized)
+
+
+@given(training=TRAINING, rows=ROWS, percent=st.integers(1, 99))
+def test_some_percent_is_some_of_several_steps_and_never_all(training: dict[str, int], rows: int, percent: int) -> None:
     found = planned(training, percent, rows)
-    share = math.ceil(found.steps * percent / 100)
-    assert found.steps - found.switch_step == (min(share, max(1, found.steps - 1)) if percent < 100 else share)
+    assert 0 < found.switch_step < found.steps or (found.steps, found.switch_step) == (1, 0)
 
 
 @given(training=TRAINING, rows=ROWS)

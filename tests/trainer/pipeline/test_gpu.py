@@ -8,7 +8,8 @@ import torch
 from finetune_trainer import pipeline, sources
 from finetune_trainer.errors import CapacityError
 from finetune_trainer.plan import Plan
-from finetune_trainer.qat.prepare import exact_layers, plain_name
+from finetune_trainer.qat.prepare import exact_layers, mode_of, plain_name
+from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.stages import convert, load, train, verify
 from support.exact_models import exact_model, logits_of, token_ids
 from support.run_contexts import context, refused, run_spec
@@ -47,15 +48,20 @@ def test_a_pod_that_sees_its_gpu_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_model_on_a_gpu_leaves_it_with_all_that_it_keeps_there(monkeypatch: pytest.MonkeyPatch) -> None:
     model = exact_model(targets="q_proj")
+    fit_scales(model)
     logits_of(model, token_ids())
     done: list[Any] = []
     monkeypatch.setattr(type(model), "device", torch.device("cuda", 0), raising=False)
     monkeypatch.setattr(type(model), "to", lambda _, device: done.append(device))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
-    assert any(layer.exact.cached for _, layer in exact_layers(model))
+    mode, states = mode_of(model), [layer.exact for _, layer in exact_layers(model)]
+    assert any(state.cached for state in states)
+    assert any(state.shrink is not None for state in states)
+    assert mode.last_input._codes is not None
     convert.make_room(model)
     assert done == ["cpu", "emptied"]
-    assert not any(layer.exact.cached for _, layer in exact_layers(model))
+    assert all((state.cached, state.shrink, state.nudge) == (None, None, None) for state in states)
+    assert mode.last_input._codes is None
 
 
 def test_a_model_on_the_cpu_gives_up_what_was_exported_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

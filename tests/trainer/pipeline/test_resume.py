@@ -13,10 +13,12 @@ import pytest
 import torch
 from finetune_trainer import checkpoints, destinations, phases, pipeline, plan
 from finetune_trainer.errors import Checkpointed, InfrastructureError, NotPublishedError
+from finetune_trainer.reporting import summary
 from finetune_trainer.reporting.progress import ProgressMeter
+from finetune_trainer.reporting.reporter import RunReporter
 from finetune_trainer.stages import evaluate, verify
 from safetensors.torch import load_file
-from support.tiny_jobs import STEPS, run, tiny_job
+from support.tiny_jobs import STEPS, finetune, run, tiny_job
 from support.tiny_model import save_tiny_model, sums, write_jsonl
 
 ADAPTER = "lora_model/adapter_model.safetensors"
@@ -396,10 +398,11 @@ def test_a_finished_run_with_held_out_data_of_its_own_is_not_done_again(tmp_path
     assert run(job, tmp_path / "work") == first
 
 
-def test_sigterm_behind_the_publication_ends_a_run_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("place", "name"), [(pipeline, "remove_mirror"), (RunReporter, "end"), (summary, "print_summary")])
+def test_sigterm_behind_the_publication_ends_a_run_well(place: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another pod would train it again: its checkpoints are gone by then."""
-    monkeypatch.setattr(pipeline, "remove_mirror", lambda _: signal.raise_signal(signal.SIGTERM))
-    assert run(tiny_job(tmp_path), tmp_path / "work")["training"]["steps"] == STEPS
+    monkeypatch.setattr(place, name, lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert finetune("run", str(tiny_job(tmp_path)), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")) == 0
 
 
 def test_sigterm_outside_of_training_ends_at_once_with_the_code_of_a_checkpointed_run(

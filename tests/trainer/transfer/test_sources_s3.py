@@ -55,7 +55,7 @@ def test_the_object_that_was_looked_up_is_the_one_that_is_fetched_or_nothing(
             inside.put({"rows.jsonl": ROWS[::-1]})  # of the same size
 
     s3_calls.before = replace_it
-    with refused(DataError, "spec.dataset.source", "changed while it was downloaded", "start the run again"):
+    with refused(InfrastructureError, "spec.dataset.source", "changed while it was downloaded", "start the run again"):
         sources.fetch_dataset(ctx)
 
 
@@ -96,6 +96,15 @@ def test_the_second_fetch_downloads_nothing(s3_laptop: S3Server, inside: Any, s3
 
     assert sources.fetch_model(ctx) == first
     assert s3_calls.keys("GetObject", "HeadObject") == []
+
+
+def test_a_models_identity_is_that_of_its_files_and_not_of_their_place(s3_laptop: S3Server, inside: Any, tmp_path: Path) -> None:
+    """The endpoint may be edited, and nothing is trained again for it."""
+    found = []
+    for prefix, files in (("a", MODEL_FILES), ("b", MODEL_FILES), ("c", MODEL_FILES | {"model.safetensors": b"others"})):
+        inside.put({f"{prefix}/{name}": content for name, content in files.items()})
+        found.append(sources.fetch_model(reading(tmp_path, s3_laptop.endpoint, model=f"s3://{inside.name}/{prefix}"), weights=False))
+    assert found[0].identify() == found[1].identify() != found[2].identify()
 
 
 def test_new_content_is_fetched_anew(s3_laptop: S3Server, inside: Any, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 Called by pipeline.py where the working directory holds no finished training. On the Hub a model lies in other folders and is not taken up.
 """
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from finetune_api import names
 
@@ -20,8 +23,11 @@ from finetune_trainer.sources.s3_errors import s3_errors
 _FOLDERS = (names.ADAPTER, names.QUANTIZED, names.PROOF)
 
 
-def restore(ctx: RunContext) -> bool:
+def restore(ctx: RunContext, identities: Callable[[], dict[str, str]]) -> bool:
     """Fills the working directory from the first s3 destination that holds this training, each file as its manifest says.
+
+    Args:
+        identities: of the sources as they are now; what was trained from others is left where it lies.
 
     Returns:
         Whether there was one.
@@ -29,14 +35,14 @@ def restore(ctx: RunContext) -> bool:
     Raises:
         CapacityError, InfrastructureError: one sentence each.
     """
-    return any(_restore_from(ctx, where) for where in destinations(ctx.job) if where.scheme == "s3")
+    return any(_restore_from(ctx, where, identities) for where in destinations(ctx.job) if where.scheme == "s3")
 
 
-def _restore_from(ctx: RunContext, where: Location) -> bool:
+def _restore_from(ctx: RunContext, where: Location, identities: Callable[[], dict[str, str]]) -> bool:
     with s3_errors(where):
         place = open_place(ctx, where)
         files = published_files(place.read(names.MANIFEST) or b"", ctx.job.train_digest)
-        if not _is_whole(ctx, files):
+        if not _is_whole(ctx, files) or _made_from(place) != identities():
             return False
     fetched = ctx.workdir / "restored"
     try:
@@ -59,6 +65,13 @@ def _is_whole(ctx: RunContext, files: dict[str, str]) -> bool:
     """Whether everything that this job ships is there."""
     wanted = folders(ctx.spec.wanted_artifacts, hub=False).values()
     return names.REPORT in files and all(any(path.startswith(f"{folder}/") for path in files) for folder in wanted)
+
+
+def _made_from(place: Place) -> Any:
+    try:
+        return json.loads(place.read(names.REPORT) or b"{}").get("identities")
+    except (ValueError, AttributeError):
+        return None
 
 
 def _download(place: Place, files: dict[str, str], target: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from finetune_api.names import MANIFEST
 
 from finetune_trainer.context import RunContext
-from finetune_trainer.destinations.manifest import Publication, named_files
+from finetune_trainer.destinations.manifest import Publication, PublishedFile, named_files
 from finetune_trainer.destinations.s3_upload import put_bytes, upload
 from finetune_trainer.sources.credentials import s3_client
 from finetune_trainer.sources.location import Location
@@ -38,6 +38,15 @@ class Place:
         except self.client.exceptions.ClientError as error:
             if error_code(error) in ("NoSuchKey", "404", "AccessDenied"):  # without the right to list, S3 calls a missing key denied
                 return None
+            raise
+
+    def holds(self, item: PublishedFile) -> bool:
+        """Whether an object of the file's size is there."""
+        try:
+            return bool(self.client.head_object(Bucket=self.bucket, Key=self.key(item.path))["ContentLength"] == item.bytes)
+        except self.client.exceptions.ClientError as error:
+            if error_code(error) in ("403", "404"):
+                return False
             raise
 
     def delete(self, path: str) -> None:
@@ -71,8 +80,9 @@ def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
         stands = place.read(MANIFEST) == publication.manifest
         if not stands:
             _withdraw(place)
-        for item in publication.files:  # what somebody has deleted since is put back
-            upload(place.client, place.bucket, place.key(item.path), item)
+        for item in publication.files:
+            if not (stands and place.holds(item)):  # what somebody has deleted since is put back
+                upload(place.client, place.bucket, place.key(item.path), item)
         if not stands:
             put_bytes(place.client, place.bucket, place.key(MANIFEST), publication.manifest)
         _remove_stale(place, frozenset(item.path for item in publication.files))

@@ -14,7 +14,7 @@ def process_room() -> int:
     """Bytes that this process can come to, those that it has included."""
     status = "/proc/self/status"
     # The kernel counts a mapped file's pages as available already, and a loaded model is little else.
-    own = _kibibytes(status, "RssAnon") + _kibibytes(status, "RssShmem")
+    own = _kibibytes(status, "RssAnon", "RssShmem") or _kibibytes(status, "VmRSS")  # gVisor tells the sum alone
     rooms = [own + _kibibytes("/proc/meminfo", "MemAvailable"), *_rlimits(_kibibytes(status, "VmRSS"))]
     limit = cgroup_limit(Path("/proc/self/cgroup").read_text())
     return min(rooms if limit is None else [*rooms, limit])
@@ -72,6 +72,7 @@ def _rlimits(resident: int) -> list[int]:
     return [limit - _kibibytes("/proc/self/status", used) + resident for limit, used in limits if limit != resource.RLIM_INFINITY]
 
 
-def _kibibytes(file: str, name: str) -> int:
-    line = next(line for line in Path(file).read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+def _kibibytes(file: str, *names: str) -> int:
+    """The sum of these lines, in bytes; a line that the kernel does not write counts as 0."""
+    lines = [line.split() for line in Path(file).read_text().splitlines()]
+    return sum(int(words[1]) * 1024 for words in lines if words[0].rstrip(":") in names)

@@ -79,7 +79,8 @@ def free_weight(layer: ExactLinear) -> None:
     """Frees what an exact layer computes with; nobody may ask it for anything any more."""
     weight = base_linear(layer).weight
     heap.forget_pages(weight)
-    weight.data, layer.exact.cached, layer.exact.nudge = weight.new_empty(0), None, None
+    weight.data = weight.new_empty(0)
+    layer.exact.cached, layer.exact.nudge, layer.exact.shrink = None, None, None
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:

@@ -26,7 +26,7 @@ class Snapshot:
     """A repository at one commit.
 
     Attributes:
-        files: git's own digest of each file's content, or of the pointer that has its sha256, by the file's name.
+        files: by name, git's own digest of each file's content, or of the pointer that has its sha256; the commit where no digest is known.
     """
 
     address: HubAddress
@@ -63,7 +63,7 @@ def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Pat
         AccessError, CapacityError, DataError, InfrastructureError, SpecError
     """
     api = hub_api(ctx, where.role)
-    found = _find(api, where, dataset=False)
+    found = _find(api, where, dataset=False, digests=True)
     trusted = ctx.spec.model.trust_remote_code
     loaded = wanted_files(found.files, trust_remote_code=trusted)
     wanted = wanted_files(found.files, trust_remote_code=trusted, weights=weights)
@@ -91,16 +91,20 @@ def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str, str]:
         path = api.hf_hub_download(
             found.address.repo_id, found.address.path, repo_type="dataset", revision=found.commit, cache_dir=ctx.cache / "hub"
         )
-    return Path(path), f"hf://{found.address.repo_id}@{found.commit}/{found.address.path}", found.files[found.address.path]
+    return (
+        Path(path),
+        f"hf://{found.address.repo_id}@{found.commit}/{found.address.path}",
+        _metadata(api, where, found, found.address.path, dataset=True).etag or found.commit,
+    )
 
 
-def _find(api: Any, where: Location, *, dataset: bool) -> Snapshot:
-    """Resolves the revision and requires what the job needs to be there."""
+def _find(api: Any, where: Location, *, dataset: bool, digests: bool = False) -> Snapshot:
+    """Resolves the revision and requires what the job needs to be there; without `digests`, which are long for many files, names alone are sure."""
     address = hub_address(where, with_path=dataset)
     with hub_errors(where):
         read = api.dataset_info if dataset else api.model_info
-        info = read(address.repo_id, revision=address.revision, timeout=LOOKUP_TIMEOUT_SECONDS, files_metadata=True)
-    # A mirror of the Hub may know no digests: there every commit counts as other content.
+        info = read(address.repo_id, revision=address.revision, timeout=LOOKUP_TIMEOUT_SECONDS, files_metadata=digests)
+    # A mirror of the Hub may know none: there every commit counts as other content.
     files = {item.rfilename: item.blob_id or info.sha for item in info.siblings or ()}
     if not dataset:
         require_model(files, f"{where.field}: {where.uri}")
@@ -109,11 +113,15 @@ def _find(api: Any, where: Location, *, dataset: bool) -> Snapshot:
     return Snapshot(address, info.sha, files)
 
 
-def _may_read(api: Any, where: Location, found: Snapshot, name: str, *, dataset: bool) -> None:
+def _metadata(api: Any, where: Location, found: Snapshot, name: str, *, dataset: bool) -> Any:
     from huggingface_hub import hf_hub_url
 
     url = hf_hub_url(found.address.repo_id, name, repo_type="dataset" if dataset else None, revision=found.commit, endpoint=api.endpoint)
     with hub_errors(where):
-        size = api.get_hf_file_metadata(url=url, timeout=LOOKUP_TIMEOUT_SECONDS).size
+        return api.get_hf_file_metadata(url=url, timeout=LOOKUP_TIMEOUT_SECONDS)
+
+
+def _may_read(api: Any, where: Location, found: Snapshot, name: str, *, dataset: bool) -> None:
+    size = _metadata(api, where, found, name, dataset=dataset).size
     if dataset and size == 0:
         raise DataError(f"{where.field}: {where.uri} is empty; a dataset needs at least one row.")

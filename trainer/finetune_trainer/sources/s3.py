@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from finetune_trainer.context import RunContext
-from finetune_trainer.errors import DataError
+from finetune_trainer.errors import DataError, InfrastructureError
 from finetune_trainer.sources.credentials import s3_client
 from finetune_trainer.sources.location import Location
 from finetune_trainer.sources.model_files import require_model, wanted_files
@@ -66,7 +66,7 @@ def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str, str]:
 
 
 def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Path, str, str]:
-    """The model's folder in the cache (without `weights` one of its small files), the prefix with a digest of all its ETags, and that digest whole.
+    """The model's folder in the cache (without `weights` one of its small files), the prefix with a digest of all its ETags, and one that knows no address.
 
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError
@@ -75,8 +75,9 @@ def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Pat
     objects = _find_model(client, where, trust_remote_code=ctx.spec.model.trust_remote_code)
     wanted = wanted_files(objects, trust_remote_code=ctx.spec.model.trust_remote_code, weights=weights)
     folder = _download(client, where, {name: objects[name] for name in wanted}, ctx.cache)
-    key = content_key(where, objects.values())
-    return folder, f"{where.uri}?etags={key[:16]}", key
+    lines = [f"{name} {item.etag} {item.size}\n" for name, item in sorted(objects.items())]
+    identity = hashlib.sha256("".join(lines).encode()).hexdigest()
+    return folder, f"{where.uri}?etags={content_key(where, objects.values())[:16]}", identity
 
 
 def content_key(where: Location, objects: Iterable[Object]) -> str:
@@ -142,4 +143,4 @@ def _download_one(client: Any, where: Location, item: Object, path: Path) -> Non
     # Not by its version: reading one by name takes s3:GetObjectVersion, which who may read the object need not have.
     if client.head_object(Bucket=where.authority, Key=item.key)["ETag"].strip('"') != item.etag:
         shutil.rmtree(path.parent, ignore_errors=True)
-        raise DataError(f"{where.field}: {item.key} changed while it was downloaded; start the run again.")
+        raise InfrastructureError(f"{where.field}: {item.key} changed while it was downloaded; start the run again.")

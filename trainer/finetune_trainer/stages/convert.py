@@ -17,7 +17,7 @@ from finetune_trainer.canonical import sort_metadata
 from finetune_trainer.context import RunContext
 from finetune_trainer.memory import heap
 from finetune_trainer.qat.export import free_weight, plain_model, trained_digests
-from finetune_trainer.qat.prepare import exact_layers, fake_quantization, free_codes, mode_of
+from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization, free_codes, mode_of
 from finetune_trainer.stages.train import Trained
 
 _ROWS, _TOKENS = 2, 32
@@ -86,6 +86,7 @@ def make_room(model: PeftModel) -> None:
 
     Export has freed the quantized layers' trained weights, unless an attempt before this one exported.
     """
+    drop_caches(model)
     for _, layer in exact_layers(model):
         free_weight(layer)
     if model.device.type != "cuda":

@@ -16,7 +16,7 @@ from finetune_api.spec import Scheme
 from peft import PeftModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from finetune_trainer import checkpoints, finished
@@ -44,6 +44,7 @@ from finetune_trainer.token_loss import output_head, predict, summed_loss
 
 _KEPT_CHECKPOINTS = 2  # transformers deletes the oldest before the new one is sealed: with 1, a kill in between would leave none
 _TEACHER_WEIGHT = 0.5
+_ROUTER = ("output_router_logits", "router_aux_loss_coef")
 # The second is its name in the transformers that unsloth asks for.
 _CHECKPOINTING = "activation_checkpointing" if hasattr(SFTConfig, "activation_checkpointing") else "gradient_checkpointing"
 
@@ -84,7 +85,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     prepared = _prepare(ctx, loaded, data)
     start = find_checkpoint(ctx, mirror, inputs)
     steps, needed = _plan(ctx, loaded, data, start)
-    generation = copy.deepcopy(loaded.model.generation_config)
+    settings = _settings_of(loaded.model.get_base_model())
     phases = Phases(Work(ctx, loaded.model, data.held_out, rows_to_round_by(_shuffled(ctx, data)), steps, inputs, mirror, start))
     try:
         trainer = _trainer(ctx, loaded, data, steps, phases)
@@ -103,8 +104,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
             f"after step {done} of {steps.steps}, which is saved; run again to go on" if done else "before a first step was done; run again"
         )
         raise Checkpointed(f"Stopped by SIGTERM {saved}.")
-    # transformers writes the tokenizer's special tokens into it, and refuses to save a changed one that contradicts itself, as many a published one does.
-    loaded.model.get_base_model().generation_config = generation
+    _set_settings(loaded.model.get_base_model(), settings)
     shrink.forget(ctx)
     last_loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
     return Trained(loaded.model, loaded.tokenizer, prepared, phases.switch, start.step if start else 0, last_loss, steps)
@@ -273,6 +273,22 @@ class _PhasedTrainer(SFTTrainer):
         predicted = predict(base, **inputs)
         tokens = len(predicted.labels) if num_items_in_batch is None else num_items_in_batch
         return summed_loss(output_head(base), predicted, taught, _TEACHER_WEIGHT) / torch.as_tensor(tokens).clamp(min=1)
+
+
+def _settings_of(model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
+    """What transformers and trl write into a model for their training and the shipped one must not have.
+
+    The tokenizer's special tokens in its generation configuration: a changed one that contradicts itself, as many a published one does, is not saved.
+    And a mixture's switches of the router's loss.
+    """
+    text = model.config.get_text_config()
+    return copy.deepcopy(model.generation_config), {name: getattr(text, name) for name in _ROUTER if hasattr(text, name)}
+
+
+def _set_settings(model: PreTrainedModel, settings: tuple[Any, dict[str, Any]]) -> None:
+    model.generation_config, router = settings
+    for name, value in router.items():
+        setattr(model.config.get_text_config(), name, value)
 
 
 def _random_state() -> list[torch.Tensor]:
