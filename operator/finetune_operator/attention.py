@@ -20,13 +20,16 @@ def must_be_read(world: World) -> bool:
     deleted or hidden. And a Job that says it has ended may be heard of before its last pod, whose words the status must have before the end is latched.
     """
     subject, job = world.subject, world.attended
-    if subject.spec is None or subject.is_latched:
+    if subject.spec is None:
         return False
+    if subject.is_latched:  # nothing is kept of its Jobs, and an edit may be of their TTL
+        return is_unfinished(subject.raw)
     if world.current is None and (world.leftovers or any(item is not job for item in world.jobs)):
         return True
     if job is None:
         stored = subject.stored
-        return stored.run is not None and not any(item.reason in _NEVER_MADE for item in stored.conditions)
+        refused = stored.phase not in FINAL and any(item.reason in _NEVER_MADE for item in stored.conditions)
+        return stored.run is not None and not refused
     has_its_last_words = condition_of(job, "Complete") and any(pod["status"].get("phase") == "Succeeded" for pod in world.attended_pods)
     return is_finished(job) and not has_its_last_words
 

@@ -17,7 +17,7 @@ from finetune_operator.announcements import CREATED, Announcement, announcements
 from finetune_operator.attention import NEW_POD_SECONDS, again_seconds, is_unfinished
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields, build_preflight_job
-from finetune_operator.diagnosis import container_state, ending_of, has_filled_its_disk, is_ended
+from finetune_operator.diagnosis import container_state, ending_of, has_filled_its_disk, has_seen_a_full_disk, is_ended
 from finetune_operator.observed import (
     observed_status,
     preflight_status,
@@ -33,6 +33,7 @@ from finetune_operator.verdict import is_settling
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
 FIRST_LOOK_SECONDS = NEW_POD_SECONDS + 1  # at a new Job, of which no event may come: our own doing is no news to us
 EVICTED_LIMIT = 3  # evictions for the pod's own use of its disk
+FULL_DISK_LIMIT = 8  # evictions since the node's disk was full
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,14 @@ def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
 def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
     """Never two training Jobs of one object: the Job of an earlier spec goes, with its pods, before this run's Job comes."""
     world = situation.world
-    wanted = (world.current, world.preflight)
-    in_the_way = [job for job in world.jobs if job not in wanted or is_being_deleted(job)]
+    # A preflight Job that goes after its own TTL is in nobody's way once the training has begun.
+    is_training = world.current is not None and not is_being_deleted(world.current)
+    staying = (
+        [world.current, world.preflight]
+        if is_training
+        else [job for job in (world.current, world.preflight) if job and not is_being_deleted(job)]
+    )
+    in_the_way = [job for job in world.jobs if job not in staying]
     if not in_the_way:
         return None
     name = in_the_way[0]["metadata"]["name"]
@@ -160,12 +167,13 @@ def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
 
 
 def stop_what_fills_its_disk(situation: Situation) -> Plan | None:
-    """An eviction for the pod's own disk use is a disruption to Kubernetes, which ignores it without end; the next pod would write as much."""
-    evicted = [pod for pod in _ended_pods(situation) if has_filled_its_disk(pod)]
+    """An eviction is a disruption to Kubernetes, which ignores it without end; where it was for the disk, the next pod would write as much."""
     spec = situation.world.subject.spec
-    if len(evicted) < EVICTED_LIMIT or spec is None:
-        return None
-    return _stop(situation, Reason.EVICTED, f"{ending_of(evicted[-1], spec).sentence} (Given up after {EVICTED_LIMIT} evictions.)")
+    for is_so, limit in ((has_filled_its_disk, EVICTED_LIMIT), (has_seen_a_full_disk, FULL_DISK_LIMIT)):
+        evicted = [pod for pod in _ended_pods(situation) if is_so(pod)]
+        if spec is not None and len(evicted) >= limit:
+            return _stop(situation, Reason.EVICTED, f"{ending_of(evicted[-1], spec).sentence} (Given up after {limit} evictions.)")
+    return None
 
 
 def report_what_is_seen(situation: Situation) -> Plan | None:

@@ -19,7 +19,7 @@ from finetune_operator.subject import Json, condition_of, is_being_deleted
 LOG_TAIL_BYTES = 2048  # of a log, the kubelet takes no more into a termination message
 NEVER = "1970-01-01T00:00:00Z"  # what a kubelet writes for a container that could not be started
 _FIRST_WORD = re.compile(r"\A\S+")
-_FILLED = "EmptyDir"
+_FILLED, _NODE_IS_FULL = "EmptyDir", "low on resource: ephemeral-storage"
 _UNSTARTED = {"ContainerCreating", "PodInitializing"}
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable"}
 
@@ -133,12 +133,27 @@ def _condition(pod: Json, kind: str, status: str) -> Json | None:
 
 def has_filled_its_disk(pod: Json) -> bool:
     """Whether an ended pod was evicted for what it wrote itself; the words are the kubelet's."""
+    return _FILLED in _eviction(pod)
+
+
+def has_seen_a_full_disk(pod: Json) -> bool:
+    """Whether an ended pod was evicted since its node's disk was full, which its neighbours may have had a part in; the words are the kubelet's."""
+    return _NODE_IS_FULL in _eviction(pod)
+
+
+def _eviction(pod: Json) -> str:
     status = pod.get("status") or {}
-    return status.get("reason") == "Evicted" and _FILLED in str(status.get("message") or "")
+    return str(status.get("message") or "") if status.get("reason") == "Evicted" else ""
 
 
 def _evicted(message: str) -> str:
-    mend = "raise storage.workspace.size" if _FILLED in message else "ask for more space or memory, or another node"
+    mend = "ask for more space or memory, or another node"
+    if _FILLED in message:
+        mend = "raise storage.workspace.size"
+    elif _NODE_IS_FULL in message:
+        mend = (
+            "put workspace and cache on claims (storage.workspace, storage.cache), or choose nodes with more disk (scheduling.nodeSelector)"
+        )
     return clean(f"The pod was evicted: {clean(message, 600).rstrip('.') or 'no reason given'}; {mend}.")
 
 

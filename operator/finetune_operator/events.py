@@ -13,15 +13,17 @@ from finetune_api.spec import GROUP, PLURAL, VERSION
 from finetune_operator.attention import is_new
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import PAGE
-from finetune_operator.settings import Settings
 from finetune_operator.work_queue import WorkQueue
 
 SERVER_TIMEOUT_SECONDS = 300  # a whole number: the API server refuses "300.0"
 CLIENT_TIMEOUT_SECONDS = 330  # a watch that fell silent without being closed is opened anew
 
 
-async def watch(queue: WorkQueue, cache: Cache, settings: Settings) -> None:
+async def watch(queue: WorkQueue, cache: Cache, namespaces: tuple[str, ...]) -> None:
     """Watches FineTuneJobs, Jobs and pods until SIGTERM or SIGINT.
+
+    Args:
+        namespaces: where; none means everywhere.
 
     Raises:
         Exception: what ended kopf; the process should end too and be restarted.
@@ -30,8 +32,8 @@ async def watch(queue: WorkQueue, cache: Cache, settings: Settings) -> None:
         registry=build_registry(queue, cache),
         settings=build_kopf_settings(),
         standalone=True,
-        clusterwide=not settings.namespaces,
-        namespaces=settings.namespaces,
+        clusterwide=not namespaces,
+        namespaces=namespaces,
     )
 
 

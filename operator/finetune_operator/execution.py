@@ -17,7 +17,8 @@ from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Subject, World, is_controlled_by, read_subject
 
 logger = logging.getLogger(__name__)
-REFUSALS = (400, 403, 422)
+REFUSALS = (400, 403, 422, 500)  # 500 is what a webhook that can't be reached looks like
+FOR_GOOD = (400, 422)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Executor:
                 if raw is not None and raw["metadata"].get("generation") == subject.generation:
                     now = read_subject(raw)
                     situation = Situation(World(now), self.now(), self.settings)
-                    await self.execute(now, report_a_refused_job(situation, error.message, for_good=error.status != 403))
+                    await self.execute(now, report_a_refused_job(situation, error.message, for_good=error.status in FOR_GOOD))
             raise
 
     async def _created(self, subject: Subject, manifest: Json) -> Json:

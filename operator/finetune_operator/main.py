@@ -70,13 +70,13 @@ async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat, me
         heartbeat.sync()
         metrics.show_jobs(phases)
 
-    await _crd_is_there(cluster, settings)
+    served = await _served_namespaces(cluster, settings)
     async with aiohttp.ClientSession(trust_env=False) as session, asyncio.TaskGroup() as group:
         tasks = [group.create_task(work(queue, reconciler, metrics)) for _ in range(settings.concurrency)]
         tasks.append(group.create_task(resync(queue, cluster, cache, settings, heartbeat.beat, listed)))
         tasks.append(group.create_task(poller.run(session)))
         await synced.wait()  # kopf lists everything once more: beside the first round it would double the time until anything is decided
-        await events.watch(queue, cache, settings)
+        await events.watch(queue, cache, served)
         for task in tasks:
             task.cancel()
 
@@ -95,12 +95,20 @@ def build_reconciler(
     return Reconciler(observer, Executor(cluster, cache, settings, now), settings, has_news, is_synced)
 
 
-async def _crd_is_there(cluster: Cluster, settings: Settings) -> None:
-    """Waits for an API server that answers and has the CRD: kopf looks once at what there is to watch, and never again."""
+async def _served_namespaces(cluster: Cluster, settings: Settings) -> tuple[str, ...]:
+    """Waits for an API server that answers and has the CRD: kopf looks once at what there is to watch, and never again.
+
+    A namespace that may not be listed, such as one that was deleted with its Role, would end kopf, and with it the service of all others: it is left to the
+    periodic re-list, and watched from the next start on.
+
+    Returns:
+        Which ones to watch; none means all of the cluster.
+    """
     while True:
         try:
-            async for _ in cluster.list_pages(Kind.FINETUNEJOB, (*settings.namespaces, "")[0]):
-                break
+            served = [namespace for namespace in settings.namespaces or ("",) if await _may_be_listed(cluster, namespace)]
+            if not served:
+                raise ApiError(403, "Forbidden", f"none of {', '.join(settings.namespaces)} may be listed")
         except FAILED as error:
             is_missing = isinstance(error, ApiError) and error.status == 404
             problem = (
@@ -111,7 +119,19 @@ async def _crd_is_there(cluster: Cluster, settings: Settings) -> None:
             logger.warning("%s; looking again in %.0f s", problem, CRD_SECONDS)
             await asyncio.sleep(CRD_SECONDS)
         else:
-            return
+            return tuple(namespace for namespace in served if namespace)
+
+
+async def _may_be_listed(cluster: Cluster, namespace: str) -> bool:
+    try:
+        async for _ in cluster.list_pages(Kind.FINETUNEJOB, namespace):
+            break
+    except ApiError as error:
+        if error.status != 403 or not namespace:
+            raise
+        logger.error("Namespace %s is not watched: %s", namespace, error)
+        return False
+    return True
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ class Observer:
         """Jobs before pods: a Job that says it has ended was told so by pods that are at least as old."""
         raw = await self.cluster.read_finetunejob(key)
         if raw is None:
-            self.cache.drop(key)
+            self.cache.lose(key)
             return None
         self.cache.see(Kind.FINETUNEJOB, raw)
         subject = read_subject(raw)

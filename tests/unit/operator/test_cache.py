@@ -119,6 +119,18 @@ def test_a_job_that_is_seen_before_its_owner_is_kept_and_told_of_with_it(cache: 
     assert len(cache.children(Kind.JOB, KEY)) == 1
 
 
+def test_of_a_job_that_is_gone_its_jobs_and_pods_are_known_until_they_go(cache: Cache) -> None:
+    """One of the same name waits for their end."""
+    cache.see(Kind.FINETUNEJOB, versioned(1))
+    cache.see(Kind.JOB, job(2))
+    cache.lose(KEY)
+    assert cache.finetunejob(KEY) is None
+    cache.see(Kind.FINETUNEJOB, versioned(3, uid="uid-2"))
+    assert len(cache.children(Kind.JOB, KEY)) == 1
+    cache.forget(Kind.JOB, job(4))
+    assert cache.children(Kind.JOB, KEY) == ()
+
+
 def test_deletions_are_remembered_for_two_rounds_of_listings(cache: Cache) -> None:
     cache.see(Kind.FINETUNEJOB, versioned(1))
     cache.forget(Kind.JOB, job(1))

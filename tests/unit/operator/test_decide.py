@@ -10,8 +10,8 @@ from finetune_api.exits import REASONS, ExitCode
 from finetune_api.progress import ProgressReport
 from finetune_api.status import Progress, Stage
 from finetune_operator import decide as decide_module
-from finetune_operator.attention import is_unfinished, trainer_of, unexplained
-from finetune_operator.decide import CHECKPOINTED_LIMIT, EVICTED_LIMIT, Situation, decide, report_a_refused_job
+from finetune_operator.attention import is_unfinished, must_be_read, trainer_of, unexplained
+from finetune_operator.decide import CHECKPOINTED_LIMIT, EVICTED_LIMIT, FULL_DISK_LIMIT, Situation, decide, report_a_refused_job
 from finetune_operator.desired import build_job, build_preflight_job
 from finetune_operator.plan import Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus, merge_patch
 from finetune_operator.settings import Settings
@@ -114,11 +114,20 @@ def rows() -> dict[str, Row]:
     )
     filled = {"reason": "Evicted", "message": 'Usage of EmptyDir volume "workspace" exceeds the limit "50Gi".'}
     filling = tuple(build_pod(job, name=f"pod-{index}", state=RUNNING, **(filled | {"phase": "Failed"})) for index in range(EVICTED_LIMIT))
+    full = {
+        "reason": "Evicted",
+        "message": "The node was low on resource: ephemeral-storage. Container trainer was using 90Gi.",
+        "phase": "Failed",
+    }
+    crowded = tuple(build_pod(job, name=f"pod-{index}", state=RUNNING, **full) for index in range(FULL_DISK_LIMIT))
     succeeded = build_pod(job, phase="Succeeded", state=build_ended_state(0))
     complete = job_for(new, condition=COMPLETE)
     checked = build_finetunejob({"runPolicy": {"preflight": "Auto"}})
     pre, passed, refused = (preflight_for(checked, condition=condition) for condition in (None, COMPLETE, failed()))
     return {
+        "a training whose node's disk is full again and again": Row(
+            "stop_what_fills_its_disk", world_of(new, job, pods=crowded), ["WriteStatus", "DeleteJob"], "Failed", "Evicted"
+        ),
         "what is being deleted is left": Row("leave_what_is_being_deleted", world_of(leaving), []),
         "an unreadable spec": Row("stall_on_an_unreadable_spec", world_of(unreadable), ["WriteStatus"], "Pending", "InvalidSpec"),
         "a run that has ended": Row("keep_what_has_ended", world_of(done), []),
@@ -601,6 +610,15 @@ def test_a_training_without_a_step_for_half_an_hour_says_so_and_goes_on() -> Non
     assert ready_reason(status_with(report(11), 31 * 60, stuck)) == "Running"
 
 
+@pytest.mark.parametrize("answer", [None, "another training's"])
+def test_that_nobody_has_answered_is_no_lack_of_progress(answer: str | None) -> None:
+    """An operator that was away for an hour has yet to ask."""
+    first = status_with(report(10))
+    world = running_with(report(10, digest="0" * 64), first)
+    silent = world if answer else replace(world, progress=None)
+    assert ready_reason(status_after(world.subject.raw, decide(silent, NOW + timedelta(hours=1), SETTINGS))) == "Running"
+
+
 def test_a_stage_without_steps_is_no_lack_of_progress() -> None:
     evaluating = status_with(report(10, stage=Stage.EVALUATING), 0, status_with(report(10)))
     assert ready_reason(status_with(report(10, stage=Stage.EVALUATING), 3600, evaluating)) == "Running"
@@ -723,6 +741,32 @@ def test_a_training_that_has_begun_needs_no_preflight_any_more() -> None:
     running = world_of(raw, job, pods=(build_pod(job, phase="Running", state=RUNNING),))
     begun = raw | {"status": status_after(raw, decide(running, NOW, SETTINGS))}
     assert decide(world_of(begun), NOW, SETTINGS).actions[1] == CreateJob(build_job(read_subject(begun), SETTINGS))
+
+
+def test_a_preflight_job_that_goes_after_its_ttl_disturbs_no_training() -> None:
+    raw = build_finetunejob({"runPolicy": {"preflight": "Auto"}})
+    job, preflight = job_for(raw), preflight_for(raw, condition=COMPLETE)
+    preflight["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
+    pods = (build_pod(job, phase="Running", state=RUNNING),)
+    assert status_after(raw, decide(world_of(raw, job, preflight, pods=pods), NOW, SETTINGS))["phase"] == "Running"
+    waits = status_after(raw, decide(world_of(raw, preflight), NOW, SETTINGS))
+    assert ready_reason(waits) == "Replacing"
+
+
+def test_what_has_ended_is_read_once_more_when_it_was_edited() -> None:
+    raw = latched()
+    assert not must_be_read(world_of(raw))
+    assert must_be_read(world_of(merged(raw, {"metadata": {"generation": 2}})))
+
+
+@pytest.mark.parametrize(("phase", "read"), [("Failed", True), ("Pending", False)])
+def test_a_run_that_the_trainer_refused_has_left_a_job_and_one_that_was_never_begun_has_not(phase: str, read: bool) -> None:
+    """Both say InvalidSpec; the next run has to wait until what is left is gone."""
+    raw = latched("Failed")
+    stored = merged(raw["status"], {"phase": phase})
+    stored["conditions"] = [item | {"reason": "InvalidSpec"} for item in stored["conditions"]]
+    mended = merged(raw, {"metadata": {"generation": 2}, "spec": {"training": {"seed": 7}}}) | {"status": stored}
+    assert must_be_read(world_of(mended)) == read
 
 
 def test_a_pod_whose_job_has_yet_to_judge_its_end_costs_no_write() -> None:

@@ -319,6 +319,29 @@ def test_a_refused_job_is_said_once_and_made_when_it_is_let() -> None:
     assert len(cluster.jobs) == 1
 
 
+def test_a_webhook_that_can_not_be_reached_is_said() -> None:
+    cluster = SimulatedCluster()
+    cluster.refusal = ApiError(500, "InternalError", 'failed calling webhook "policy.example.com": connection refused')
+    cluster.apply({})
+    cluster.reconcile()
+    assert cluster.finetunejob is not None
+    assert "failed calling webhook" in cluster.finetunejob["status"]["message"]
+    assert cluster.finetunejob["status"]["phase"] == "Pending"
+    cluster.refusal = None
+    cluster.reconcile()
+    assert len(cluster.jobs) == 1
+
+
+def test_a_ttl_that_is_edited_after_the_end_reaches_the_job() -> None:
+    cluster = finished(0)
+    process = cluster.start_process()
+    cluster.reconcile(process)
+    cluster.apply({"runPolicy": {"ttlSecondsAfterFinished": 3600}})
+    cluster.reconcile(process)
+    (job,) = cluster.jobs.values()
+    assert job["spec"]["ttlSecondsAfterFinished"] == 3600
+
+
 def test_a_spec_of_another_schema_is_told_so_by_a_pass_that_comes_to_its_end() -> None:
     cluster = SimulatedCluster()
     cluster.apply({"training": {"epochs": "three"}})

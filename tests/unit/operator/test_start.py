@@ -28,9 +28,41 @@ async def test_an_api_server_that_is_not_ready_ends_no_operator(monkeypatch: pyt
     cluster = Unready(
         [ApiError(404, "NotFound", "no CRD"), ApiError(503, "ServiceUnavailable", "not yet"), aiohttp.ClientError(), TimeoutError()]
     )
-    await main._crd_is_there(cast("Cluster", cluster), Settings(trainer_image="trainer"))
+    assert await main._served_namespaces(cast("Cluster", cluster), Settings(trainer_image="trainer")) == ()
     assert cluster.errors == []
     said = [record.message for record in caplog.records]
     assert said[0] == "The CRD of FineTuneJobs is not installed; looking again in 0 s"
     assert said[1] == "FineTuneJobs can't be listed: ApiError: 503 ServiceUnavailable: not yet; looking again in 0 s"
     assert len(said) == 4
+
+
+class Closed:
+    """Refuses to list what is closed; lets its list be opened by a test."""
+
+    def __init__(self, *closed: str) -> None:
+        self.closed = set(closed)
+
+    async def list_pages(self, _kind: Kind, namespace: str) -> AsyncIterator[Listing]:
+        if namespace in self.closed:
+            raise ApiError(403, "Forbidden", "no Role in this namespace")
+        yield Listing([], 1)
+
+
+@pytest.mark.parametrize(("closed", "watched"), [("a", ("b", "c")), ("b", ("a", "c")), ("", ("a", "b", "c"))])
+async def test_a_namespace_that_may_not_be_listed_keeps_no_other_from_being_watched(closed: str, watched: tuple[str, ...]) -> None:
+    settings = Settings(trainer_image="trainer", namespaces=("a", "b", "c"))
+    assert await main._served_namespaces(cast("Cluster", Closed(closed)), settings) == watched
+
+
+async def test_where_no_namespace_may_be_listed_one_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = Closed("a", "b")
+
+    async def open_one(_: float) -> None:
+        cluster.closed.discard("b")
+
+    monkeypatch.setattr(main.asyncio, "sleep", open_one)
+    settings = Settings(trainer_image="trainer", namespaces=("a", "b"))
+    assert await main._served_namespaces(cast("Cluster", cluster), settings) == ("b",)
+    assert any("none of a, b may be listed" in record.message for record in caplog.records)
