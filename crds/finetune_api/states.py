@@ -72,7 +72,7 @@ STATES: dict[str, State] = {
     Reason.JOB_CREATED: State(_PENDING, "the Job is made, and has no pod yet", "nothing"),
     Reason.JOB_REFUSED: State(
         _PENDING,
-        "the API server takes no such Job: a quota is used up, an admission policy says no, or (with Stalled) the pod is not valid",
+        "the API server takes no such Job: a quota is used up, an admission policy says no or its webhook does not answer, or (with Stalled) the pod is not valid",
         "free or raise the quota, mend the policy or the field that the message names; it is tried again by itself",
     ),
     Reason.REPLACING: State(_PENDING, "the Job or pod of an earlier spec is still ending; two trainers never run for one object", "nothing"),
