@@ -195,15 +195,15 @@ def _require_comparison(ctx: RunContext, train: Sequence[Example], held_out: Seq
     """A gate that has nothing to measure would let every model through."""
     if ctx.spec.quality.max_loss_increase_percent is None:
         return
-    if plan(ctx.spec, len(train), 1).switch_step == 0:
-        raise DataError(
-            f"{ctx.spec.dataset.source} is enough for a single optimizer step, which is a quantization-aware one, but quality.maxLossIncreasePercent "
-            "compares with the model before such steps; add rows or epochs, lower training.batchSize or remove the limit."
-        )
     if not held_out:
         raise DataError(
             f"{ctx.spec.dataset.source} leaves no row to hold out, but quality.maxLossIncreasePercent compares held-out losses; "
             "add rows, set dataset.evaluation.source or remove the limit."
+        )
+    if plan(ctx.spec, len(train), 1).switch_step == 0:
+        raise DataError(
+            f"{ctx.spec.dataset.source} is enough for a single optimizer step, which is a quantization-aware one, but quality.maxLossIncreasePercent "
+            "compares with the model before such steps; add rows or epochs, lower training.batchSize or remove the limit."
         )
 
 
