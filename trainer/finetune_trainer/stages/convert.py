@@ -11,6 +11,8 @@ import torch
 from finetune_api import names
 from peft import PeftModel
 from safetensors.torch import save_file
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from finetune_trainer import atomic
 from finetune_trainer.canonical import sort_metadata
@@ -56,7 +58,10 @@ def run(ctx: RunContext, trained: Trained) -> Converted:
         plain = plain_model(
             trained.model, ctx.spec.quantization.scheme, prepared.skipped, trust_remote_code=ctx.spec.model.trust_remote_code, consume=True
         )
+        # transformers refuses to save a generation configuration that contradicts itself, as many a published one does.
+        generation, plain.generation_config = plain.generation_config, GenerationConfig()
         plain.save_pretrained(folder)
+        generation.to_json_file(folder / GENERATION_CONFIG_NAME)
         trained.tokenizer.save_pretrained(folder)
         for path in folder.glob("*.safetensors"):
             sort_metadata(path)

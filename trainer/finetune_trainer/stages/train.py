@@ -278,8 +278,7 @@ class _PhasedTrainer(SFTTrainer):
 def _settings_of(model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
     """What transformers and trl write into a model for their training and the shipped one must not have.
 
-    The tokenizer's special tokens in its generation configuration: a changed one that contradicts itself, as many a published one does, is not saved.
-    And a mixture's switches of the router's loss.
+    The tokenizer's special tokens in its generation configuration, and a mixture's switches of the router's loss.
     """
     text = model.config.get_text_config()
     return copy.deepcopy(model.generation_config), {name: getattr(text, name) for name in _ROUTER if hasattr(text, name)}
