@@ -20,7 +20,7 @@ from finetune_trainer import atomic, backends, finished, quality_gate, sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import FineTuneError, InfrastructureError
 from finetune_trainer.reporting.quiet import quiet_bars
-from finetune_trainer.reporting.reporter import RunReporter
+from finetune_trainer.reporting.reporter import TEXT_CHARACTERS, RunReporter
 from finetune_trainer.reporting.session import reporting
 from finetune_trainer.stages import preflight as cheap_checks
 from finetune_trainer.termination_signal import nothing_left_to_stop
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from finetune_trainer.stages.rehearse import Rehearsed
 
 _LOCK_SECONDS = 150  # a lost node's lock on NFS lives for 90
-_TOLD_CHARACTERS = 1024  # what a termination message takes
 
 
 def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
         _publish(ctx, reporter, report)
         remove_mirror(ctx)
         # Last: what a pod is killed for is never explained by a hint.
-        reporter.know(message=textwrap.shorten(" ".join(report.get("hints", ())), _TOLD_CHARACTERS, placeholder=" …"))
+        reporter.know(message=textwrap.shorten(" ".join(report.get("hints", ())), TEXT_CHARACTERS, placeholder=" …"))
         return report
 
 
@@ -71,7 +70,7 @@ def preflight(job: JobDescription, workdir: Path, cache: Path) -> "Rehearsed":
 
         quiet_bars()
         found = rehearse.run(ctx)
-        told = textwrap.shorten(" ".join(reporter.notes), _TOLD_CHARACTERS, placeholder=" …")
+        told = textwrap.shorten(" ".join(reporter.notes), TEXT_CHARACTERS, placeholder=" …")
         reporter.know(model=found.model, dataset=found.data.resolved, message=told)
         return found
 

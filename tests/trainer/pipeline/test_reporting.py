@@ -38,6 +38,14 @@ def test_the_termination_message_follows_each_stage_and_tells_the_end() -> None:
     assert (last.exit_code, last.reason, last.message, last.step) == (11, "InvalidData", "Line 2 is not JSON.", 1)
 
 
+def test_an_address_that_is_too_long_for_a_status_is_cut() -> None:
+    written: list[str] = []
+    RunReporter("digest", write_termination=written.append).know(model=f"s3://bucket/{'a' * 1024}?etags=1", dataset="here")
+    message = termination.parse(written[-1])
+    assert message is not None
+    assert (len(message.model), message.dataset) == (1024, "here")
+
+
 def test_an_error_that_nobody_foresaw_tells_no_credential_that_it_quotes() -> None:
     written: list[str] = []
     quoted = "GET https://me:hush-canary@hub.example.com/x: 500, sent Bearer hf_CanaryCanaryCanaryCanary01"

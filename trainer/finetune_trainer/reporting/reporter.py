@@ -20,6 +20,8 @@ from rich.progress import Progress as Bar
 
 from finetune_trainer.errors import FineTuneError
 
+TEXT_CHARACTERS = 1024  # what a termination message takes of one text
+
 
 @dataclass
 class RunReporter:
@@ -74,7 +76,7 @@ class RunReporter:
 
     def know(self, **facts: str | Quality | Qat | tuple[PublishedArtifact, ...]) -> None:
         """Results for the termination message: model, dataset, quality, qat, artifacts, and a message for a run that ends well."""
-        self.facts |= facts
+        self.facts |= {name: value[:TEXT_CHARACTERS] if isinstance(value, str) else value for name, value in facts.items()}
         self._changed()
 
     def seconds(self) -> dict[str, float]:
@@ -89,7 +91,7 @@ class RunReporter:
         if error is None:
             self._write(reason="Succeeded", exit_code=0)
         else:
-            self._write(reason=error.reason, message=str(error)[:1024], exit_code=int(error.exit_code))
+            self._write(reason=error.reason, message=str(error)[:TEXT_CHARACTERS], exit_code=int(error.exit_code))
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
