@@ -113,6 +113,7 @@ class Cache:
     def lose(self, key: Key) -> None:
         """The job is not there any more. Its Jobs and pods may be, and one of the same name must know of them: they go when their own deletion is heard of."""
         self._kept[Kind.FINETUNEJOB].pop(_place_of(key), None)
+        self._long_names.pop(_place_of(key), None)
 
     def end(self, key: Key) -> None:
         """The job has ended: drops it, and until it changes itself nothing of its Jobs and pods is kept, nor news."""

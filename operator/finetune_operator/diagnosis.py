@@ -137,8 +137,9 @@ def has_filled_its_disk(pod: Json) -> bool:
 
 
 def has_seen_a_full_disk(pod: Json) -> bool:
-    """Whether an ended pod was evicted since its node's disk was full, which its neighbours may have had a part in; the words are the kubelet's."""
-    return _NODE_IS_FULL in _eviction(pod)
+    """Whether an ended pod was evicted since its node's disk was full, and the kubelet, whose words they are, names the trainer among those that fill it."""
+    said = _eviction(pod)
+    return _NODE_IS_FULL in said and f"Container {names.CONTAINER} was using" in said
 
 
 def _eviction(pod: Json) -> str:

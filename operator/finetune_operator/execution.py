@@ -17,8 +17,8 @@ from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Subject, World, is_controlled_by, read_subject
 
 logger = logging.getLogger(__name__)
-REFUSALS = (400, 403, 422, 500)  # 500 is what a webhook that can't be reached looks like
 FOR_GOOD = (400, 422)
+_WEBHOOK = "failed calling webhook"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Executor:
         try:
             self.cache.see(Kind.JOB, await self._created(subject, manifest))
         except ApiError as error:
-            if error.status in REFUSALS:
+            if is_refusal(error):
                 raw = await self.cluster.read_finetunejob(subject.key)
                 if raw is not None and raw["metadata"].get("generation") == subject.generation:
                     now = read_subject(raw)
@@ -102,6 +102,11 @@ class Executor:
         else:
             if answer.get("kind") == "Job":  # a deletion that is done at once answers with a Status
                 self.cache.see(Kind.JOB, answer)
+
+
+def is_refusal(error: ApiError) -> bool:
+    """Whether the API server has said no. It asks webhooks before it stores anything; of other errors of its own nobody knows what was done."""
+    return error.status in (*FOR_GOOD, 403) or (error.status == 500 and _WEBHOOK in error.message)
 
 
 def _summary(action: Action) -> str:

@@ -33,6 +33,7 @@ from finetune_operator.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 CRD_SECONDS = 2.0
+_LOOKS = 5
 
 
 async def run(settings: Settings) -> None:
@@ -106,7 +107,11 @@ async def _served_namespaces(cluster: Cluster, settings: Settings) -> tuple[str,
     """
     while True:
         try:
-            served = [namespace for namespace in settings.namespaces or ("",) if await _may_be_listed(cluster, namespace)]
+            for _ in range(_LOOKS):  # an API server that has just begun refuses until it knows its Roles
+                served = [namespace for namespace in settings.namespaces or ("",) if await _may_be_listed(cluster, namespace)]
+                if len(served) == len(settings.namespaces or ("",)):
+                    break
+                await asyncio.sleep(CRD_SECONDS)
             if not served:
                 raise ApiError(403, "Forbidden", f"none of {', '.join(settings.namespaces)} may be listed")
         except FAILED as error:

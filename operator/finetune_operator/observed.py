@@ -116,8 +116,9 @@ def _moving(world: World, base: FineTuneJobStatus, verdict: Verdict, since: date
     running = [state for pod in world.attended_pods if (state := container_state(pod, "running"))]
     if base.stage is not Stage.TRAINING or base.progress is None or not base.progress.updated_at or not running:
         return verdict
-    if world.progress is None or world.progress.train_digest != world.subject.run.train_digest:
-        return verdict  # that nobody answers, or was asked yet, is no standstill
+    stood = any(item.reason == Reason.NO_PROGRESS for item in world.subject.stored.conditions)
+    if not stood and (world.progress is None or world.progress.train_digest != world.subject.run.train_digest):
+        return verdict  # that nobody answers, or was asked yet, is no standstill; one that was seen lasts until a step is
     last = max(base.progress.updated_at, str(running[-1].get("startedAt") or ""))
     if datetime.fromisoformat(last) > since:
         return verdict

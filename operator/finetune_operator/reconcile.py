@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from finetune_operator.attention import ends, trainer_of
 from finetune_operator.cluster import FAILED, ApiError
 from finetune_operator.decide import decide
-from finetune_operator.execution import REFUSALS, Executor
+from finetune_operator.execution import Executor, is_refusal
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import Observer
 from finetune_operator.settings import Settings
@@ -54,7 +54,7 @@ class Reconciler:
             world = await self.observer.look(key, doubtful=is_doubtful)
             again_seconds = await self._act_on(world) if world else None
         except ApiError as error:
-            if error.status in REFUSALS:  # a clear answer leaves no doubt
+            if is_refusal(error):  # a clear answer leaves no doubt
                 self.doubtful.discard(key)
             raise
         self.observer.poller.follow(key, trainer_of(world) if world else None)

@@ -113,11 +113,14 @@ def test_publishing_twice_sends_nothing(s3_laptop: S3Server, inside: Any, s3_cal
     assert s3_calls.keys(*SENDING, "DeleteObject") == []
 
 
-def test_what_somebody_has_deleted_is_put_back(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [None, CONFIG[::-1]], ids=["deleted", "replaced by as many bytes"])
+def test_what_somebody_has_changed_is_put_back(left: bytes | None, s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
     ctx = shipping(tmp_path, s3_laptop, inside.name)
     publish(ctx)
     before = inside.read()
     inside.client.delete_object(Bucket=inside.name, Key="bot/model-torchao/config.json")
+    if left is not None:
+        inside.put({"bot/model-torchao/config.json": left})
     s3_calls.made.clear()
 
     publish(ctx)

@@ -619,6 +619,21 @@ def test_that_nobody_has_answered_is_no_lack_of_progress(answer: str | None) -> 
     assert ready_reason(status_after(world.subject.raw, decide(silent, NOW + timedelta(hours=1), SETTINGS))) == "Running"
 
 
+def test_a_standstill_that_was_seen_lasts_until_a_step_is() -> None:
+    """Another operator takes over, and has yet to ask."""
+    stuck = status_with(report(10), 30 * 60, status_with(report(10)))
+    silent = replace(running_with(report(10), stuck), progress=None)
+    assert ready_reason(status_after(silent.subject.raw, decide(silent, NOW + timedelta(minutes=31), SETTINGS))) == "NoProgress"
+
+
+def test_a_pod_evicted_for_what_its_neighbours_wrote_does_not_count() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    full = {"reason": "Evicted", "message": "The node was low on resource: ephemeral-storage.", "phase": "Failed"}
+    pods = tuple(build_pod(job, name=f"pod-{index}", state=RUNNING, **full) for index in range(FULL_DISK_LIMIT))
+    assert "DeleteJob" not in kinds(decide(world_of(raw, job, pods=pods), NOW, SETTINGS))
+
+
 def test_a_stage_without_steps_is_no_lack_of_progress() -> None:
     evaluating = status_with(report(10, stage=Stage.EVALUATING), 0, status_with(report(10)))
     assert ready_reason(status_with(report(10, stage=Stage.EVALUATING), 3600, evaluating)) == "Running"

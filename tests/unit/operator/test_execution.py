@@ -6,7 +6,7 @@ import pytest
 from finetune_operator.cache import Cache
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.decide import decide
-from finetune_operator.execution import Executor
+from finetune_operator.execution import Executor, is_refusal
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Key, World, read_subject
 from support.simulated_cluster import NOW
@@ -43,3 +43,18 @@ async def test_an_event_says_what_no_status_can(status: int, said: list[str]) ->
     with pytest.raises(ApiError, match="must be an object"):
         await executor.execute(subject, decide(World(subject), NOW, settings))
     assert refusing.said == said
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ApiError(403, "Forbidden", "exceeded quota"), True),
+        (ApiError(422, "Invalid", "spec"), True),
+        (ApiError(500, "InternalError", 'Internal error occurred: failed calling webhook "policy.example.com": timeout'), True),
+        (ApiError(500, "InternalError", "etcdserver: request timed out"), False),
+        (ApiError(503, "ServiceUnavailable", "not yet"), False),
+        (ApiError(409, "Conflict", "the object has been modified"), False),
+    ],
+)
+def test_an_answer_that_leaves_open_what_was_done_is_no_refusal(error: ApiError, expected: bool) -> None:
+    assert is_refusal(error) == expected

@@ -49,9 +49,23 @@ class Closed:
 
 
 @pytest.mark.parametrize(("closed", "watched"), [("a", ("b", "c")), ("b", ("a", "c")), ("", ("a", "b", "c"))])
-async def test_a_namespace_that_may_not_be_listed_keeps_no_other_from_being_watched(closed: str, watched: tuple[str, ...]) -> None:
+async def test_a_namespace_that_may_not_be_listed_keeps_no_other_from_being_watched(
+    closed: str, watched: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "CRD_SECONDS", 0)
     settings = Settings(trainer_image="trainer", namespaces=("a", "b", "c"))
     assert await main._served_namespaces(cast("Cluster", Closed(closed)), settings) == watched
+
+
+async def test_a_namespace_whose_role_comes_a_little_later_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Closed("a")
+
+    async def open_it(_: float) -> None:
+        cluster.closed.clear()
+
+    monkeypatch.setattr(main.asyncio, "sleep", open_it)
+    settings = Settings(trainer_image="trainer", namespaces=("a", "b"))
+    assert await main._served_namespaces(cast("Cluster", cluster), settings) == ("a", "b")
 
 
 async def test_where_no_namespace_may_be_listed_one_is_waited_for(
@@ -59,8 +73,11 @@ async def test_where_no_namespace_may_be_listed_one_is_waited_for(
 ) -> None:
     cluster = Closed("a", "b")
 
+    waits = iter(range(100))
+
     async def open_one(_: float) -> None:
-        cluster.closed.discard("b")
+        if next(waits) == 7:
+            cluster.closed.discard("b")
 
     monkeypatch.setattr(main.asyncio, "sleep", open_one)
     settings = Settings(trainer_image="trainer", namespaces=("a", "b"))

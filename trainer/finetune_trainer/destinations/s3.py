@@ -41,9 +41,10 @@ class Place:
             raise
 
     def holds(self, item: PublishedFile) -> bool:
-        """Whether an object of the file's size is there."""
+        """Whether an object of the file's size is there, on a server that keeps no checksum which could say more."""
         try:
-            return bool(self.client.head_object(Bucket=self.bucket, Key=self.key(item.path))["ContentLength"] == item.bytes)
+            found = self.client.head_object(Bucket=self.bucket, Key=self.key(item.path), ChecksumMode="ENABLED")
+            return bool(found["ContentLength"] == item.bytes and not any(name.startswith("Checksum") for name in found))
         except self.client.exceptions.ClientError as error:
             if error_code(error) in ("403", "404"):
                 return False
@@ -81,7 +82,7 @@ def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
         if not stands:
             _withdraw(place)
         for item in publication.files:
-            if not (stands and place.holds(item)):  # what somebody has deleted since is put back
+            if not (stands and place.holds(item)):  # what somebody has deleted or replaced since is put back
                 upload(place.client, place.bucket, place.key(item.path), item)
         if not stands:
             put_bytes(place.client, place.bucket, place.key(MANIFEST), publication.manifest)
