@@ -96,11 +96,7 @@ def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
     world = situation.world
     # A preflight Job that goes after its own TTL is in nobody's way once the training has begun.
     is_training = world.current is not None and not is_being_deleted(world.current)
-    staying = (
-        [world.current, world.preflight]
-        if is_training
-        else [job for job in (world.current, world.preflight) if job and not is_being_deleted(job)]
-    )
+    staying = [job for job in (world.current, world.preflight) if job and (is_training or not is_being_deleted(job))]
     in_the_way = [job for job in world.jobs if job not in staying]
     if not in_the_way:
         return None
