@@ -40,7 +40,7 @@ def verdict_of(world: World, job: Json, base: FineTuneJobStatus, last: Ending | 
     doomed = condition_of(job, "FailureTarget")
     if doomed:  # it has failed, and says so once its pods have ended
         _, sentence = _failure(doomed, spec, base, last)
-        return Verdict(Phase.RUNNING if base.start_time else Phase.PENDING, Standing.RECONCILING, Reason.STOPPING, sentence)
+        return Verdict(Phase.RUNNING if _has_started(base) else Phase.PENDING, Standing.RECONCILING, Reason.STOPPING, sentence)
     active = [pod for pod in world.attended_pods if not is_ended(pod)]
     if spec.run_policy.suspend:
         return _suspended(active)
@@ -120,8 +120,17 @@ def _deadline_sentence(spec: FineTuneJobSpec, base: FineTuneJobStatus) -> str:
     over = f"The run was stopped after its deadline of {spec.run_policy.active_deadline_seconds} s"
     if base.message.startswith(over):
         return base.message
-    waited = f", before its pod had started ({clean(base.message, 700).rstrip('.')})" if base.start_time is None and base.message else ""
-    return clean(f"{over}{waited}; raise runPolicy.activeDeadlineSeconds and set runPolicy.rerun.")
+    where = ""
+    if not base.start_time and _has_started(base):
+        where = ", during preflight"
+    elif not _has_started(base) and base.message:
+        where = f", before its pod had started ({clean(base.message, 700).rstrip('.')})"
+    return clean(f"{over}{where}; raise runPolicy.activeDeadlineSeconds and set runPolicy.rerun.")
+
+
+def _has_started(base: FineTuneJobStatus) -> bool:
+    """Whether a pod of the stored status has run; a run's startTime is its training's, so preflight has none."""
+    return base.start_time is not None or base.phase is Phase.RUNNING
 
 
 def _suspended(active: list[Json]) -> Verdict:

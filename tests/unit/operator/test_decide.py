@@ -373,6 +373,18 @@ def test_a_deadline_tells_what_kept_the_pod_from_starting_also_when_the_pod_is_g
     assert over["message"] == stopping["message"]
 
 
+def test_a_preflight_that_ran_into_the_deadline_is_not_said_to_have_waited_for_its_pod() -> None:
+    raw = build_finetunejob({"runPolicy": {"preflight": "Auto", "activeDeadlineSeconds": 60}})
+    pod = build_pod(preflight_for(raw), phase="Running", state=RUNNING)
+    raw["status"] = status_after(raw, decide(world_of(raw, preflight_for(raw), pods=(pod,)), NOW, SETTINGS))
+    doomed = preflight_for(raw, condition={"type": "FailureTarget", "reason": "DeadlineExceeded"})
+    raw["status"] = stopping = status_after(raw, decide(world_of(raw, doomed), NOW, SETTINGS))
+    over = status_after(raw, decide(world_of(raw, preflight_for(raw, condition=failed("DeadlineExceeded"))), NOW, SETTINGS))
+    assert (stopping["phase"], over["phase"]) == ("Running", "Failed")
+    assert "its deadline of 60 s, during preflight; raise runPolicy.activeDeadlineSeconds" in over["message"]
+    assert over["message"] == stopping["message"]
+
+
 def test_a_killed_pod_that_was_being_deleted_did_not_run_out_of_memory() -> None:
     raw = build_finetunejob()
     job = job_for(raw, condition=failed())
