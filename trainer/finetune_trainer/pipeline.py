@@ -4,9 +4,10 @@ cli.py calls `run`, or `preflight` for what can be refused before a GPU is asked
 a later stage where its result is missing, publishing at once when report.json of the same training stands, here or at an s3 destination.
 """
 
+import functools
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,8 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
         reporter.enter(Stage.PREFLIGHT)
         cheap_checks.run(ctx)
         alone.enter_context(_alone(ctx))
-        report = finished_report(ctx) or _published_report(ctx) or _make(ctx, reporter)
+        identities = functools.cache(lambda: _identities(ctx))  # of a model on a claim all weights are read for it
+        report = _finished_report(ctx, identities) or _published_report(ctx, identities) or _make(ctx, reporter)
         _tell(reporter, report, job.spec.quality)
         quality_gate.require_quality(ctx, report["losses"])
         _publish(ctx, reporter, report)
@@ -117,7 +119,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     tokenizer = load.tokenizer_of(ctx, fetched.path)
     with reporter.timed("data"):
         rows = data.run(ctx, tokenizer)  # before the weights: mistakes in the data show in seconds
-    loaded = load.run(ctx, tokenizer, backend)
+    loaded = load.run(ctx, fetched, tokenizer, backend)
     reporter.know(model=loaded.resolved, dataset=rows.resolved)
 
     reporter.enter(Stage.TRAINING)
@@ -150,13 +152,13 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     return report
 
 
-def finished_report(ctx: RunContext) -> dict[str, Any] | None:
+def _finished_report(ctx: RunContext, identities: Callable[[], dict[str, str]]) -> dict[str, Any] | None:
     """The report of an earlier attempt at the same training on the same model and data that made all that this job ships; None when there is none."""
     try:
         report = dict(json.loads(ctx.report.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    if report.get("trainDigest") != ctx.job.train_digest or report.get("identities") != _identities(ctx):
+    if report.get("trainDigest") != ctx.job.train_digest or report.get("identities") != identities():
         return None
     known = report.get("digests", {})
     changed = sorted(name for name, digest in _digests(ctx).items() if known.get(name) != digest)
@@ -167,10 +169,10 @@ def finished_report(ctx: RunContext) -> dict[str, Any] | None:
     return report
 
 
-def _published_report(ctx: RunContext) -> dict[str, Any] | None:
+def _published_report(ctx: RunContext, identities: Callable[[], dict[str, str]]) -> dict[str, Any] | None:
     from finetune_trainer.destinations.restore import restore
 
-    return finished_report(ctx) if restore(ctx, lambda: _identities(ctx)) else None
+    return _finished_report(ctx, identities) if restore(ctx, identities) else None
 
 
 def _digests(ctx: RunContext) -> dict[str, str]:

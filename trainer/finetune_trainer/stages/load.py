@@ -14,12 +14,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from finetune_trainer import sources
 from finetune_trainer.backends import Backend
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import CapacityError, DataError, SpecError
 from finetune_trainer.failures import first_line, is_out_of_memory
 from finetune_trainer.memory.fit import training_dtype
+from finetune_trainer.sources import Fetched
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,15 @@ def tokenizer_of(ctx: RunContext, folder: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(folder, trust_remote_code=allowed)
 
 
-def run(ctx: RunContext, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Loaded:
+def run(ctx: RunContext, fetched: Fetched, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Loaded:
     """Loads the weights and adds the adapter.
+
+    Args:
+        fetched: the model that the tokenizer is of; fetched anew, a branch might have moved between the two.
 
     Raises:
         AccessError, DataError, InfrastructureError, SpecError: one sentence each.
     """
-    fetched = sources.fetch_model(ctx)
     identity = fetched.identify()
     set_seed(ctx.spec.training.seed)
     base = backend.load_base(fetched.path, ctx.spec.model.dtype, trust_remote_code=ctx.spec.model.trust_remote_code)
