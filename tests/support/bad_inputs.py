@@ -358,6 +358,11 @@ MODEL: dict[str, BadInput] = {
     ),
     "an unknown architecture": BadInput(_config(model_type="nonesuch"), _DATA, ("does not load", "nonesuch")),
     "a model that is none of language": BadInput(_config(model_type="vit"), _DATA, ("does not load", "causal language model")),
+    "weights that are quantized already": BadInput(
+        _config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        _DATA,
+        ("is quantized already (bitsandbytes)", "set spec.model.source to the model that it was made from"),
+    ),
     "weights that are cut off": BadInput(_model(_cut_off), _DATA, ("does not load", "safetensors")),
     "weights that are empty": BadInput(_model(lambda model: (model / "model.safetensors").write_bytes(b"")), _DATA, ("does not load",)),
     "a weight that is missing": BadInput(
@@ -388,7 +393,17 @@ MODEL: dict[str, BadInput] = {
     "a chat template that opens a file": BadInput(
         _template("{{ cycler.__init__.__globals__.os.popen('touch OWNED').read() }}"), _DATA, ("line 1", "chat template refuses")
     ),
-    "a chat template that does not end": BadInput(_template("{% for message in messages %}"), _DATA, ("line 1", "chat template refuses")),
+    "a chat template that is not closed": BadInput(_template("{% for message in messages %}"), _DATA, ("line 1", "chat template refuses")),
+    "a chat template that counts for ever": BadInput(
+        _template("{% for turn in range(10**9) %}{% endfor %}"), _DATA, ("line 1", "chat template refuses", "Range too big")
+    ),
+    "a chat template that divides by zero": BadInput(_template("{{ 1 // 0 }}"), _DATA, ("line 1", "chat template refuses", "zero")),
+    "a chat template that calls itself": BadInput(
+        _template("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"),
+        _DATA,
+        ("line 1", "chat template refuses", "calls itself without end"),
+    ),
+    "a chat template that wants all memory": BadInput(_template("{{ 'a' * 10**15 }}"), _DATA, ("line 1", "chat template refuses")),
     "a chat template that refuses": BadInput(
         _template("{{ raise_exception('no such roles') }}"), _DATA, ("line 1", "no such roles", "change its turns")
     ),

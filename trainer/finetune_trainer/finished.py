@@ -45,13 +45,17 @@ class FinishedStages:
         known = self._read(marker, kind, made)
         if known is not None:
             return known
-        order = list(Stage)
-        for done_again in order[order.index(stage) :]:
-            self._marker(done_again).unlink(missing_ok=True)
+        self.undo_from(stage)
         result = work()
         kept = {"inputs": self.inputs, "made": tree_digest(made), "result": asdict(result)}  # type: ignore[call-overload]
         atomic.write_text(marker, json.dumps(kept, indent=1))
         return result
+
+    def undo_from(self, stage: Stage) -> None:
+        """From now on this stage and those behind it are not done."""
+        order = list(Stage)
+        for undone in order[order.index(stage) :]:
+            self._marker(undone).unlink(missing_ok=True)
 
     def _marker(self, stage: Stage) -> Path:
         return self.folder / f"{stage.value.lower()}.json"

@@ -19,7 +19,7 @@ from finetune_api.status import Stage
 
 from finetune_trainer import atomic, backends, finished, quality_gate, sources
 from finetune_trainer.context import RunContext
-from finetune_trainer.errors import FineTuneError, InfrastructureError
+from finetune_trainer.errors import FineTuneError, InfrastructureError, ProofError
 from finetune_trainer.reporting.quiet import quiet_bars
 from finetune_trainer.reporting.reporter import TEXT_CHARACTERS, RunReporter
 from finetune_trainer.reporting.session import reporting
@@ -142,7 +142,11 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
         converted = stages.once(Stage.CONVERTING, convert.Converted, lambda: convert.run(ctx, trained), made=(ctx.quantized, ctx.proof))
         convert.make_room(trained.model)
         reporter.enter(Stage.VERIFYING)
-        proof = stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=(ctx.quantized, ctx.proof))
+        try:
+            proof = stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=(ctx.quantized, ctx.proof))
+        except ProofError:
+            stages.undo_from(Stage.CONVERTING)  # the next run is not to prove the same files again
+            raise
     seconds = reporter.seconds()
     slow = hints(measured(ctx, seconds, reporter.part_seconds, trained, device))
     for sentence in slow:

@@ -95,6 +95,8 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         Symptom("spec.lora.targetModules: LoRA on … trains what is no linear layer", "A mixture of experts keeps its experts in tensors that are no layers; LoRA reaches them, but no scheme quantizes them.", "Name the attention's layers alone where they are half of the weights, or set `quantization.scheme: none`."),
         Symptom("finds no GPU in this pod; ", "The node's driver is older than PyTorch's CUDA, or the device plugin gave no GPU.", "Renew the driver, check the device plugin."),
         Symptom("of this model's linear weights, less than half", "The group size of the scheme does not divide the layers' input sizes.", "Take the scheme and group size that the sentence names."),
+        Symptom("is quantized already (", "LoRA and quantization-aware training need the original weights.", "Set `model.source` to the model that it was made from."),
+        Symptom("has values that are not finite (NaN or infinite), with which nothing can be trained", "The model's file is damaged, or was saved from a training that diverged.", "Download it again, or choose another one."),
         Symptom("holds no job description of this version", "Operator and trainer image are of different versions.", "Use the image that belongs to the operator."),
     ),
     "A model that will not load: memory": (
@@ -116,6 +118,7 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         Symptom("the model's chat template refuses the conversation", "Two turns of one role in a row, a role that it does not know; or the template itself is wrong, or does what no template may.", "Change the turns, or mend the template."),
         Symptom("use the tokenizer that belongs to the model.", "The tokenizer has more tokens than the model has embeddings.", "Take both from one place."),
         Symptom("the model's chat template rewrites earlier turns; keep one assistant turn in each row.", "Some templates drop what was thought in earlier answers, so that a conversation is not the beginning of a longer one.", "Cut each conversation into rows of one answer."),
+        Symptom("The loss of held-out row", "The trained model computes NaN or infinity there.", "Lower `training.learningRate`, or set `model.dtype: float32`."),
         Symptom("The longest row has … tokens, but the model has … positions", "The model learnt an embedding for each position, and has no more.", "Set `training.maxLength` to that number; longer rows are cut."),
         Symptom("is enough for a single optimizer step, which is a quantization-aware one,", "`quality.maxLossIncreasePercent` has nothing to compare with.", "Add rows or epochs, lower `training.batchSize`, or remove the limit."),
         Symptom("is not finite at training.learningRate", "The learning rate is too high, or a row is broken.", "Lower it; checkpoints of earlier steps are kept."),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from finetune_api.exits import REASONS, ExitCode
 from finetune_trainer.reporting.progress import ProgressMeter
+from safetensors.torch import load_file, save_file
 from support.bad_inputs import ACCESS, BAD_INPUTS, CONFIG, DATA, MACHINE, MODEL, BadInput, Ground, was_run
 from support.run_contexts import read_files
 from support.tiny_jobs import finetune, tiny_job
@@ -74,6 +75,27 @@ def test_the_command_itself_says_the_same(name: str, tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
     for word in bad.words:
         assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("model.embed_tokens.weight", float("nan")),
+        ("model.norm.weight", float("inf")),
+        ("model.layers.1.mlp.up_proj.weight", float("-inf")),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["int8-int4", "none"])
+def test_a_weight_that_is_not_finite_is_refused_by_name(
+    name: str, bad: float, scheme: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Preflight reads no weights; a run does not end with a loss that is not finite, which a lower learning rate would not mend."""
+    job = tiny_job(tmp_path, {"quantization": {"scheme": scheme}, "outputs": {"artifacts": ["adapter"]}})
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights[name].view(-1)[3] = bad
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    assert finetune("run", str(job), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")) == ExitCode.DATA
+    assert f"The model's weight {name} has values that are not finite" in capfd.readouterr().err
 
 
 def test_code_of_its_own_runs_once_it_is_asked_for(tmp_path: Path) -> None:

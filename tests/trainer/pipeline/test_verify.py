@@ -24,9 +24,9 @@ class OwnForCausalLM(LlamaForCausalLM):
 AUTO_MAP = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
 
 
-def verified_by(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Proof:
+def verified_by(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, accept: bool = False) -> Proof:
     """Verifies with a shell script in the place of Python."""
-    ctx = context(folder, run_spec())
+    ctx = context(folder, run_spec(quantization={"acceptInexact": accept}))
     ctx.proof.mkdir(exist_ok=True)
     python = folder / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
@@ -63,13 +63,13 @@ def test_a_model_that_does_not_load_fails_the_proof(tmp_path: Path, monkeypatch:
         verified_by('echo "ValueError: no such layer" >&2; exit 1', tmp_path, monkeypatch)
 
 
-def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Proof:
+def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, *, accept: bool = False, **changes: Any) -> Proof:
     """The proof of a folder of which the fresh process says this."""
     said = {"weights": {"a": "1"}, "max_logit_difference": 0.0, "kernel": "mslk on cuda", "kernel_errors": {}, "generated": "The"} | changes
     (folder / "work" / "proof").mkdir(parents=True)
     (folder / "work" / "proof" / names.PROOF_EXPECTED).write_text(json.dumps({"weights": {"a": "1"}}))
     (folder / "said.json").write_text(json.dumps(said))
-    return verified_by(f"cat {folder}/said.json", folder, monkeypatch)
+    return verified_by(f"cat {folder}/said.json", folder, monkeypatch, accept=accept)
 
 
 def test_the_worst_layer_of_a_kernel_is_part_of_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +86,10 @@ def test_a_kernel_that_was_not_run_is_said_to_be_so(tmp_path: Path, monkeypatch:
     ("changes", "words"),
     [
         ({"kernel_errors": {"up_proj": 4.1, "down_proj": 4.5}}, ["mslk on cuda computes down_proj 4.5 rounding steps off, where 4 are"]),
-        ({"kernel_errors": {"up_proj": float("nan")}}, ["up_proj nan rounding steps off"]),
+        ({"kernel_errors": {"up_proj": 0.5, "down_proj": float("nan")}}, ["down_proj come out as nan in a fresh process"]),
+        ({"kernel_errors": {"up_proj": float("inf")}}, ["up_proj come out as inf"]),
         ({"max_logit_difference": 0.25}, ["a logit differs by 0.25 although all weights are equal"]),
-        ({"max_logit_difference": float("nan")}, ["a logit differs by nan"]),
+        ({"max_logit_difference": float("nan")}, ["the logits come out as nan"]),
         ({"weights": {"a": "2"}}, ["1 of 1 weights differ, the first is a"]),
         ({"weights": {"a": "1", "b": "1"}}, ["the first is b"]),
     ],
@@ -98,6 +99,11 @@ def test_whatever_differs_fails_the_proof(
 ) -> None:
     with refused(ProofError, "The exported model is not the trained one", "nothing was published", *words):
         measured(tmp_path, monkeypatch, **changes)
+
+
+def test_no_job_accepts_what_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with refused(ProofError, "the logits come out as nan", "which no job accepts"):
+        measured(tmp_path, monkeypatch, accept=True, max_logit_difference=float("nan"))
 
 
 @pytest.fixture

@@ -9,20 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from finetune_api.exits import ExitCode
+from finetune_api.termination import parse
 from finetune_trainer import phases, plan
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import ProofError
 from finetune_trainer.qat.kernels import REFERENCE, kernel_of, reference_arithmetic
 from finetune_trainer.qat.prepare import exact_layers
 from finetune_trainer.reporting.report import quality
+from finetune_trainer.reporting.session import ENV_TERMINATION_LOG
 from finetune_trainer.row_order import order_of
-from finetune_trainer.stages import train, verify
+from finetune_trainer.stages import convert, train, verify
 from finetune_trainer.stages.data import Data
+from finetune_trainer.stages.train import Trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.exact_models import SCHEMES, WIDE
 from support.run_contexts import RecordingReporter
-from support.tiny_jobs import STEPS, description, run, tiny_job
+from support.tiny_jobs import STEPS, description, finetune, run, tiny_job
 from support.tiny_model import save_tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -150,6 +154,45 @@ def test_a_difference_that_the_spec_accepts_is_said_and_shipped(finished: tuple[
     assert not proof.weights_equal
     assert "1 of 21 weights differ" in reporter.notes[-1]
     assert "quantization.acceptInexact is true" in reporter.notes[-1]
+
+
+@pytest.fixture
+def one_bad_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first conversion that follows writes one code wrong, the later ones none."""
+    export, waiting = convert.run, [True]
+
+    def run_once_badly(ctx: RunContext, trained: Trained) -> convert.Converted:
+        converted = export(ctx, trained)
+        if waiting:
+            waiting.clear()
+            change_one_code(ctx.quantized / "model.safetensors")
+        return converted
+
+    monkeypatch.setattr(convert, "run", run_once_badly)
+
+
+@pytest.mark.usefixtures("one_bad_export")
+def test_a_run_whose_proof_failed_publishes_nothing_and_the_next_one_exports_anew(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, BOTH)
+    folders = "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")
+    assert finetune("run", str(job), *folders) == ExitCode.PROOF
+    assert not (tmp_path / "published").exists()
+    assert not (tmp_path / "work" / "report.json").exists()
+    assert finetune("run", str(job), *folders) == ExitCode.SUCCEEDED
+    assert json.loads((tmp_path / "published" / "report.json").read_text())["proof"]["holds"] is True
+
+
+@pytest.mark.usefixtures("one_bad_export")
+def test_what_is_accepted_though_inexact_says_so_wherever_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_TERMINATION_LOG, str(tmp_path / "last"))
+    report = run(tiny_job(tmp_path, {"quantization": {"acceptInexact": True}, **BOTH}), tmp_path / "work")
+    last = parse((tmp_path / "last").read_text())
+    assert last is not None
+    assert last.quality is not None
+    assert last.quality.shipped_matches_trained is False
+    assert report["proof"]["holds"] is False
+    assert json.loads((tmp_path / "published" / "report.json").read_text())["proof"]["holds"] is False
+    assert "DIFFER" in (tmp_path / "published" / "README.md").read_text()
 
 
 def change_one_code(path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig
 
-from finetune_trainer.errors import DataError, ProofError, SpecError
+from finetune_trainer.errors import ProofError, SpecError
 from finetune_trainer.qat.fit import best_fit
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLinear, ExactLoraLinear, ExactMode, ExactState
 from finetune_trainer.qat.schemes import SCHEMES
@@ -58,7 +58,6 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
         enabled: whether fake quantization is on from now on.
 
     Raises:
-        DataError: a weight has values that are not finite.
         SpecError: LoRA dropout, DoRA or another LoRA variant, an adapter on what is no linear layer, or less than half of the linear weights fit the scheme.
     """
     _require_linear_adapters(model)
@@ -70,8 +69,7 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
     scheme = SCHEMES[quantization.scheme]
     quantizer = scheme.quantizer(found.group_size)
     _switch_off_dropout(model.get_base_model())
-    for name, (module, base) in layers.items():
-        _require_finite(name, base)
+    for name, (module, _) in layers.items():
         if name in shapes and name not in found.unfit:
             _make_exact(module, ExactState(mode, quantizer, scheme.activations), name)
         elif isinstance(module, LoraLinear):
@@ -233,14 +231,6 @@ def _base(module: nn.Module) -> nn.Linear:
     if not isinstance(base, nn.Linear):
         raise SpecError(f"Exact quantization-aware training needs nn.Linear layers, but found {type(base).__name__}; choose scheme none.")
     return base
-
-
-def _require_finite(name: str, base: nn.Linear) -> None:
-    if not base.weight.is_meta and not base.weight.isfinite().all():  # in preflight there are shapes only
-        raise DataError(
-            f"The model's weight {name}.weight has values that are not finite (NaN or infinite), which no quantization grid holds; "
-            "download the model again, or choose another one."
-        )
 
 
 def _make_exact(module: nn.Module, state: ExactState, name: str) -> None:

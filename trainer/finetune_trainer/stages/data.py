@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from typing import Any
 
-from jinja2.exceptions import TemplateError as JinjaError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
@@ -23,6 +22,7 @@ from finetune_trainer import dataset, rendering, sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.dataset import Dataset, Form
 from finetune_trainer.errors import DataError
+from finetune_trainer.failures import first_line
 from finetune_trainer.plan import plan
 from finetune_trainer.rendering import Messages, Render, Segment, TemplateError
 
@@ -215,8 +215,10 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> Render | None:
         try:
             with _fixed_date():
                 return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
-        except (JinjaError, TypeError) as error:
-            raise TemplateError(str(error)) from error
+        except RecursionError as error:
+            raise TemplateError("it calls itself without end") from error
+        except Exception as error:  # it is a program: a division by zero or a range without end is its own mistake too
+            raise TemplateError(first_line(error) or type(error).__name__) from error
 
     return render
 

@@ -3,6 +3,7 @@
 `measure` also serves phases.py, which measures twice at the switch. Never changes a weight or the random state.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from finetune_trainer.context import RunContext
+from finetune_trainer.errors import QualityError
 from finetune_trainer.qat.prepare import fake_quantization
 from finetune_trainer.row_order import micro_batches
 from finetune_trainer.stages.data import IGNORED, Data, Example
@@ -165,6 +167,9 @@ def measure(model: PeftModel, examples: Sequence[Example], *, fake_quant: bool, 
 
     Args:
         keep_codes: quantize each weight once for all batches (one byte a weight), or once for each; the result is the same.
+
+    Raises:
+        QualityError: a loss is not finite, so that nothing could be compared with it.
     """
     before = model.training
     model.eval()
@@ -176,8 +181,18 @@ def measure(model: PeftModel, examples: Sequence[Example], *, fake_quant: bool, 
     finally:
         model.train(before)
     ordered = [results[index] for index in range(len(examples))]
+    _require_finite([total for total, _ in ordered])
     rows = [(total, example.trained_tokens) for (total, _), example in zip(ordered, examples, strict=True)]
     return HeldOut(rows, [token for _, tokens in ordered for token in tokens])
+
+
+def _require_finite(losses: Sequence[float]) -> None:
+    for number, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            raise QualityError(
+                f"The loss of held-out row {number} of {len(losses)} is {loss}, so the model computes no numbers there; nothing was published. "
+                "Lower training.learningRate, set model.dtype to float32, or take another base model."
+            )
 
 
 def pad(examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:

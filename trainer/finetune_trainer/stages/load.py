@@ -62,7 +62,9 @@ def tokenizer_of(ctx: RunContext, folder: Path) -> PreTrainedTokenizerBase:
         DataError, SpecError: one sentence each.
     """
     allowed = ctx.spec.model.trust_remote_code
-    _require_own_code_allowed(folder, trust_remote_code=allowed)
+    config = _config_of(folder)
+    _require_own_code_allowed(folder, config, trust_remote_code=allowed)
+    _require_original_weights(folder, config)
     return load_tokenizer(folder, trust_remote_code=allowed)
 
 
@@ -78,6 +80,7 @@ def run(ctx: RunContext, fetched: Fetched, tokenizer: PreTrainedTokenizerBase, b
     identity = fetched.identify()
     set_seed(ctx.spec.training.seed)
     base = backend.load_base(fetched.path, ctx.spec.model.dtype, trust_remote_code=ctx.spec.model.trust_remote_code)
+    _require_finite(base)
     size, dtype = base.num_parameters() / 1e6, str(base.dtype).removeprefix("torch.")
     ctx.reporter.note(f"Loaded {size:,.0f} million parameters as {dtype} on the {base.device.type.upper()}.")
     return Loaded(backend.add_adapter(base, ctx.spec.lora, ctx.spec.quantization.scheme), tokenizer, fetched.resolved, identity, backend)
@@ -161,12 +164,35 @@ def refusing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _require_own_code_allowed(folder: Path, *, trust_remote_code: bool) -> None:
+def _config_of(folder: Path) -> dict[str, Any]:
     try:
-        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder / 'config.json'} is not a JSON object ({first_line(error)}); download the model again.") from error
+
+
+def _require_own_code_allowed(folder: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
     if config.get("auto_map") and not trust_remote_code:
         raise SpecError(
             f"The model in {folder} brings Python code of its own (auto_map in config.json); set spec.model.trustRemoteCode to true if you trust it."
         )
+
+
+def _require_original_weights(folder: Path, config: dict[str, Any]) -> None:
+    """What is quantized already is neither merged with an adapter nor quantized a second time."""
+    quantization = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if quantization:
+        raise DataError(
+            f"The model in {folder} is quantized already ({quantization.get('quant_method', 'quantization_config in config.json')}); "
+            "set spec.model.source to the model that it was made from, with its original weights."
+        )
+
+
+def _require_finite(model: PreTrainedModel) -> None:
+    for name, weight in model.named_parameters():
+        # Least and largest, which NaN passes through: a mask of an embedding would be a quarter of it in memory.
+        if weight.numel() and not torch.stack([weight.amin(), weight.amax()]).isfinite().all():
+            raise DataError(
+                f"The model's weight {name} has values that are not finite (NaN or infinite), with which nothing can be trained; "
+                "download the model again, or choose another one."
+            )

@@ -6,6 +6,7 @@ training, on the same input, within rounding; where no kernel runs, that is said
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -58,16 +59,18 @@ def run(ctx: RunContext) -> Proof:
 
     Raises:
         CapacityError: the process was ended by a signal, or out of memory.
-        ProofError: it does not load, or differs and the spec does not accept that; the sentence names the first weight, the difference or the layer.
+        ProofError: it does not load, computes what is no number, or differs and the spec does not accept that; the sentence names the first weight,
+            the difference or the layer.
     """
     measured = _measure(ctx)
     expected = json.loads((ctx.proof / names.PROOF_EXPECTED).read_text())["weights"]
     differing = sorted(name for name in expected.keys() | measured["weights"].keys() if expected.get(name) != measured["weights"].get(name))
-    errors = measured["kernel_errors"]
+    errors, logits = measured["kernel_errors"], measured["max_logit_difference"]
+    _require_numbers({"the logits": logits} | errors)
     proof = Proof(
         weights_equal=not differing,
         weights=len(expected),
-        max_logit_difference=measured["max_logit_difference"],
+        max_logit_difference=logits,
         verified_by=VerifiedBy.WEIGHTS_AND_LOGITS if measured["kernel"] else VerifiedBy.WEIGHTS,
         kernel=measured["kernel"],
         kernel_error=max(errors.values()) if errors else None,
@@ -80,6 +83,16 @@ def run(ctx: RunContext) -> Proof:
         raise ProofError(f"{difference}; nothing was published. Run the job again, and report this with report.json if it comes back.")
     ctx.reporter.note(f"{difference}; it is shipped all the same, since quantization.acceptInexact is true.")
     return proof
+
+
+def _require_numbers(differences: dict[str, float]) -> None:
+    """What is NaN or infinite is no inexactness that a job could accept."""
+    for name, difference in differences.items():
+        if not math.isfinite(difference):
+            raise ProofError(
+                f"The exported model is not the trained one: {name} come out as {difference} in a fresh process, which no job accepts; nothing was "
+                "published. Run the job again, and report this if it comes back."
+            )
 
 
 def _difference(proof: Proof, differing: list[str], errors: dict[str, float]) -> str:
