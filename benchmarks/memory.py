@@ -178,7 +178,7 @@ def _convert(model: Any, prepared: Any, tokenizer: Any) -> int:
 
     with TemporaryDirectory() as name:
         ctx = RunContext(JobDescription.of({"name": "memory"}, _spec(), in_cluster=False), Path(name), Path(name), RecordingReporter())
-        return convert.run(ctx, Trained(model, tokenizer, prepared, None, 0, None, None)).bytes_before
+        return convert.run(ctx, Trained(model, tokenizer, prepared, None, 0, None, None), Path(name)).bytes_before
 
 
 def _prepared(folder: Path, *, checkpointed: bool) -> Any:

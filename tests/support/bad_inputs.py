@@ -203,7 +203,8 @@ def _code_of_its_own(model: Path) -> None:
         f"import pathlib\npathlib.Path({str(model.parent / OWNED)!r}).write_text('code ran')\nclass Model: ...\n"
     )
     path = model / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}))
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
 
 
 def _tokenizer_with_code_of_its_own(model: Path) -> None:

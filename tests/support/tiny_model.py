@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -55,6 +55,35 @@ def save_tiny_model(folder: Path, *, chat: bool = True, seed: int = 0, **changes
     """Model and tokenizer as `save_pretrained` writes them; returns the folder."""
     tiny_llama(seed=seed, **changes).save_pretrained(folder)
     tiny_tokenizer(chat=chat).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_gemma3(folder: Path) -> Path:
+    """A multimodal model with its nested configuration: two layers of text, one of vision, the byte tokenizer; returns the folder."""
+    text = {
+        "vocab_size": 262,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
+    text |= {"num_key_value_heads": 2, "sliding_window": 32}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=261, boi_token_index=1, eoi_token_index=2
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

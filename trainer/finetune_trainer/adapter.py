@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_trainer import atomic
-from finetune_trainer.destinations.model_card import base_model
+from finetune_trainer.destinations.model_card import base_model, hub_revision
 from finetune_trainer.errors import SpecError
+from finetune_trainer.language_model import foreign_linears
 
 
 def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
@@ -24,7 +25,7 @@ def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
 
 
 def lora_config(base: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
-    """What the spec asks for, in peft's words: no dropout, which no exported model has.
+    """What the spec asks for, in peft's words: no dropout, which no exported model has, and in a multimodal model only the language model.
 
     Raises:
         SpecError: a target module that the model does not have, or its output head.
@@ -38,25 +39,30 @@ def lora_config(base: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
         lora_alpha=lora.alpha or 2 * lora.rank,
         lora_dropout=0.0,
         target_modules=targets,
+        exclude_modules=foreign_linears(base) or None,
         task_type="CAUSAL_LM",
     )
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, job: JobDescription, target: Path) -> None:
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, job: JobDescription, resolved: str, target: Path) -> None:
     """Writes adapter and tokenizer; the folder appears whole or not at all.
+
+    Args:
+        resolved: the base model's source with the commit that was used, which whoever loads the adapter shall get too.
 
     Raises:
         OSError: no space, or not writable.
     """
     config = model.peft_config["default"]
-    here, config.base_model_name_or_path = config.base_model_name_or_path, published_base(job)
+    here = config.base_model_name_or_path, config.revision
+    config.base_model_name_or_path, config.revision = published_base(job), hub_revision(resolved) or None
     try:
         with atomic.folder(target) as folder:
             # Embeddings are never trained. Left to find out by itself, peft would ask the Hub for the base model's size.
             model.save_pretrained(folder, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
     finally:
-        config.base_model_name_or_path = here
+        config.base_model_name_or_path, config.revision = here
 
 
 def published_base(job: JobDescription) -> str:

@@ -125,7 +125,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     reporter.enter(Stage.TRAINING)
     trained = train.run(ctx, loaded, rows)
     device = trained.model.device.type
-    save_adapter(trained.model, trained.tokenizer, ctx.job, ctx.adapter)
+    save_adapter(trained.model, trained.tokenizer, ctx.job, loaded.resolved, ctx.adapter)
     weights = finished.digest_of(ctx.job.train_digest, loaded.identity, rows.digest, ctx.adapter / "adapter_model.safetensors")
     stages = finished.FinishedStages(ctx.workdir / finished.FOLDER, weights)
 
@@ -139,7 +139,9 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     converted = proof = None
     if Artifact.QUANTIZED in ctx.spec.wanted_artifacts:
         reporter.enter(Stage.CONVERTING)
-        converted = stages.once(Stage.CONVERTING, convert.Converted, lambda: convert.run(ctx, trained), made=(ctx.quantized, ctx.proof))
+        converted = stages.once(
+            Stage.CONVERTING, convert.Converted, lambda: convert.run(ctx, trained, fetched.path), made=(ctx.quantized, ctx.proof)
+        )
         convert.make_room(trained.model)
         reporter.enter(Stage.VERIFYING)
         try:

@@ -28,7 +28,7 @@ def require_quality(ctx: RunContext, losses: dict[str, Any]) -> None:
 
 def shortfall(quality: QualitySpec, losses: dict[str, Any]) -> str:
     """What the shipped model falls short of, in one sentence with a mend; empty when of nothing."""
-    return _above_limit(quality, losses) or _worse_than_ptq(losses) or _worse_than_base(losses)
+    return _above_limit(quality, losses) or _worse_than_ptq(losses) or _worse_than_base(losses) or _adapter_worse_than_base(losses)
 
 
 def loss_increase_percent(losses: dict[str, Any]) -> float | None:
@@ -65,6 +65,15 @@ def _worse_than_base(losses: dict[str, Any]) -> str:
     return (
         f"The shipped model's held-out loss ({shipped:.4g}) is significantly above the base model's ({losses['base']:.4g}), which was not trained at all; "
         "lower training.learningRate, train on more data, or choose a finer scheme."
+    )
+
+
+def _adapter_worse_than_base(losses: dict[str, Any]) -> str:
+    if not _lies_above(losses.get("adapter_over_base")):
+        return ""
+    return (
+        f"The shipped adapter's held-out loss on the base model that is not quantized ({losses['adapter']:.4g}) is significantly above the base model's "
+        f"({losses['base']:.4g}); lower quantization.qatPercent, or leave adapter out of outputs.artifacts."
     )
 
 

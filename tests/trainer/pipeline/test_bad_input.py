@@ -3,6 +3,7 @@
 `finetune preflight` refuses the same with the same words, without a weight.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -104,6 +105,17 @@ def test_code_of_its_own_runs_once_it_is_asked_for(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, {"model": {"trustRemoteCode": True}})
     assert finetune("preflight", str(job), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")) == ExitCode.DATA
     assert was_run(tmp_path)  # so the rows above would have noticed
+
+
+def test_an_architecture_that_transformers_knows_needs_no_code_of_the_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Many a model brings the code from before its architecture was taken up."""
+    job = tiny_job(tmp_path)
+    config = tmp_path / "model" / "config.json"
+    BAD_INPUTS["code of its own"].spoil(Ground(tmp_path, pytest.MonkeyPatch()))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    assert finetune("preflight", str(job), "--workdir", str(tmp_path / "work"), "--cache", str(tmp_path / "cache")) == ExitCode.SUCCEEDED
+    assert "which is not run: transformers' own llama is" in capfd.readouterr().out
+    assert not was_run(tmp_path)
 
 
 def test_a_working_directory_that_can_not_be_made_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,12 @@ MEASURED = {"base": 3.0, "tuned": 2.0, "ptq": 2.5, "quantized": 2.1, "shipped_ov
         (None, {"shipped_over_base": [0.01, 0.2]}, "above the base model's (3)"),
         (None, {"shipped_over_base": [0.0, 0.2]}, ""),
         (None, {"quantized": None, "shipped_over_ptq": None, "shipped_over_base": [0.01, 0.2]}, "(2) is significantly above the base"),
+        (
+            None,
+            {"adapter": 3.1, "adapter_over_base": [0.01, 0.2]},
+            "shipped adapter's held-out loss on the base model that is not quantized (3.1)",
+        ),
+        (None, {"adapter": 2.9, "adapter_over_base": [-0.2, -0.1]}, ""),
         ("1", dict.fromkeys(MEASURED), ""),
     ],
 )

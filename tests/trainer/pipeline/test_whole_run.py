@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from support.exact_models import SCHEMES, WIDE
 from support.run_contexts import RecordingReporter
 from support.tiny_jobs import STEPS, description, finetune, run, tiny_job
-from support.tiny_model import save_tiny_model, write_jsonl
+from support.tiny_model import save_tiny_gemma3, save_tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where `run` trains
@@ -156,13 +156,43 @@ def test_a_difference_that_the_spec_accepts_is_said_and_shipped(finished: tuple[
     assert "quantization.acceptInexact is true" in reporter.notes[-1]
 
 
+def test_what_is_shipped_keeps_the_base_models_tokenizer_licence_and_ways_of_padding(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"padding_side": "left"}
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "LICENSE.md").write_text("Pass this on.")
+    (folder / "preprocessor_config.json").write_text("{}")
+    run(tiny_job(tmp_path, BOTH), tmp_path / "work")
+    quantized, adapter = tmp_path / "published" / "model-torchao", tmp_path / "published" / "lora_model"
+    assert (quantized / "LICENSE.md").read_text() == "Pass this on."
+    assert (quantized / "preprocessor_config.json").is_file()
+    for shipped in (quantized, adapter):
+        kept = json.loads((shipped / "tokenizer_config.json").read_text())
+        assert (kept["padding_side"], kept.get("pad_token")) == ("left", None)
+
+
+def test_of_a_multimodal_model_the_language_model_alone_is_trained_and_quantized(tmp_path: Path) -> None:
+    save_tiny_gemma3(tmp_path / "model")
+    report = run(tiny_job(tmp_path, BOTH), tmp_path / "work")
+    trained = load_file(tmp_path / "published" / "lora_model" / "adapter_model.safetensors")
+    assert report["proof"]["max_logit_difference"] == 0.0
+    assert not [name for name in trained if "vision_tower" in name]
+    assert any("language_model.layers.1.mlp.up_proj" in name for name in trained)
+    skipped = report["qat"]["skipped"]
+    assert skipped["model.vision_tower.encoder.layers.0.mlp.fc1"] == "not part of the language model"
+    assert report["qat"]["layers"] == 14
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "published" / "lora_model")
+    assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "model")
+
+
 @pytest.fixture
 def one_bad_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first conversion that follows writes one code wrong, the later ones none."""
     export, waiting = convert.run, [True]
 
-    def run_once_badly(ctx: RunContext, trained: Trained) -> convert.Converted:
-        converted = export(ctx, trained)
+    def run_once_badly(ctx: RunContext, trained: Trained, base_folder: Path) -> convert.Converted:
+        converted = export(ctx, trained, base_folder)
         if waiting:
             waiting.clear()
             change_one_code(ctx.quantized / "model.safetensors")

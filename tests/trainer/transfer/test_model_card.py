@@ -123,14 +123,14 @@ def test_both_artifacts_are_loaded_from_where_they_stand(tmp_path: Path) -> None
     text = card(tmp_path)
 
     assert 'AutoModelForCausalLM.from_pretrained(".")' in text
-    assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("acme/base"), "./lora_model")' in text
+    assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("acme/base", revision="0123"), "./lora_model")' in text
 
 
 def test_an_adapter_alone_is_not_loaded_as_a_model(tmp_path: Path) -> None:
     text = card(tmp_path, ADAPTER)
 
     assert "torchao" not in text
-    assert 'AutoModelForCausalLM.from_pretrained("acme/base"), ".")' in text
+    assert 'AutoModelForCausalLM.from_pretrained("acme/base", revision="0123"), ".")' in text
 
 
 def test_a_quantized_model_alone_loads_no_adapter(tmp_path: Path) -> None:
@@ -138,6 +138,12 @@ def test_a_quantized_model_alone_loads_no_adapter(tmp_path: Path) -> None:
 
     assert "peft" not in text
     assert 'from_pretrained("./model-torchao")' in text
+
+
+def test_a_base_model_from_elsewhere_has_no_revision(tmp_path: Path) -> None:
+    text = card(tmp_path, ADAPTER, model="s3://models/base", sources={"model": "s3://models/base?etags=0123"})
+
+    assert 'AutoModelForCausalLM.from_pretrained("path/to/the/base/model"), ".")' in text
 
 
 @pytest.mark.parametrize("folders", [BOTH, ADAPTER, QUANTIZED])

@@ -17,6 +17,7 @@ _LOSSES = {
     "nearest": "tuned, quantized with nearest values",
     "ptq": "tuned, quantized after training (PTQ), scales and rounding chosen",
     "quantized": "shipped quantized model",
+    "adapter": "shipped adapter on the base model, not quantized",
 }
 _LOAD_QUANTIZED = """In the downloaded folder (transformers and torchao):
 
@@ -33,7 +34,7 @@ _LOAD_ADAPTER = """The adapter, on the base model that is not quantized (transfo
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{folder}")
 ```
 """
 
@@ -52,7 +53,7 @@ def model_card(job: JobDescription, report: dict[str, Any], folders: dict[Artifa
         _summary(job, report),
         _quality(report),
         _proof(report),
-        _loading(base_model(job), folders),
+        _loading(job, report, folders),
         _origin(job, report),
     ]
     return "\n".join(section for section in sections if section)
@@ -64,6 +65,11 @@ def base_model(job: JobDescription) -> str:
     if source.startswith("hf://"):
         return source.removeprefix("hf://").partition("@")[0].strip("/")
     return _HUB_NAMES.get(source.rstrip("/"), "")
+
+
+def hub_revision(resolved: str) -> str:
+    """The commit of a base model from the Hub, by its resolved source; empty when it came from elsewhere."""
+    return resolved.partition("@")[2] if resolved.startswith("hf://") else ""
 
 
 def _front_matter(job: JobDescription, folders: dict[Artifact, str]) -> str:
@@ -110,13 +116,15 @@ def _proof(report: dict[str, Any]) -> str:
     return f"## Proof\n\nThe model was loaded again in a fresh process: its dequantized weights {weights}.{largest}{unrun}\n"
 
 
-def _loading(base: str, folders: dict[Artifact, str]) -> str:
+def _loading(job: JobDescription, report: dict[str, Any], folders: dict[Artifact, str]) -> str:
     """Plain transformers and peft code, for the names a reader has at hand: a folder of this repository."""
+    commit = hub_revision((report.get("sources") or {}).get("model", ""))
+    base = f'"{base_model(job) or "path/to/the/base/model"}"' + (f', revision="{commit}"' if commit else "")
     blocks = []
     if Artifact.QUANTIZED in folders:
         blocks.append(_LOAD_QUANTIZED.format(folder=_here(folders[Artifact.QUANTIZED])))
     if Artifact.ADAPTER in folders:
-        blocks.append(_LOAD_ADAPTER.format(base=base or "path/to/the/base/model", folder=_here(folders[Artifact.ADAPTER])))
+        blocks.append(_LOAD_ADAPTER.format(base=base, folder=_here(folders[Artifact.ADAPTER])))
     return "## Use\n\n" + "\n".join(blocks)
 
 

@@ -1,7 +1,7 @@
 """Turns a peft model's linear layers into exact ones, in place, and switches them: the interface of train, evaluate and convert.
 
-Every linear that export will quantize is taken: those with an adapter and the frozen ones. The output head, embeddings and layers whose
-input size does not divide into groups are not quantized and are listed; such layers with an adapter are computed merged, as export has them.
+Every linear that export will quantize is taken: those with an adapter and the frozen ones. The output head, embeddings, the towers of a multimodal
+model and layers whose input size does not divide into groups are not quantized and are listed; such layers with an adapter are computed merged, as export has them.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig
 
 from finetune_trainer.errors import ProofError, SpecError
+from finetune_trainer.language_model import foreign_linears
 from finetune_trainer.qat.fit import best_fit
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLinear, ExactLoraLinear, ExactMode, ExactState
 from finetune_trainer.qat.schemes import SCHEMES
 
+_HEAD, _FOREIGN = "output head", "not part of the language model"
 _FUSED_DIMENSIONS = 3  # [experts, out, in]
 
 
@@ -32,7 +34,7 @@ class Prepared:
     Attributes:
         layers: names of the exact layers, as the merged model knows them (without peft's prefixes).
         skipped: linear layers that stay unquantized, with the reason.
-        coverage: share of the linear weights (the output head aside) that are quantized, 0 to 1.
+        coverage: share of the language model's linear weights (the output head aside) that are quantized, 0 to 1.
         group_size: weights that share one scale; None is one scale for each output channel.
     """
 
@@ -63,7 +65,8 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
     _require_linear_adapters(model)
     linears, head = list(_linears(model)), model.get_base_model().get_output_embeddings()
     layers = {plain_name(path): (module, _base(module)) for path, module in linears}
-    shapes = {name: (base.out_features, base.in_features) for name, (_, base) in layers.items() if base is not head}
+    foreign = set(foreign_linears(model.get_base_model()))
+    shapes = {name: (base.out_features, base.in_features) for name, (_, base) in layers.items() if base is not head and name not in foreign}
     found = best_fit(quantization, shapes, _fused(model))
     mode = ExactMode(enabled=enabled)
     scheme = SCHEMES[quantization.scheme]
@@ -75,7 +78,8 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
         elif isinstance(module, LoraLinear):
             _make_exact(module, ExactState(mode, None, None), name)
     model.register_load_state_dict_post_hook(lambda *_: mode.drop_caches())
-    skipped = {name: "output head" for name in layers if name not in shapes} | found.unfit
+    outside = {name: _FOREIGN if name in foreign else _HEAD for name in layers if name not in shapes}
+    skipped = outside | found.unfit
     return Prepared(tuple(name for name in layers if name not in skipped), skipped, found.coverage, found.group_size)
 
 

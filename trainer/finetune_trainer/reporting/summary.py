@@ -57,6 +57,7 @@ def _losses(report: dict[str, Any]) -> list[tuple[str, str]]:
         "nearest": "  tuned, then quantized with nearest values",
         "ptq": "  tuned, then quantized (PTQ)",
         "quantized": "  shipped quantized model",
+        "adapter": "  shipped adapter, not quantized",
     }
     losses = report["losses"]
     rows = [(label, f"{losses[name]:.4g}") for name, label in labels.items() if losses.get(name) is not None]

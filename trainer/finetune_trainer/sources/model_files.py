@@ -4,11 +4,14 @@ Used by every scheme, so that a model means the same thing wherever it comes fro
 """
 
 from collections.abc import Collection
+from pathlib import Path
 
 from finetune_trainer.errors import DataError
 
 _WEIGHTS = ".safetensors"
 _SUFFIXES = (_WEIGHTS, ".json", ".jinja", ".txt", ".model", ".tiktoken")
+_LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
+_PROCESSOR = "processor_config.json"
 _UNSAFE_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -24,12 +27,17 @@ def wanted_files(names: Collection[str], *, trust_remote_code: bool, weights: bo
         sorted(
             name
             for name in names
-            if name.endswith(suffixes)
+            if (name.endswith(suffixes) or _is_legal(name))
             and (weights or not name.endswith(_WEIGHTS))
             and not name.startswith((".", "consolidated"))
             and ("/" not in name or name.startswith("additional_chat_templates/"))
         )
     )
+
+
+def companions(folder: Path) -> list[Path]:
+    """Files of a model's folder that belong beside weights made from it: what its licence asks for, and how a multimodal model sees."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and (_is_legal(path.name) or path.name.endswith(_PROCESSOR)))
 
 
 def require_model(names: Collection[str], where: str) -> None:
@@ -45,3 +53,7 @@ def require_model(names: Collection[str], where: str) -> None:
     if any(name.endswith(_UNSAFE_WEIGHTS) for name in names):
         raise DataError(f"{where} has weights only as .bin or .pt, which can run code when loaded; convert them to safetensors.")
     raise DataError(f"{where} has a config.json but no .safetensors file; upload the weights as safetensors.")
+
+
+def _is_legal(name: str) -> bool:
+    return name.upper().startswith(_LEGAL)

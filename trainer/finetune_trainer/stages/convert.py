@@ -5,7 +5,9 @@ The training's model gives up its weights layer by layer, so that memory holds t
 
 import gc
 import json
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from finetune_api import names
@@ -20,6 +22,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.memory import heap
 from finetune_trainer.qat.export import free_weight, plain_model, trained_digests
 from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization, free_codes, mode_of
+from finetune_trainer.sources.model_files import companions
 from finetune_trainer.stages.train import Trained
 
 _ROWS, _TOKENS = 2, 32
@@ -38,8 +41,11 @@ class Converted:
     bytes_after: int
 
 
-def run(ctx: RunContext, trained: Trained) -> Converted:
+def run(ctx: RunContext, trained: Trained, base_folder: Path) -> Converted:
     """Exports the model and records what it must compute.
+
+    Args:
+        base_folder: the base model's, whose licence and processor go along.
 
     Raises:
         OSError: no space, or not writable.
@@ -63,6 +69,8 @@ def run(ctx: RunContext, trained: Trained) -> Converted:
         plain.save_pretrained(folder)
         generation.to_json_file(folder / GENERATION_CONFIG_NAME)
         trained.tokenizer.save_pretrained(folder)
+        for path in companions(base_folder):
+            shutil.copyfile(path, folder / path.name)
         for path in folder.glob("*.safetensors"):
             sort_metadata(path)
     return Converted(before, sum(path.stat().st_size for path in ctx.quantized.glob("*.safetensors")))

@@ -5,10 +5,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from finetune_api.spec import Artifact
 from peft import PeftModel
 
 from finetune_trainer.context import RunContext
@@ -40,7 +41,8 @@ class Losses:
         tuned: the adapter at the switch (or, without quantization, the final one), not quantized.
         nearest: the adapter at the switch, quantized as torchao's quantize_ does: scales of the largest value, each weight to the nearest one.
         ptq: the same with scales and rounding chosen, which is what qatPercent 0 ships; and what `nearest` would be, where that is None.
-        quantized: what is shipped.
+        quantized: the shipped quantized model.
+        adapter: the shipped adapter on the base model that is not quantized: behind quantization-aware steps it is not what it was at the switch.
         recovered: (PTQ - quantized) / (PTQ - tuned), the share of PTQ's damage that quantization-aware steps took back; only where that
             damage is significant.
         nearest_recovered: the same of `nearest`, which the choice of scales and rounding took back a part of.
@@ -48,6 +50,7 @@ class Losses:
         ptq_over_tuned: interval of the difference of two losses, as those below.
         shipped_over_ptq: where quantization-aware steps followed.
         shipped_over_base: of the quantized model, or of the tuned one where nothing is quantized.
+        adapter_over_base: of the adapter, where it is shipped and measured apart.
     """
 
     base: float | None = None
@@ -55,12 +58,14 @@ class Losses:
     nearest: float | None = None
     ptq: float | None = None
     quantized: float | None = None
+    adapter: float | None = None
     recovered: float | None = None
     nearest_recovered: float | None = None
     agreement: float | None = None
     ptq_over_tuned: Interval | None = None
     shipped_over_ptq: Interval | None = None
     shipped_over_base: Interval | None = None
+    adapter_over_base: Interval | None = None
 
 
 RowLosses = list[tuple[float, int]]
@@ -100,11 +105,15 @@ def run(ctx: RunContext, model: PeftModel, data: Data, switch: "Switch | None", 
     seed = ctx.spec.training.seed
     over_base = difference(shipped.rows, base.rows, seed)
     means = {"base": mean_loss(base.rows), "quantized" if quantized else "tuned": mean_loss(shipped.rows)}
+    known = Losses(**means, shipped_over_base=over_base)
+    if quantized and Artifact.ADAPTER in ctx.spec.wanted_artifacts:
+        adapter = measure(model, data.held_out, fake_quant=False)
+        known = replace(known, adapter=mean_loss(adapter.rows), adapter_over_base=difference(adapter.rows, base.rows, seed))
     if switch is None or switch.tuned is None or switch.ptq is None:
-        return Losses(**means, shipped_over_base=over_base)
+        return known
     nearest = switch.nearest
-    return Losses(
-        **means,
+    return replace(
+        known,
         nearest=mean_loss(nearest.rows) if nearest else None,
         nearest_recovered=recovered(switch.tuned.rows, nearest.rows, shipped.rows, seed) if nearest else None,
         tuned=mean_loss(switch.tuned.rows),
@@ -113,7 +122,6 @@ def run(ctx: RunContext, model: PeftModel, data: Data, switch: "Switch | None", 
         agreement=agreement(shipped, switch.tuned),
         ptq_over_tuned=difference(switch.ptq.rows, switch.tuned.rows, seed),
         shipped_over_ptq=difference(shipped.rows, switch.ptq.rows, seed),
-        shipped_over_base=over_base,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from finetune_trainer.backends import Backend
 from finetune_trainer.context import RunContext
@@ -63,7 +63,7 @@ def tokenizer_of(ctx: RunContext, folder: Path) -> PreTrainedTokenizerBase:
     """
     allowed = ctx.spec.model.trust_remote_code
     config = _config_of(folder)
-    _require_own_code_allowed(folder, config, trust_remote_code=allowed)
+    _require_own_code_allowed(ctx, folder, config)
     _require_original_weights(folder, config)
     return load_tokenizer(folder, trust_remote_code=allowed)
 
@@ -87,23 +87,19 @@ def run(ctx: RunContext, fetched: Fetched, tokenizer: PreTrainedTokenizerBase, b
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right with a token that is never trained.
+    """The tokenizer as it is published with the model: what training needs of it (train.py pads by itself) is not written into it.
 
     Raises:
         DataError: it does not load.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise DataError(
             f"The tokenizer in {folder} does not load ({first_line(error)}); the folder needs the files that save_pretrained writes."
         ) from error
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_base(folder: Path, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -171,8 +167,13 @@ def _config_of(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder / 'config.json'} is not a JSON object ({first_line(error)}); download the model again.") from error
 
 
-def _require_own_code_allowed(folder: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
-    if config.get("auto_map") and not trust_remote_code:
+def _require_own_code_allowed(ctx: RunContext, folder: Path, config: dict[str, Any]) -> None:
+    if not config.get("auto_map") or ctx.spec.model.trust_remote_code:
+        return
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING:  # many a model is older than its place in transformers
+        ctx.reporter.note(f"The model brings Python code of its own, which is not run: transformers' own {kind} is.")
+    else:
         raise SpecError(
             f"The model in {folder} brings Python code of its own (auto_map in config.json); set spec.model.trustRemoteCode to true if you trust it."
         )
