@@ -77,7 +77,7 @@ def measure(folder: Path, made: Path, spec: FineTuneJobSpec, rounds: int) -> dic
         seconds["seal"].append(timed(lambda copy=copy: checkpoints.seal(copy, job.train_digest, {})))
         seconds["push"].append(timed(lambda copy=copy: mirror.push(copy)))
         empty = folder / f"empty-{step}"
-        seconds["fetch"].append(timed(lambda empty=empty: mirror.fetch_latest(empty)))
+        seconds["fetch"].append(timed(lambda empty=empty: mirror.fetch_latest(empty, print)))
         assert checkpoints.is_complete(checkpoints.folder_of(empty, step))
     sizes = [path.stat().st_size for path in made.rglob("*") if path.is_file()]
     medians = {f"{name}_seconds": round(statistics.median(values), 2) for name, values in seconds.items()}

@@ -73,7 +73,12 @@ def remove_all_but(kept: Checkpoint | None, outputs: Path) -> list[str]:
 
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint's seal is there and every file is what it says."""
-    return not _read_seal(folder)[0]
+    return not problem_of(folder)
+
+
+def problem_of(folder: Path) -> str:
+    """Why a checkpoint can't be gone on from; empty when it can."""
+    return _read_seal(folder)[0]
 
 
 def _folders(outputs: Path) -> list[Path]:

@@ -5,6 +5,7 @@ last, so that a half-copied checkpoint is never taken for one. Never mirrors to 
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from finetune_api import credentials
 from finetune_api.spec import DestinationSpec
 
 from finetune_trainer import atomic
-from finetune_trainer.checkpoints import SEAL, folder_of, is_complete, step_of
+from finetune_trainer.checkpoints import SEAL, folder_of, problem_of, step_of
 from finetune_trainer.context import RunContext
 from finetune_trainer.destinations.manifest import PublishedFile
 from finetune_trainer.destinations.s3_upload import upload
@@ -28,7 +29,7 @@ _FIELD = "spec.storage.checkpoints.uri"
 
 @dataclass(frozen=True)
 class Mirror:
-    """The mirror of one training.
+    """The mirror of one training, for one use: the keys of a Secret may be others an hour later.
 
     Attributes:
         where: bucket and prefix, this training's digest included.
@@ -77,8 +78,8 @@ class Mirror:
             for step in set(steps) - set(kept):
                 self._delete(f"checkpoint-{step}/")
 
-    def fetch_latest(self, outputs: Path) -> None:
-        """Downloads the newest complete checkpoint into `outputs`; nothing when there is none. Damaged ones are removed, here and there.
+    def fetch_latest(self, outputs: Path, warn: Callable[[str], None]) -> None:
+        """Downloads the newest complete checkpoint into `outputs`; nothing when there is none. Damaged ones are removed, here and there, with a warning.
 
         Raises:
             AccessError, CapacityError, InfrastructureError: one sentence each.
@@ -86,10 +87,12 @@ class Mirror:
         with s3_errors(self.where):
             for step in reversed(self._steps()):
                 folder = folder_of(outputs, step)
-                self._download(folder)
-                if is_complete(folder):
+                problem = self._download(folder) and self._download(
+                    folder
+                )  # a copy may be damaged on its way; only what is twice is so there
+                if not problem:
                     return
-                shutil.rmtree(folder)
+                warn(f"The mirrored {folder.name} is passed over: {problem}.")
                 self._delete(f"{folder.name}/")
 
     def remove(self) -> None:
@@ -101,12 +104,17 @@ class Mirror:
         with s3_errors(self.where):
             self._delete("")
 
-    def _download(self, folder: Path) -> None:
+    def _download(self, folder: Path) -> str:
+        """Downloads a checkpoint; returns what is wrong with it, and leaves nothing then."""
         with atomic.folder(folder) as partial:
             for key in self._keys(f"{folder.name}/"):
                 target = partial / key.removeprefix(self._key(f"{folder.name}/"))
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.client.download_file(self.where.authority, key, str(target))
+        problem = problem_of(folder)
+        if problem:
+            shutil.rmtree(folder)
+        return problem
 
     def _key(self, name: str) -> str:
         return f"{self.where.path}/{name}"

@@ -36,7 +36,6 @@ class Work:
     Attributes:
         rounded_by: rows of the training data that the rounding of weights is chosen by.
         inputs: digest of the base model's revision and the rows; a checkpoint of others is not resumed from.
-        mirror: where checkpoints outlast the pod; None where the working directory does.
         start: the checkpoint to go on from.
     """
 
@@ -46,7 +45,6 @@ class Work:
     rounded_by: Sequence[Example]
     plan: Plan
     inputs: str
-    mirror: Mirror | None
     start: Checkpoint | None
 
 
@@ -124,11 +122,11 @@ class Phases(TrainerCallback):
         if self.switch is not None:
             self.switch.save(folder)
         checkpoints.seal(folder, self._work.ctx.job.train_digest, {"inputs": self._work.inputs, **self.plan.cut})
-        if self._work.mirror is None:
-            return
         try:
-            with self._work.ctx.reporter.timed("mirror"):
-                self._work.mirror.push(folder)
+            mirror = Mirror.of(self._work.ctx)
+            if mirror is not None:
+                with self._work.ctx.reporter.timed("mirror"):
+                    mirror.push(folder)
         except FineTuneError as error:
             self._work.ctx.reporter.note(f"The checkpoint of step {state.global_step} was not mirrored: {error}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from finetune_trainer.checkpoints import SEAL, Checkpoint
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import AccessError, InfrastructureError, SpecError
 from finetune_trainer.mirror import Mirror, mirror_location
+from finetune_trainer.phases import Phases, Work
+from finetune_trainer.plan import Plan
 from finetune_trainer.stages import preflight
 from support.run_contexts import context, notes, read_files, refused, run_spec, write_files
 from support.s3_server import S3Server
+from support.tiny_model import tiny_llama
 
 FIELD = "spec.storage.checkpoints.uri"
 FACTS = {"tuned": 2.5}
@@ -68,7 +72,7 @@ def test_a_new_pod_resumes_from_what_an_older_one_has_pushed(pod: Any, mirror_of
     pushed = checkpoint(old, 20)
     mirror_of(old).push(pushed)
 
-    mirror_of(new).fetch_latest(new.outputs)
+    mirror_of(new).fetch_latest(new.outputs, new.reporter.note)
 
     found = newest(new)
     assert found is not None
@@ -81,7 +85,7 @@ def test_the_newest_is_fetched_by_number(pod: Any, mirror_of: Any, tmp_path: Pat
     for step in (90, 100):
         mirror_of(old).push(checkpoint(old, step))
 
-    mirror_of(new).fetch_latest(new.outputs)
+    mirror_of(new).fetch_latest(new.outputs, new.reporter.note)
 
     assert [path.name for path in new.outputs.iterdir()] == ["checkpoint-100"]
 
@@ -89,7 +93,7 @@ def test_the_newest_is_fetched_by_number(pod: Any, mirror_of: Any, tmp_path: Pat
 def test_an_empty_mirror_gives_nothing(pod: Any, mirror_of: Any, tmp_path: Path) -> None:
     ctx = pod(tmp_path)
 
-    mirror_of(ctx).fetch_latest(ctx.outputs)
+    mirror_of(ctx).fetch_latest(ctx.outputs, ctx.reporter.note)
 
     assert newest(ctx) is None
 
@@ -115,7 +119,7 @@ def test_a_checkpoint_that_was_copied_by_half_is_ignored(pod: Any, mirror_of: An
         mirror_of(old).push(checkpoint(old, 20))
     s3_calls.before = lambda _operation, _key: None
 
-    mirror_of(new).fetch_latest(new.outputs)
+    mirror_of(new).fetch_latest(new.outputs, new.reporter.note)
 
     assert any("checkpoint-20/" in key for key in inside.listed())
     found = newest(new)
@@ -138,12 +142,57 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(pod: Any, mirror_of: A
     (damaged,) = [key for key in inside.listed() if key.endswith("checkpoint-20/adapter_model.safetensors")]
     inside.put({damaged: b"other bytes"})
 
-    mirror_of(new).fetch_latest(new.outputs)
+    mirror_of(new).fetch_latest(new.outputs, new.reporter.note)
 
     found = newest(new)
     assert found is not None
     assert found.step == 10
     assert not [key for key in inside.listed() if "checkpoint-20/" in key]
+    assert notes(new) == ["The mirrored checkpoint-20 is passed over: adapter_model.safetensors is damaged."]
+
+
+def test_a_checkpoint_that_is_damaged_on_its_way_is_fetched_again(
+    pod: Any, mirror_of: Any, inside: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = pod(tmp_path / "old"), pod(tmp_path / "new")
+    mirror_of(old).push(checkpoint(old, 20))
+    mirror = mirror_of(new)
+    download, waiting = mirror.client.download_file, [True]
+
+    def download_once_badly(bucket: str, key: str, target: str) -> None:
+        download(bucket, key, target)
+        if waiting and target.endswith(".safetensors"):
+            waiting.clear()
+            Path(target).write_bytes(b"other bytes")
+
+    monkeypatch.setattr(mirror.client, "download_file", download_once_badly)
+    mirror.fetch_latest(new.outputs, new.reporter.note)
+
+    found = newest(new)
+    assert found is not None
+    assert found.step == 20
+    assert [key for key in inside.listed() if "checkpoint-20/" in key]
+    assert notes(new) == []
+
+
+def test_each_checkpoint_is_pushed_with_the_keys_of_its_own_time(pod: Any, inside: Any, mount: Callable[..., Path], tmp_path: Path) -> None:
+    """A Secret with a session token is renewed every hour or so, a training takes many."""
+    ctx = pod(tmp_path)
+    secret = (mount("destination-0") / "AWS_SECRET_ACCESS_KEY").read_text()
+    phases = Phases(Work(ctx, tiny_llama(), (), (), Plan(4, 4, 1, 1, 1), "inputs", None))
+
+    def save(step: int) -> list[str]:
+        """The steps in the mirror once this one was saved."""
+        write_files(checkpoints.folder_of(ctx.outputs, step), {"adapter_model.safetensors": b"adapter"})
+        phases.on_save(SimpleNamespace(output_dir=str(ctx.outputs)), SimpleNamespace(global_step=step), None)
+        return sorted({key.split("/checkpoint-")[1].split("/")[0] for key in inside.listed()})
+
+    assert save(1) == ["1"]
+    mount("destination-0", AWS_SECRET_ACCESS_KEY="expired")
+    assert save(2) == ["1"]
+    assert "The checkpoint of step 2 was not mirrored" in notes(ctx)[-1]
+    mount("destination-0", AWS_SECRET_ACCESS_KEY=secret)
+    assert save(3) == ["1", "3"]
 
 
 def test_a_push_removes_later_steps_that_were_passed_over(pod: Any, mirror_of: Any, inside: Any, tmp_path: Path) -> None:
@@ -221,7 +270,7 @@ def test_a_fetch_that_breaks_off_leaves_no_checkpoint(pod: Any, mirror_of: Any, 
 
     s3_calls.before = break_off
     with refused(InfrastructureError, FIELD, "could not be reached"):
-        mirror_of(new).fetch_latest(new.outputs)
+        mirror_of(new).fetch_latest(new.outputs, new.reporter.note)
 
     assert newest(new) is None
 

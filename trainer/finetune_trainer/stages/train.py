@@ -80,13 +80,13 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
         DataError: a loss or gradient is not finite, or a token is unknown to the model.
     """
     require_known_tokens(data, loaded.model)
-    mirror = Mirror.of(ctx)
     inputs = finished.digest_of(loaded.identity, data.digest, loaded.backend.NAME)
     prepared = _prepare(ctx, loaded, data)
-    start = find_checkpoint(ctx, mirror, inputs)
+    start = find_checkpoint(ctx, inputs)
+    _remove_others(ctx, start)
     steps, needed = _plan(ctx, loaded, data, start)
     settings = _settings_of(loaded.model.get_base_model())
-    phases = Phases(Work(ctx, loaded.model, data.held_out, rows_to_round_by(_shuffled(ctx, data)), steps, inputs, mirror, start))
+    phases = Phases(Work(ctx, loaded.model, data.held_out, rows_to_round_by(_shuffled(ctx, data)), steps, inputs, start))
     try:
         trainer = _trainer(ctx, loaded, data, steps, phases)
         with stopping_later(phases.stop):
@@ -129,25 +129,30 @@ def _plan(ctx: RunContext, loaded: Loaded, data: Data, start: Checkpoint | None)
     return steps, needed
 
 
-def find_checkpoint(ctx: RunContext, mirror: Mirror | None, inputs: str) -> Checkpoint | None:
-    """The newest complete checkpoint of this training, from the working directory or else from the mirror; the others are removed.
+def find_checkpoint(ctx: RunContext, inputs: str) -> Checkpoint | None:
+    """The newest complete checkpoint of this training, from the working directory or else from the mirror.
 
     Args:
         inputs: digest of the base model's files and the rows; where a source has changed under the same name, training begins anew.
     """
     found = checkpoints.newest(ctx.outputs, ctx.job.train_digest, ctx.reporter.note)
+    mirror = Mirror.of(ctx)
     if found is None and mirror is not None:
-        mirror.fetch_latest(ctx.outputs)
+        mirror.fetch_latest(ctx.outputs, ctx.reporter.note)
         found = checkpoints.newest(ctx.outputs, ctx.job.train_digest, ctx.reporter.note)
     if found and found.facts.get("inputs") != inputs:
         ctx.reporter.note(f"The model or the data has changed since the checkpoint of step {found.step}, so training begins anew.")
-        found = None
-    removed = checkpoints.remove_all_but(found, ctx.outputs)
-    if found:
-        ctx.reporter.note(f"Going on from the checkpoint of step {found.step}.")
+        return None
+    return found
+
+
+def _remove_others(ctx: RunContext, start: Checkpoint | None) -> None:
+    """Checkpoints that nobody goes on from."""
+    removed = checkpoints.remove_all_but(start, ctx.outputs)
+    if start:
+        ctx.reporter.note(f"Going on from the checkpoint of step {start.step}.")
     elif removed:
         ctx.reporter.note(f"Removed what an earlier training left in {ctx.outputs.name}/: {', '.join(removed)}.")
-    return found
 
 
 def _prepare(ctx: RunContext, loaded: Loaded, data: Data) -> Prepared | None:
