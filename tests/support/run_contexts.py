@@ -73,6 +73,9 @@ def notes(ctx: RunContext) -> list[str]:
     return ctx.reporter.notes
 
 
+PROOF = {"weights_equal": True, "max_logit_difference": 0.0, "kernel": "torchao's reference kernels on cpu", "holds": True}
+
+
 def report_of(ctx: RunContext, **changes: Any) -> dict[str, Any]:
     """A report as a finished run has it; `changes` replace whole parts."""
     return {
@@ -81,7 +84,7 @@ def report_of(ctx: RunContext, **changes: Any) -> dict[str, Any]:
         "sources": {"model": "hf://acme/base@0123", "dataset": "s3://data/rows.jsonl?etag=ab"},
         "losses": {"base": 3.14159, "tuned": 2.25, "nearest": 2.75, "ptq": 2.5, "quantized": 2.31, "recovered": None},
         "qat": {"scheme": "int8-int4", "layers": 14, "coverage": 1.0},
-        "proof": {"weights_equal": True, "max_logit_difference": 0.0},
+        "proof": PROOF,
         "seed": 42,
         "versions": {"torch": "2.13.0"},
     } | changes

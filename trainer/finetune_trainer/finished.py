@@ -17,6 +17,7 @@ from finetune_trainer import atomic
 from finetune_trainer.destinations.layout import is_shipped
 
 FOLDER = "stages"
+REPORT_FORMAT = 1  # of report.json; what another version of the trainer wrote is made again
 Result = TypeVar("Result")
 
 

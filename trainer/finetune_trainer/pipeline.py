@@ -164,7 +164,9 @@ def _finished_report(ctx: RunContext, identities: Callable[[], dict[str, str]]) 
         report = dict(json.loads(ctx.report.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    if report.get("trainDigest") != ctx.job.train_digest or report.get("identities") != identities():
+    if report.get("formatVersion") != finished.REPORT_FORMAT or report.get("trainDigest") != ctx.job.train_digest:
+        return None
+    if report.get("identities") != identities():
         return None
     known = report.get("digests", {})
     changed = sorted(name for name, digest in _digests(ctx).items() if known.get(name) != digest)

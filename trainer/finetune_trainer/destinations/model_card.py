@@ -104,16 +104,15 @@ def _quality(report: dict[str, Any]) -> str:
 
 
 def _proof(report: dict[str, Any]) -> str:
-    proof = report.get("proof") or {}
-    if proof.get("weights_equal") is None:
+    proof = report.get("proof")
+    if not proof:
         return ""
     weights = "equal the trained ones bit for bit" if proof["weights_equal"] else "DIFFER from the trained ones"
-    logits = proof.get("max_logit_difference")
-    largest = "" if logits is None else f" The largest difference of a logit is {_figure(logits)}."
-    unrun = " No kernel of this scheme ran on the training machine: the logits are those of the dequantized weights." * (
-        not proof.get("kernel", True)
+    largest = f"The largest difference of a logit is {_figure(proof['max_logit_difference'])}."
+    unrun = (
+        "" if proof["kernel"] else " No kernel of this scheme ran on the training machine: the logits are those of the dequantized weights."
     )
-    return f"## Proof\n\nThe model was loaded again in a fresh process: its dequantized weights {weights}.{largest}{unrun}\n"
+    return f"## Proof\n\nThe model was loaded again in a fresh process: its dequantized weights {weights}. {largest}{unrun}\n"
 
 
 def _loading(job: JobDescription, report: dict[str, Any], folders: dict[Artifact, str]) -> str:

@@ -10,6 +10,7 @@ from finetune_api.job import JobDescription
 from finetune_api.status import Qat, Quality
 
 from finetune_trainer import VERSION
+from finetune_trainer.finished import REPORT_FORMAT
 from finetune_trainer.qat.prepare import Prepared
 from finetune_trainer.reporting.progress import four_digits
 from finetune_trainer.stages.convert import Converted
@@ -19,7 +20,6 @@ from finetune_trainer.stages.load import Loaded
 from finetune_trainer.stages.train import Trained
 from finetune_trainer.stages.verify import Proof
 
-FORMAT_VERSION = 1
 _SHOWN_LOSSES = ("base", "tuned", "nearest", "ptq", "quantized")
 _PACKAGES = ("torch", "torchao", "transformers", "peft", "trl", "unsloth", "unsloth_zoo", "safetensors")
 
@@ -37,7 +37,7 @@ def build_report(
 ) -> dict[str, Any]:
     """The report as JSON values; what was not measured is null or absent."""
     return {
-        "formatVersion": FORMAT_VERSION,
+        "formatVersion": REPORT_FORMAT,
         "job": job.name,
         "trainDigest": job.train_digest,
         "runDigest": job.run_digest,
@@ -75,8 +75,8 @@ def quality(losses: dict[str, Any], proof: dict[str, Any] | None, shortfall: str
     shown |= {name: f"{losses[name]:.0%}" for name in ("nearest_recovered", "recovered", "agreement") if losses.get(name) is not None}
     if shown:
         shown["shortfall"] = shortfall
-    if proof:  # an earlier version published only what held, and did not say so
-        shown |= {"shipped_matches_trained": proof.get("holds", True), "verified_by": proof["verified_by"]}
+    if proof:
+        shown |= {"shipped_matches_trained": proof["holds"], "verified_by": proof["verified_by"]}
     return Quality(**shown)
 
 

@@ -88,14 +88,12 @@ def _proof(report: dict[str, Any]) -> list[tuple[str, str]]:
         f"{proof['weights']} weights equal bit for bit" if proof["weights_equal"] else f"not all of {proof['weights']} weights are equal"
     )
     return [
-        (f"proof: shipped {'=' if proof.get('holds', True) else '≠'} trained", f"{weights}, {largest}{_kernel(proof)}"),
+        (f"proof: shipped {'=' if proof['holds'] else '≠'} trained", f"{weights}, {largest}{_kernel(proof)}"),
         ("the shipped model writes", proof["generated"].replace("\n", " ")[:160]),
     ]
 
 
 def _kernel(proof: dict[str, Any]) -> str:
-    if "kernel" not in proof:  # published by an earlier version, whose schemes all had their kernel
-        return ""
     if not proof["kernel"]:
         return " (of the dequantized weights: no kernel of this scheme runs on this machine)"
     if proof["kernel_error"] is None:
