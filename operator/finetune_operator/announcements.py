@@ -16,7 +16,7 @@ from finetune_api.status import FineTuneJobStatus, Phase
 
 from finetune_operator.observed import timestamp
 from finetune_operator.redaction import clean
-from finetune_operator.subject import Json, Subject
+from finetune_operator.subject import FINAL, Json, Subject
 
 CREATED, STARTED, PUBLISHED = "Created", "Started", "Published"
 _NAME_LIMIT = 253
@@ -44,7 +44,7 @@ def announcements(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterat
     """
     if after.start_time and not before.start_time:
         yield Announcement(STARTED, f"The first pod of the run started at {after.start_time}.")
-    if after.phase in (Phase.SUCCEEDED, Phase.FAILED) and before.phase is not after.phase:
+    if after.phase in FINAL and before.phase is not after.phase:
         yield Announcement(after.phase.value, after.message)
         if after.artifacts and after.phase is Phase.SUCCEEDED:
             yield Announcement(PUBLISHED, clean("; ".join(f"{item.kind} at {item.uri}" for item in after.artifacts)))

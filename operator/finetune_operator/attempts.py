@@ -6,8 +6,8 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.states import Reason
 from finetune_api.status import Attempt
 
-from finetune_operator.diagnosis import NEVER, container_state, ending_of, is_ended
-from finetune_operator.subject import Json
+from finetune_operator.diagnosis import NEVER, container_state, ending_of
+from finetune_operator.subject import Json, is_ended
 
 KEPT = 10
 

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from finetune_api.states import Reason
 
-from finetune_operator.diagnosis import container_state, is_ended, is_starting, waiting_sentence
+from finetune_operator.diagnosis import container_state, is_starting, waiting_sentence
 from finetune_operator.plan import Plan, WriteStatus
 from finetune_operator.subject import FINAL, Json, Trainer, World, condition_of, is_being_deleted, is_finished
 from finetune_operator.verdict import changed_at, settling_seconds
@@ -36,7 +36,7 @@ def must_be_read(world: World) -> bool:
 
 def unexplained(world: World, now: datetime) -> str | None:
     """UID of the object whose events may say why no pod runs: a Job without a pod, or a pod that takes long to start."""
-    job, active = world.attended, [pod for pod in world.attended_pods if not is_ended(pod)]
+    job, active = world.attended, world.active_pods
     if job is None or is_finished(job) or is_being_deleted(job) or (now - changed_at(world)).total_seconds() < NEW_POD_SECONDS:
         return None
     if not active:
@@ -47,7 +47,7 @@ def unexplained(world: World, now: datetime) -> str | None:
 
 def again_seconds(world: World, now: datetime) -> float | None:
     """A pod that starts is looked at when it should have started, and then ever more seldom, since its events bring no event to us."""
-    active = [pod for pod in world.attended_pods if not is_ended(pod)]
+    active = world.active_pods
     if (active and not is_starting(active[-1])) or (world.subject.spec and world.subject.spec.run_policy.suspend):
         return None
     age_seconds, settled_seconds = (now - changed_at(world)).total_seconds(), settling_seconds(world)
@@ -58,12 +58,12 @@ def again_seconds(world: World, now: datetime) -> float | None:
 
 def trainer_of(world: World) -> Trainer | None:
     """The trainer that can be asked how far it is; None when none runs."""
-    active = [pod for pod in world.attended_pods if not is_ended(pod) and container_state(pod, "running") is not None]
-    if world.current is None or not active or not active[-1]["status"].get("podIP"):
+    running = [pod for pod in world.active_pods if container_state(pod, "running") is not None]
+    if world.current is None or not running or not running[-1]["status"].get("podIP"):
         return None
-    started = (container_state(active[-1], "running") or {}).get("startedAt")
+    started = (container_state(running[-1], "running") or {}).get("startedAt")
     seconds = datetime.fromisoformat(str(started)).timestamp() if started else 0.0
-    return Trainer(str(active[-1]["metadata"]["uid"]), str(active[-1]["status"]["podIP"]), seconds)
+    return Trainer(str(running[-1]["metadata"]["uid"]), str(running[-1]["status"]["podIP"]), seconds)
 
 
 def is_unfinished(raw: Json) -> bool:

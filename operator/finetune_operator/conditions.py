@@ -2,11 +2,20 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from finetune_api.status import Condition, ConditionType, Phase
 
-_Truth = Literal["True", "False", "Unknown"]
+
+class ConditionValue(NamedTuple):
+    """What a condition says, apart from its type and times."""
+
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str
+
+
+Facts = dict[ConditionType, ConditionValue]
 
 
 class Standing(Enum):
@@ -28,30 +37,28 @@ class Verdict:
     message: str
 
 
-def build_conditions(
-    verdict: Verdict, facts: dict[ConditionType, tuple[_Truth, str, str]], before: tuple[Condition, ...], generation: int, now: str
-) -> tuple[Condition, ...]:
+def build_conditions(verdict: Verdict, facts: Facts, before: tuple[Condition, ...], generation: int, now: str) -> tuple[Condition, ...]:
     """All conditions.
 
     Args:
-        facts: (status, reason, message) of Trained, Verified, QualityPassed and Published, as far as they are known.
+        facts: what Trained, Verified, QualityPassed and Published say, as far as they are known.
         before: the stored conditions, whose transition times are kept while the status stays.
     """
-    ready: _Truth = "True" if verdict.standing is Standing.READY else "False"
-    wanted = {ConditionType.READY: (ready, verdict.reason, verdict.message)}
+    holds = ConditionValue("True", verdict.reason, verdict.message)
+    wanted = {ConditionType.READY: holds if verdict.standing is Standing.READY else holds._replace(status="False")}
     if verdict.standing is Standing.RECONCILING:
-        wanted[ConditionType.RECONCILING] = ("True", verdict.reason, verdict.message)
+        wanted[ConditionType.RECONCILING] = holds
     if verdict.standing is Standing.STALLED:
-        wanted[ConditionType.STALLED] = ("True", verdict.reason, verdict.message)
+        wanted[ConditionType.STALLED] = holds
     times = {(item.type, item.status): item.last_transition_time for item in before}
     return tuple(
         Condition(
             type=kind,
-            status=status,
-            reason=reason,
-            message=message,
+            status=value.status,
+            reason=value.reason,
+            message=value.message,
             observed_generation=generation,
-            last_transition_time=times.get((kind, status), now),
+            last_transition_time=times.get((kind, value.status), now),
         )
-        for kind, (status, reason, message) in (wanted | facts).items()
+        for kind, value in (wanted | facts).items()
     )

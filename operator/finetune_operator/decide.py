@@ -17,17 +17,12 @@ from finetune_operator.announcements import CREATED, Announcement, announcements
 from finetune_operator.attention import NEW_POD_SECONDS, again_seconds, is_unfinished
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields, build_preflight_job
-from finetune_operator.diagnosis import container_state, ending_of, has_filled_its_disk, has_seen_a_full_disk, is_ended
-from finetune_operator.observed import (
-    observed_status,
-    preflight_status,
-    status_of,
-    timestamp,
-)
+from finetune_operator.diagnosis import container_state, ending_of, has_filled_its_disk, has_seen_a_full_disk
+from finetune_operator.observed import observed_status, preflight_status, status_of, timestamp
 from finetune_operator.plan import Action, Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus, merge_patch
 from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
-from finetune_operator.subject import Json, World, carried_status, condition_of, is_being_deleted, is_finished
+from finetune_operator.subject import FINAL, Json, World, carried_status, condition_of, is_being_deleted, is_ended, is_finished
 from finetune_operator.verdict import is_settling
 
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
@@ -178,7 +173,7 @@ def report_what_is_seen(situation: Situation) -> Plan | None:
     if is_settling(world, situation.now):
         return Plan(_live(situation), again_seconds(world, situation.now))
     status = observed_status(world, situation.now, situation.settings.stuck_after)
-    if status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+    if status.phase in FINAL:
         return Plan((*_write(situation, status), *_ttl(situation)))
     return Plan((*_live(situation), *_write(situation, status)), again_seconds(world, situation.now))
 

@@ -14,7 +14,7 @@ from finetune_api.states import Reason
 from finetune_api.termination import TerminationMessage, parse
 
 from finetune_operator.redaction import clean
-from finetune_operator.subject import Json, condition_of, is_being_deleted
+from finetune_operator.subject import Json, condition_of, is_being_deleted, is_ended
 
 LOG_TAIL_BYTES = 2048  # of a log, the kubelet takes no more into a termination message
 NEVER = "1970-01-01T00:00:00Z"  # what a kubelet writes for a container that could not be started
@@ -56,11 +56,6 @@ def container_state(pod: Json, state: str) -> Json | None:
     """The `running`, `waiting` or `terminated` state of the trainer's container, when it is in it."""
     found = (container_status(pod).get("state") or {}).get(state)
     return dict(found) if found is not None else None
-
-
-def is_ended(pod: Json) -> bool:
-    """Whether the pod will run no more."""
-    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
 
 
 def is_starting(pod: Json) -> bool:

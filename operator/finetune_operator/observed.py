@@ -4,7 +4,7 @@ It carries over what the stored status knows of the same run, since pods come an
 """
 
 from datetime import UTC, datetime, timedelta
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from finetune_api.exits import REASONS, ExitCode
 from finetune_api.fields import ApiModel
@@ -14,17 +14,13 @@ from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Preflig
 from finetune_api.termination import TerminationMessage
 
 from finetune_operator.attempts import added_gpu_seconds, merge_attempts
-from finetune_operator.conditions import Standing, Verdict, build_conditions
-from finetune_operator.diagnosis import (
-    Ending,
-    container_state,
-)
+from finetune_operator.conditions import ConditionValue, Facts, Standing, Verdict, build_conditions
+from finetune_operator.diagnosis import Ending, container_state
 from finetune_operator.redaction import clean
-from finetune_operator.subject import Json, Subject, World, carried_status, condition_of
+from finetune_operator.subject import FINAL, Json, Subject, World, carried_status, condition_of
 from finetune_operator.verdict import last_ending, success_sentence, verdict_of
 
 Said = TypeVar("Said", bound=ApiModel)
-Facts = dict[ConditionType, tuple[Literal["True", "False", "Unknown"], str, str]]
 _AFTER_TRAINING = (Stage.EVALUATING, Stage.CONVERTING, Stage.VERIFYING, Stage.PUBLISHING)
 PROGRESS_WRITE_SECONDS = 10
 
@@ -68,13 +64,13 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
         }
     )
     verdict = verdict_of(world, job, base, last)
-    if verdict.phase in (Phase.SUCCEEDED, Phase.FAILED):
+    if verdict.phase in FINAL:
         base = base.model_copy(update={"completion_time": _completion_time(job)})
     base = _with_live(base, world, verdict, now)
     if verdict.reason == Reason.RUNNING:
         verdict = _moving(world, base, verdict, now - stuck_after)
     if last and last.said:
-        base = _with_words(base, last.said, final=verdict.phase in (Phase.SUCCEEDED, Phase.FAILED))
+        base = _with_words(base, last.said, final=verdict.phase in FINAL)
     return status_of(subject, base, verdict, now, _facts(spec, base, verdict, last))
 
 
@@ -166,51 +162,50 @@ def _facts(spec: FineTuneJobSpec, base: FineTuneJobStatus, verdict: Verdict, las
     succeeded = verdict.phase is Phase.SUCCEEDED
     reached = last.said.stage if last and last.said else base.stage
     if succeeded or reached in _AFTER_TRAINING:
-        facts[ConditionType.TRAINED] = ("True", Reason.TRAINED, "The adapter is trained.")
+        facts[ConditionType.TRAINED] = ConditionValue("True", Reason.TRAINED, "The adapter is trained.")
     if base.quality and base.quality.shipped_matches_trained is not None:
         facts[ConditionType.VERIFIED] = _proof_fact(base.quality)
     if last and last.exit_code == ExitCode.PROOF:
-        facts[ConditionType.VERIFIED] = ("False", REASONS[ExitCode.PROOF], last.sentence)
+        facts[ConditionType.VERIFIED] = ConditionValue("False", REASONS[ExitCode.PROOF], last.sentence)
     gate = _gate_fact(base, last)
     if gate:
         facts[ConditionType.QUALITY_PASSED] = gate
     if succeeded:
-        facts[ConditionType.PUBLISHED] = ("True", Reason.PUBLISHED, success_sentence(spec))
+        facts[ConditionType.PUBLISHED] = ConditionValue("True", Reason.PUBLISHED, success_sentence(spec))
     elif last and last.exit_code == ExitCode.NOT_PUBLISHED:
-        facts[ConditionType.PUBLISHED] = ("False", REASONS[ExitCode.NOT_PUBLISHED], last.sentence)
+        facts[ConditionType.PUBLISHED] = ConditionValue("False", REASONS[ExitCode.NOT_PUBLISHED], last.sentence)
     return facts
 
 
-def _proof_fact(quality: Quality) -> tuple[Literal["True", "False", "Unknown"], str, str]:
+def _proof_fact(quality: Quality) -> ConditionValue:
     if quality.shipped_matches_trained and quality.verified_by == VerifiedBy.WEIGHTS:
-        return (
-            "True",
-            Reason.SHIPPED_MATCHES_TRAINED,
-            "The exported weights are the trained ones; no kernel of the scheme ran on this node.",
-        )
+        sentence = "The exported weights are the trained ones; no kernel of the scheme ran on this node."
+        return ConditionValue("True", Reason.SHIPPED_MATCHES_TRAINED, sentence)
     if quality.shipped_matches_trained:
-        return "True", Reason.SHIPPED_MATCHES_TRAINED, "The exported model computes what the trained one does."
-    return "False", REASONS[ExitCode.PROOF], "The exported model is not the trained one."
+        return ConditionValue("True", Reason.SHIPPED_MATCHES_TRAINED, "The exported model computes what the trained one does.")
+    return ConditionValue("False", REASONS[ExitCode.PROOF], "The exported model is not the trained one.")
 
 
-def _gate_fact(base: FineTuneJobStatus, last: Ending | None) -> tuple[Literal["True", "False", "Unknown"], str, str] | None:
+def _gate_fact(base: FineTuneJobStatus, last: Ending | None) -> ConditionValue | None:
     """The trainer decides, on losses that are not rounded; here it is only said."""
     if last and last.exit_code == ExitCode.QUALITY:
-        return "False", REASONS[ExitCode.QUALITY], last.sentence
+        return ConditionValue("False", REASONS[ExitCode.QUALITY], last.sentence)
     quality = base.quality
     if quality is None or quality.shortfall is None:
         return None
     if quality.shortfall:
-        return "False", Reason.ABOVE_LIMIT, quality.shortfall
+        return ConditionValue("False", Reason.ABOVE_LIMIT, quality.shortfall)
     losses = {"base": quality.base_loss, "tuned": quality.tuned_loss, "PTQ": quality.ptq_loss, "quantized": quality.quantized_loss}
     told = ", ".join(f"{name} {loss}" for name, loss in losses.items() if loss)
-    return "True", Reason.WITHIN_LIMIT, f"Held-out loss: {told}."
+    return ConditionValue("True", Reason.WITHIN_LIMIT, f"Held-out loss: {told}.")
 
 
 def _known_facts(base: FineTuneJobStatus) -> Facts:
     milestones = (ConditionType.TRAINED, ConditionType.VERIFIED, ConditionType.QUALITY_PASSED, ConditionType.PUBLISHED)
     has_run = base.phase is not None
-    return {item.type: (item.status, item.reason, item.message) for item in base.conditions if has_run and item.type in milestones}
+    return {
+        item.type: ConditionValue(item.status, item.reason, item.message) for item in base.conditions if has_run and item.type in milestones
+    }
 
 
 def _completion_time(job: Json) -> str | None:

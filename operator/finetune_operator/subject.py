@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 Json = dict[str, Any]
 
-FINAL = (Phase.SUCCEEDED.value, Phase.FAILED.value)
+FINAL = (Phase.SUCCEEDED, Phase.FAILED)
 
 
 @dataclass(frozen=True, order=True)
@@ -143,6 +143,11 @@ class World:
         own = [pod for pod in self.pods if attended is not None and is_controlled_by(pod, attended["metadata"]["uid"])]
         return tuple(sorted(own, key=lambda pod: str(pod["metadata"].get("creationTimestamp", ""))))
 
+    @property
+    def active_pods(self) -> tuple[Json, ...]:
+        """The pods of the attended Job that have not ended, oldest first."""
+        return tuple(pod for pod in self.attended_pods if not is_ended(pod))
+
     def _job(self, name: str) -> Json | None:
         return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
 
@@ -198,6 +203,11 @@ def condition_of(resource: Json, kind: str) -> Json | None:
 def is_finished(job: Json) -> bool:
     """Whether a Job has ended, pods included."""
     return bool(condition_of(job, "Complete") or condition_of(job, "Failed"))
+
+
+def is_ended(pod: Json) -> bool:
+    """Whether the pod will run no more."""
+    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
 
 
 def is_being_deleted(resource: Json) -> bool:

@@ -13,14 +13,13 @@ from finetune_operator.diagnosis import (
     Ending,
     container_state,
     ending_of,
-    is_ended,
     is_node_lost,
     is_starting,
     node_lost_sentence,
     waiting_sentence,
 )
 from finetune_operator.redaction import clean
-from finetune_operator.subject import Json, World, carried_status, condition_of, is_being_deleted, is_finished
+from finetune_operator.subject import Json, World, carried_status, condition_of, is_being_deleted, is_ended, is_finished
 
 SETTLING_SECONDS = 3.0  # a state that is over sooner gets no status of its own: fewer writes a job
 ENDING_SECONDS = 15.0  # likewise for a trainer that has ended well: until its Job says so, nothing that a user reads has changed
@@ -41,7 +40,7 @@ def verdict_of(world: World, job: Json, base: FineTuneJobStatus, last: Ending | 
     if doomed:  # it has failed, and says so once its pods have ended
         _, sentence = _failure(doomed, spec, base, last)
         return Verdict(Phase.RUNNING if _has_started(base) else Phase.PENDING, Standing.RECONCILING, Reason.STOPPING, sentence)
-    active = [pod for pod in world.attended_pods if not is_ended(pod)]
+    active = world.active_pods
     if spec.run_policy.suspend:
         return _suspended(active)
     return _active(active[-1], world.warnings) if active else _podless(world.warnings, last)
@@ -53,7 +52,7 @@ def is_settling(world: World, now: datetime) -> bool:
     A pod is about to run, or its Job to say what becomes of the pod that has ended: a state that is over in a moment is not worth a write.
     """
     stored, job, spec = carried_status(world.subject), world.attended, world.subject.spec
-    active = [pod for pod in world.attended_pods if not is_ended(pod)]
+    active = world.active_pods
     if job is None or spec is None or is_finished(job) or condition_of(job, "FailureTarget") or spec.run_policy.suspend:
         return False
     if active and is_being_deleted(active[-1]) and is_starting(active[-1]):
@@ -75,8 +74,7 @@ def settling_seconds(world: World) -> float:
 
 def changed_at(world: World) -> datetime:
     """When the attended Job was last given or left without a pod: its own creation or that of its newest pod, or the end of its last one."""
-    active = [pod for pod in world.attended_pods if not is_ended(pod)]
-    made = (item["metadata"].get("creationTimestamp") for item in (world.attended, *active) if item)
+    made = (item["metadata"].get("creationTimestamp") for item in (world.attended, *world.active_pods) if item)
     ends = ((container_state(pod, "terminated") or {}).get("finishedAt") for pod in world.attended_pods)
     moments = (datetime.fromisoformat(str(moment)) for moment in (*made, *ends) if moment)
     return max(moments, default=datetime.min.replace(tzinfo=UTC))
@@ -133,7 +131,7 @@ def _has_started(base: FineTuneJobStatus) -> bool:
     return base.start_time is not None or base.phase is Phase.RUNNING
 
 
-def _suspended(active: list[Json]) -> Verdict:
+def _suspended(active: tuple[Json, ...]) -> Verdict:
     if active:
         return Verdict(
             Phase.RUNNING,

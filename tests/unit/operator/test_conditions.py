@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from finetune_api.exits import ExitCode
 from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase, Stage
-from finetune_operator.conditions import Standing, Verdict, build_conditions
+from finetune_operator.conditions import ConditionValue, Standing, Verdict, build_conditions
 from finetune_operator.decide import decide
 from finetune_operator.desired import build_job
 from finetune_operator.plan import WriteStatus
@@ -65,7 +65,8 @@ def test_conditions_speak_of_the_current_generation() -> None:
 
 def test_a_milestone_stands_beside_the_standing() -> None:
     verdict = Verdict(Phase.RUNNING, Standing.RECONCILING, "Running", "The trainer is at work.")
-    built = build_conditions(verdict, {ConditionType.TRAINED: ("True", "Trained", "The adapter is trained.")}, (), 1, EARLIER)
+    trained = ConditionValue("True", "Trained", "The adapter is trained.")
+    built = build_conditions(verdict, {ConditionType.TRAINED: trained}, (), 1, EARLIER)
     assert [item.type.value for item in built] == ["Ready", "Reconciling", "Trained"]
 
 
