@@ -14,7 +14,6 @@ from finetune_api.states import Reason
 from finetune_api.status import FineTuneJobStatus, Phase
 
 from finetune_operator.announcements import CREATED, Announcement, announcements, build_event
-from finetune_operator.attention import NEW_POD_SECONDS, again_seconds, is_unfinished
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields, build_preflight_job
 from finetune_operator.diagnosis import container_state, ending_of, has_filled_its_disk, has_seen_a_full_disk
@@ -22,8 +21,18 @@ from finetune_operator.observed import observed_status, preflight_status, status
 from finetune_operator.plan import Action, Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus, merge_patch
 from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
-from finetune_operator.subject import FINAL, Json, World, carried_status, condition_of, is_being_deleted, is_ended, is_finished
-from finetune_operator.verdict import is_settling
+from finetune_operator.subject import (
+    FINAL,
+    Json,
+    World,
+    carried_status,
+    condition_of,
+    is_being_deleted,
+    is_ended,
+    is_finished,
+    is_unfinished,
+)
+from finetune_operator.timing import NEW_POD_SECONDS, again_seconds, is_settling
 
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
 FIRST_LOOK_SECONDS = NEW_POD_SECONDS + 1  # at a new Job, of which no event may come: our own doing is no news to us

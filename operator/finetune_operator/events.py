@@ -10,9 +10,9 @@ import kopf
 from finetune_api import names
 from finetune_api.spec import GROUP, PLURAL, VERSION
 
-from finetune_operator.attention import is_new
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import PAGE
+from finetune_operator.subject import is_new
 from finetune_operator.work_queue import WorkQueue
 
 SERVER_TIMEOUT_SECONDS = 300  # a whole number: the API server refuses "300.0"

@@ -6,12 +6,12 @@ from datetime import datetime
 
 from finetune_api import names
 
-from finetune_operator.attention import must_be_read, unexplained
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import Cluster
 from finetune_operator.progress import ProgressPoller
+from finetune_operator.reads import must_be_read, unexplained
 from finetune_operator.subject import Json, Key, Subject, World, is_being_deleted, is_controlled_by, is_ended, read_subject
-from finetune_operator.verdict import changed_at
+from finetune_operator.timing import changed_at
 from finetune_operator.warning_events import WarningEvents
 
 

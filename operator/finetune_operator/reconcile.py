@@ -8,14 +8,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from finetune_operator.attention import ends, trainer_of
 from finetune_operator.cluster import FAILED, ApiError
 from finetune_operator.decide import decide
 from finetune_operator.execution import Executor, is_refusal
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import Observer
+from finetune_operator.plan import Plan, WriteStatus
+from finetune_operator.progress import trainer_of
 from finetune_operator.settings import Settings
-from finetune_operator.subject import Key, World
+from finetune_operator.subject import FINAL, Key, World, is_unfinished
 from finetune_operator.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Reconciler:
         plan = decide(world, self.observer.now(), self.settings)
         await self.executor.execute(world.subject, plan)
         # News, most often the echo of the end itself, bring one more pass: it decides on what is kept, and would have to read what is not.
-        if ends(world, plan) and not self.has_news(world.subject.key):
+        if _ends(world, plan) and not self.has_news(world.subject.key):
             self.observer.cache.end(world.subject.key)
         return plan.again_seconds
 
@@ -84,6 +85,14 @@ async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> No
             logger.exception("%s: a defect of the operator; trying again in %.1f s", key, queue.fail(key))
         else:
             queue.succeed(key, again_seconds)
+
+
+def _ends(world: World, plan: Plan) -> bool:
+    """Whether nothing is left to do for the job once the plan is executed, until someone edits it."""
+    subject = world.subject
+    if not is_unfinished(subject.raw) or (subject.spec is not None and subject.is_latched):
+        return True
+    return any(isinstance(action, WriteStatus) and action.patch.get("phase") in FINAL for action in plan.actions)
 
 
 def _log_failure(key: Key, error: BaseException, backoff_seconds: float) -> None:

@@ -8,13 +8,12 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
-from finetune_operator.attention import is_new, is_unfinished
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import FAILED, ApiError, Cluster, Listing
 from finetune_operator.metrics import NO_PHASE
 from finetune_operator.pacing import pause_after
 from finetune_operator.settings import Settings
-from finetune_operator.subject import Json, Key
+from finetune_operator.subject import Json, Key, is_new, is_unfinished
 from finetune_operator.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)

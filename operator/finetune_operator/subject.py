@@ -85,21 +85,6 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """A container at work.
-
-    Attributes:
-        pod_uid: UID of its pod, which the Job controls.
-        pod_ip: where it answers.
-        started: Unix time of its start, in seconds.
-    """
-
-    pod_uid: str
-    pod_ip: str
-    started: float
-
-
-@dataclass(frozen=True)
 class World:
     """Everything that a decision may look at.
 
@@ -213,3 +198,14 @@ def is_ended(pod: Json) -> bool:
 def is_being_deleted(resource: Json) -> bool:
     """Whether the API server has accepted its deletion."""
     return bool(resource["metadata"].get("deletionTimestamp"))
+
+
+def is_unfinished(raw: Json) -> bool:
+    """Whether the periodic re-list puts this FineTuneJob back on the queue."""
+    status = raw.get("status") or {}
+    return status.get("phase") not in FINAL or status.get("observedGeneration") != raw["metadata"].get("generation")
+
+
+def is_new(raw: Json) -> bool:
+    """Whether nothing was done yet for this FineTuneJob: its Job comes before news of others."""
+    return not raw.get("status")

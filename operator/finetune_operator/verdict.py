@@ -1,11 +1,9 @@
 """Job and pods in, verdict out: where a run stands, and the sentence that says so. Pure; observed.py makes a status of it."""
 
-from datetime import UTC, datetime
-
 from finetune_api.exits import OOM_KILLED, REASONS, ExitCode
 from finetune_api.spec import Artifact, FineTuneJobSpec
 from finetune_api.states import Reason
-from finetune_api.status import ConditionType, FineTuneJobStatus, Phase
+from finetune_api.status import FineTuneJobStatus, Phase
 
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.diagnosis import (
@@ -14,16 +12,11 @@ from finetune_operator.diagnosis import (
     container_state,
     ending_of,
     is_node_lost,
-    is_starting,
     node_lost_sentence,
     waiting_sentence,
 )
 from finetune_operator.redaction import clean
-from finetune_operator.subject import Json, World, carried_status, condition_of, is_being_deleted, is_ended, is_finished
-
-SETTLING_SECONDS = 3.0  # a state that is over sooner gets no status of its own: fewer writes a job
-ENDING_SECONDS = 15.0  # likewise for a trainer that has ended well: until its Job says so, nothing that a user reads has changed
-_PASSING = (Reason.JOB_CREATED, Reason.RUNNING, Reason.RETRYING)
+from finetune_operator.subject import Json, World, condition_of, is_being_deleted, is_ended
 
 
 def verdict_of(world: World, job: Json, base: FineTuneJobStatus, last: Ending | None) -> Verdict:
@@ -44,40 +37,6 @@ def verdict_of(world: World, job: Json, base: FineTuneJobStatus, last: Ending | 
     if spec.run_policy.suspend:
         return _suspended(active)
     return _active(active[-1], world.warnings) if active else _podless(world.warnings, last)
-
-
-def is_settling(world: World, now: datetime) -> bool:
-    """Whether the next moment says more than this one, and what is stored is true enough until then.
-
-    A pod is about to run, or its Job to say what becomes of the pod that has ended: a state that is over in a moment is not worth a write.
-    """
-    stored, job, spec = carried_status(world.subject), world.attended, world.subject.spec
-    active = world.active_pods
-    if job is None or spec is None or is_finished(job) or condition_of(job, "FailureTarget") or spec.run_policy.suspend:
-        return False
-    if active and is_being_deleted(active[-1]) and is_starting(active[-1]):
-        return stored.phase is Phase.PENDING  # what it waited for is what its Job's end will be told by
-    if world.warnings or (active and (is_being_deleted(active[-1]) or not is_starting(active[-1]))):
-        return False
-    goes_on = stored.observed_generation == world.subject.generation and any(
-        item.type is ConditionType.RECONCILING and item.reason in _PASSING for item in stored.conditions
-    )
-    return goes_on and (now - changed_at(world)).total_seconds() < settling_seconds(world)
-
-
-def settling_seconds(world: World) -> float:
-    """How long the state of a run may last without a status of its own."""
-    pods = world.attended_pods
-    has_ended_well = any(pod["status"].get("phase") == "Succeeded" for pod in pods) and all(is_ended(pod) for pod in pods)
-    return ENDING_SECONDS if has_ended_well else SETTLING_SECONDS
-
-
-def changed_at(world: World) -> datetime:
-    """When the attended Job was last given or left without a pod: its own creation or that of its newest pod, or the end of its last one."""
-    made = (item["metadata"].get("creationTimestamp") for item in (world.attended, *world.active_pods) if item)
-    ends = ((container_state(pod, "terminated") or {}).get("finishedAt") for pod in world.attended_pods)
-    moments = (datetime.fromisoformat(str(moment)) for moment in (*made, *ends) if moment)
-    return max(moments, default=datetime.min.replace(tzinfo=UTC))
 
 
 def last_ending(world: World, spec: FineTuneJobSpec) -> Ending | None:

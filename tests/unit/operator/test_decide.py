@@ -10,13 +10,14 @@ from finetune_api.exits import REASONS, ExitCode
 from finetune_api.progress import ProgressReport
 from finetune_api.status import Progress, Stage
 from finetune_operator import decide as decide_module
-from finetune_operator.attention import is_unfinished, must_be_read, trainer_of, unexplained
 from finetune_operator.decide import CHECKPOINTED_LIMIT, EVICTED_LIMIT, FULL_DISK_LIMIT, Situation, decide, report_a_refused_job
 from finetune_operator.desired import build_job, build_preflight_job
 from finetune_operator.plan import Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus, merge_patch
+from finetune_operator.progress import trainer_of
+from finetune_operator.reads import must_be_read, unexplained
 from finetune_operator.settings import Settings
-from finetune_operator.subject import Json, World, read_subject
-from finetune_operator.verdict import changed_at
+from finetune_operator.subject import Json, World, is_unfinished, read_subject
+from finetune_operator.timing import changed_at
 from support.simulated_cluster import (
     NOW,
     SETTINGS,
