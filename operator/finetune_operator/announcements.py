@@ -16,7 +16,7 @@ from finetune_api.status import FineTuneJobStatus, Phase
 
 from finetune_operator.observed import timestamp
 from finetune_operator.redaction import clean
-from finetune_operator.subject import FINAL, Json, Subject
+from finetune_operator.subject import FINAL, FineTuneJob, Json, Subject
 
 CREATED, STARTED, PUBLISHED = "Created", "Started", "Published"
 _NAME_LIMIT = 253
@@ -50,9 +50,9 @@ def announcements(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterat
             yield Announcement(PUBLISHED, clean("; ".join(f"{item.kind} at {item.uri}" for item in after.artifacts)))
 
 
-def build_event(subject: Subject, announcement: Announcement, now: datetime) -> Json:
+def build_event(subject: FineTuneJob, announcement: Announcement, now: datetime) -> Json:
     """The event as the API server takes it."""
-    run = subject.run.run_digest if subject.spec else subject.generation
+    run = subject.run.run_digest if isinstance(subject, Subject) else subject.generation
     digest = hashlib.sha256(f"{subject.uid}/{run}/{announcement.reason}".encode()).hexdigest()[:16]
     stem = subject.key.name[: _NAME_LIMIT - 1 - len(digest)].rstrip("-.")
     about = {"apiVersion": API_VERSION, "kind": KIND, "namespace": subject.key.namespace, "name": subject.key.name, "uid": subject.uid}

@@ -7,7 +7,6 @@ The list is the specification. A plan is data; execution.py executes its actions
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from finetune_api.exits import ExitCode
 from finetune_api.states import Reason
@@ -23,12 +22,13 @@ from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
 from finetune_operator.subject import (
     FINAL,
+    FineTuneJob,
     Json,
+    Unreadable,
     World,
     carried_status,
     condition_of,
     is_being_deleted,
-    is_ended,
     is_finished,
     is_unfinished,
 )
@@ -49,26 +49,25 @@ class Situation:
     settings: Settings
 
 
-def decide(world: World, now: datetime, settings: Settings) -> Plan:
+def decide(seen: World | Unreadable, now: datetime, settings: Settings) -> Plan:
     """The plan for one FineTuneJob."""
-    situation = Situation(world, now, settings)
+    if isinstance(seen, Unreadable):
+        return stall_on_an_unreadable_spec(seen, now)
+    situation = Situation(seen, now, settings)
     return next(plan for policy in POLICIES if (plan := policy(situation)) is not None)
+
+
+def stall_on_an_unreadable_spec(subject: Unreadable, now: datetime) -> Plan:
+    """A spec that was stored under another schema: nothing is started or stopped for it."""
+    if is_being_deleted(subject.raw) or not is_unfinished(subject.raw):
+        return Plan()  # it goes, or it ended before this version came: what stands there stays true
+    verdict = Verdict(subject.stored.phase or Phase.PENDING, Standing.STALLED, Reason.INVALID_SPEC, clean(subject.problem))
+    return Plan(_write_status(subject, status_of(subject, subject.stored, verdict, now)))
 
 
 def leave_what_is_being_deleted(situation: Situation) -> Plan | None:
     """Owner references clean up."""
     return Plan() if is_being_deleted(situation.world.subject.raw) else None
-
-
-def stall_on_an_unreadable_spec(situation: Situation) -> Plan | None:
-    """A spec that was stored under another schema: nothing is started or stopped for it."""
-    subject = situation.world.subject
-    if subject.spec is not None:
-        return None
-    if not is_unfinished(subject.raw):
-        return Plan()  # it ended before this version came: what stands there stays true
-    verdict = Verdict(subject.stored.phase or Phase.PENDING, Standing.STALLED, Reason.INVALID_SPEC, clean(subject.problem))
-    return Plan(_write(situation, status_of(subject, subject.stored, verdict, situation.now)))
 
 
 def keep_what_has_ended(situation: Situation) -> Plan | None:
@@ -156,32 +155,40 @@ def create_what_is_missing(situation: Situation) -> Plan | None:
 
 def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
     """A trainer that ends as "checkpointed" again and again, with nothing that disrupts it, would restart for ever."""
-    undisturbed = [pod for pod in _ended_pods(situation) if not condition_of(pod, "DisruptionTarget")]
+    job = situation.world.current
+    if job is None or is_finished(job):
+        return None
+    undisturbed = [pod for pod in situation.world.ended_pods if not condition_of(pod, "DisruptionTarget")]
     endings = [container_state(pod, "terminated") or {} for pod in undisturbed]
     if sum(ending.get("exitCode") == ExitCode.CHECKPOINTED for ending in endings) < CHECKPOINTED_LIMIT:
         return None
     sentence = (
         f"The trainer stopped {CHECKPOINTED_LIMIT} times by itself after saving a checkpoint; see the pods' logs, then set runPolicy.rerun."
     )
-    return _stop(situation, Reason.CHECKPOINTED_TOO_OFTEN, sentence)
+    return _stop(situation, job, Reason.CHECKPOINTED_TOO_OFTEN, sentence)
 
 
 def stop_what_fills_its_disk(situation: Situation) -> Plan | None:
     """An eviction is a disruption to Kubernetes, which ignores it without end; where it was for the disk, the next pod would write as much."""
-    spec = situation.world.subject.spec
+    job = situation.world.current
+    if job is None or is_finished(job):
+        return None
     for is_so, limit in ((has_filled_its_disk, EVICTED_LIMIT), (has_seen_a_full_disk, FULL_DISK_LIMIT)):
-        evicted = [pod for pod in _ended_pods(situation) if is_so(pod)]
-        if spec is not None and len(evicted) >= limit:
-            return _stop(situation, Reason.EVICTED, f"{ending_of(evicted[-1], spec).sentence} (Given up after {limit} evictions.)")
+        evicted = [pod for pod in situation.world.ended_pods if is_so(pod)]
+        if len(evicted) >= limit:
+            sentence = f"{ending_of(evicted[-1], situation.world.subject.spec).sentence} (Given up after {limit} evictions.)"
+            return _stop(situation, job, Reason.EVICTED, sentence)
     return None
 
 
 def report_what_is_seen(situation: Situation) -> Plan | None:
     """The Job exists: live fields follow the spec, the status follows the pods."""
-    world = situation.world
+    world, job = situation.world, situation.world.current
+    if job is None:
+        return None
     if is_settling(world, situation.now):
         return Plan(_live(situation), again_seconds(world, situation.now))
-    status = observed_status(world, situation.now, situation.settings.stuck_after)
+    status = observed_status(world, job, situation.now, situation.settings.stuck_after)
     if status.phase in FINAL:
         return Plan((*_write(situation, status), *_ttl(situation)))
     return Plan((*_live(situation), *_write(situation, status)), again_seconds(world, situation.now))
@@ -190,7 +197,6 @@ def report_what_is_seen(situation: Situation) -> Plan | None:
 Policy = Callable[[Situation], Plan | None]
 POLICIES: tuple[Policy, ...] = (
     leave_what_is_being_deleted,
-    stall_on_an_unreadable_spec,
     keep_what_has_ended,
     stall_on_what_is_not_allowed,
     wait_until_other_jobs_are_gone,
@@ -216,31 +222,25 @@ def report_a_refused_job(situation: Situation, refusal: str, *, for_good: bool) 
     return Plan(_pending(situation, standing, Reason.JOB_REFUSED, sentence))
 
 
-def _ended_pods(situation: Situation) -> list[Json]:
-    """Of a current Job that goes on."""
-    job = situation.world.current
-    return [pod for pod in situation.world.attended_pods if is_ended(pod)] if job is not None and not is_finished(job) else []
-
-
-def _stop(situation: Situation, reason: Reason, sentence: str) -> Plan:
+def _stop(situation: Situation, job: Json, reason: Reason, sentence: str) -> Plan:
     """Ends a run that Kubernetes would let go on."""
-    world, job = situation.world, situation.world.current
+    world, now = situation.world, situation.now
     verdict = Verdict(Phase.FAILED, Standing.STALLED, reason, clean(sentence))
-    seen = observed_status(world, situation.now, situation.settings.stuck_after).model_copy(
-        update={"completion_time": timestamp(situation.now)}
-    )
-    return Plan(_fenced(_write(situation, status_of(world.subject, seen, verdict, situation.now)), _delete([job] if job else [])))
+    seen = observed_status(world, job, now, situation.settings.stuck_after).model_copy(update={"completion_time": timestamp(now)})
+    return Plan(_fenced(_write(situation, status_of(world.subject, seen, verdict, now)), _delete([job])))
 
 
 def _write(situation: Situation, status: FineTuneJobStatus) -> tuple[Action, ...]:
     """The status where it differs, and behind it the events that speak of it."""
     subject = situation.world.subject
-    raw: dict[str, Any] = subject.raw.get("status") or {}
-    patch = merge_patch(raw, status.wire())
-    if not patch:
-        return ()
-    news = announcements(carried_status(subject), status) if subject.spec else ()
-    return (WriteStatus(patch), *(Announce(build_event(subject, item, situation.now)) for item in news))
+    write = _write_status(subject, status)
+    news = announcements(carried_status(subject), status) if write else ()
+    return (*write, *(Announce(build_event(subject, item, situation.now)) for item in news))
+
+
+def _write_status(subject: FineTuneJob, status: FineTuneJobStatus) -> tuple[Action, ...]:
+    patch = merge_patch(subject.raw.get("status") or {}, status.wire())
+    return (WriteStatus(patch),) if patch else ()
 
 
 def _fenced(write: tuple[Action, ...], actions: tuple[Action, ...]) -> tuple[Action, ...]:
@@ -253,20 +253,20 @@ def _delete(jobs: list[Json]) -> tuple[Action, ...]:
 
 
 def _ttl(situation: Situation) -> tuple[Action, ...]:
-    job, spec = situation.world.current, situation.world.subject.spec
-    if job is None or spec is None or is_being_deleted(job) or not is_finished(job):
+    job = situation.world.current
+    if job is None or is_being_deleted(job) or not is_finished(job):
         return ()
-    wanted = spec.run_policy.ttl_seconds_after_finished
+    wanted = situation.world.subject.spec.run_policy.ttl_seconds_after_finished
     if job["spec"].get("ttlSecondsAfterFinished") == wanted:
         return ()
     return (PatchJob(job["metadata"]["name"], {"spec": {"ttlSecondsAfterFinished": wanted}}),)
 
 
 def _live(situation: Situation) -> tuple[Action, ...]:
-    job, spec = situation.world.attended, situation.world.subject.spec
-    if job is None or spec is None:
+    job = situation.world.attended
+    if job is None:
         return ()
-    wanted = build_live_fields(spec)
+    wanted = build_live_fields(situation.world.subject.spec)
     stored = {name: job["spec"][name] for name in ("suspend", "backoffLimit", "activeDeadlineSeconds") if name in job["spec"]}
     patch = merge_patch({"suspend": False, **stored}, wanted)
     return (PatchJob(job["metadata"]["name"], {"spec": patch}),) if patch else ()
@@ -274,9 +274,9 @@ def _live(situation: Situation) -> tuple[Action, ...]:
 
 def _refusal(situation: Situation) -> str:
     subject, settings = situation.world.subject, situation.settings
-    pod = subject.spec.pod if subject.spec else None
-    if subject.problem or pod is None:
+    if subject.problem:
         return subject.problem
+    pod = subject.spec.pod
     if not settings.allows_image(pod.image):
         return f"spec.pod.image: {pod.image} is not an image that the administrator allows; remove it, or ask for it to be put on allowedImages."
     if not settings.allows_service_account(pod.service_account_name):
@@ -287,7 +287,7 @@ def _refusal(situation: Situation) -> str:
 
 def _wants_preflight(world: World) -> bool:
     spec = world.subject.spec
-    return spec is not None and spec.resources.gpus > 0 and spec.run_policy.preflight == "Auto"
+    return spec.resources.gpus > 0 and spec.run_policy.preflight == "Auto"
 
 
 def _creation(situation: Situation, manifest: Json) -> Plan:

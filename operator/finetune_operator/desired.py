@@ -29,14 +29,12 @@ _PLACES = {
 
 def build_job(subject: Subject, settings: Settings) -> Json:
     """The training Job of the run that the spec asks for. It has no TTL: that comes after the terminal status is stored."""
-    assert subject.spec is not None  # noqa: S101 decide.py asks only for specs that it could read
     return _job(subject, subject.run.job_name, build_labels(subject), _pod_spec(subject, subject.spec, settings))
 
 
 def build_preflight_job(subject: Subject, settings: Settings) -> Json:
     """The Job that goes before it: the same pod without GPUs, on any node of the same architecture. It is small, so that its TTL may stand from the start."""
     spec = subject.spec
-    assert spec is not None  # noqa: S101
     labels = build_labels(subject) | {"app.kubernetes.io/component": "preflight"}
     anywhere = {name: value for name, value in spec.scheduling.node_selector.items() if name in _ARCHITECTURE}
     small = spec.model_copy(
@@ -55,7 +53,6 @@ def build_preflight_job(subject: Subject, settings: Settings) -> Json:
 
 
 def _job(subject: Subject, name: str, labels: dict[str, str], pod: Json) -> Json:
-    assert subject.spec is not None  # noqa: S101
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -178,7 +175,6 @@ def _container(subject: Subject, spec: FineTuneJobSpec, settings: Settings, moun
 
 
 def _environment(subject: Subject, settings: Settings) -> list[Json]:
-    assert subject.spec is not None  # noqa: S101
     description = JobDescription.of(subject.metadata, subject.spec, in_cluster=True).to_json()
     values = {**_PLACES, **settings.trainer_env, names.ENV_JOB: description}
     # The kubelet expands $(NAME) in values; $$ is how a plain dollar sign is written.

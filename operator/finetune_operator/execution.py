@@ -14,7 +14,7 @@ from finetune_operator.decide import Situation, report_a_refused_job
 from finetune_operator.plan import Action, Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus
 from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
-from finetune_operator.subject import Json, Subject, World, is_controlled_by, read_subject
+from finetune_operator.subject import FineTuneJob, Json, Subject, World, is_controlled_by, read_subject
 
 logger = logging.getLogger(__name__)
 FOR_GOOD = (400, 422)
@@ -30,13 +30,13 @@ class Executor:
     settings: Settings
     now: Callable[[], datetime]
 
-    async def execute(self, subject: Subject, plan: Plan) -> None:
+    async def execute(self, subject: FineTuneJob, plan: Plan) -> None:
         """Raises ApiError where a request is refused; what comes after it is not done."""
         for action in plan.actions:
             logger.info("%s: %s", subject.key, _summary(action))
             await self._act(subject, action)
 
-    async def _act(self, subject: Subject, action: Action) -> None:
+    async def _act(self, subject: FineTuneJob, action: Action) -> None:
         namespace = subject.key.namespace
         match action:
             case WriteStatus(patch):
@@ -50,7 +50,7 @@ class Executor:
             case Announce(event):
                 await self._announce(subject, event)
 
-    async def _write(self, subject: Subject, patch: Json) -> None:
+    async def _write(self, subject: FineTuneJob, patch: Json) -> None:
         """A spec from before the CRD's rules may make every status be refused: then an event is all that can be said."""
         try:
             stored = await self.cluster.patch_status(subject.key, subject.metadata["resourceVersion"], patch)
@@ -61,7 +61,7 @@ class Executor:
             raise
         self.cache.see(Kind.FINETUNEJOB, stored)
 
-    async def _announce(self, subject: Subject, event: Json) -> None:
+    async def _announce(self, subject: FineTuneJob, event: Json) -> None:
         """An event is for people who look on: that it can't be made delays nothing."""
         try:
             await self.cluster.create_event(event)
@@ -69,19 +69,19 @@ class Executor:
             if not isinstance(error, ApiError) or error.reason != "AlreadyExists":
                 logger.warning("%s: no event %s: %s", subject.key, event["reason"], error)
 
-    async def _create_or_report(self, subject: Subject, manifest: Json) -> None:
+    async def _create_or_report(self, subject: FineTuneJob, manifest: Json) -> None:
         try:
             self.cache.see(Kind.JOB, await self._created(subject, manifest))
         except ApiError as error:
             if is_refusal(error):
                 raw = await self.cluster.read_finetunejob(subject.key)
-                if raw is not None and raw["metadata"].get("generation") == subject.generation:
-                    now = read_subject(raw)
+                now = read_subject(raw) if raw else None
+                if isinstance(now, Subject) and now.generation == subject.generation:
                     situation = Situation(World(now), self.now(), self.settings)
                     await self.execute(now, report_a_refused_job(situation, error.message, for_good=error.status in FOR_GOOD))
             raise
 
-    async def _created(self, subject: Subject, manifest: Json) -> Json:
+    async def _created(self, subject: FineTuneJob, manifest: Json) -> Json:
         try:
             return await self.cluster.create_job(manifest)
         except ApiError as error:

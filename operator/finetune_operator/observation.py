@@ -10,7 +10,7 @@ from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import Cluster
 from finetune_operator.progress import ProgressPoller
 from finetune_operator.reads import must_be_read, unexplained
-from finetune_operator.subject import Json, Key, Subject, World, is_being_deleted, is_controlled_by, is_ended, read_subject
+from finetune_operator.subject import Json, Key, Subject, Unreadable, World, is_being_deleted, is_controlled_by, is_ended, read_subject
 from finetune_operator.timing import changed_at
 from finetune_operator.warning_events import WarningEvents
 
@@ -25,8 +25,8 @@ class Observer:
     warning_events: WarningEvents
     now: Callable[[], datetime]
 
-    async def look(self, key: Key, *, doubtful: bool) -> World | None:
-        """The world around one job; None when there is no such job, or it is being deleted.
+    async def look(self, key: Key, *, doubtful: bool) -> World | Unreadable | None:
+        """The world around one job, or the job alone where its spec can't be read; None when there is no such job, or it is being deleted.
 
         Args:
             doubtful: the last pass failed, so that nobody knows what it has done: the API server is asked.
@@ -34,21 +34,30 @@ class Observer:
         Raises:
             ApiError: a request was refused.
         """
-        world = None if doubtful else self._remembered(key)
-        if world is None or must_be_read(world):
-            world = await self._read(key)
-        if world is None or is_being_deleted(world.subject.raw):
-            return None
-        silent = unexplained(world, self.now())
+        seen = None if doubtful else self._remembered(key)
+        if seen is None or (isinstance(seen, World) and must_be_read(seen)):
+            seen = await self._read(key)
+        if isinstance(seen, World):
+            return None if is_being_deleted(seen.subject.raw) else await self._with_details(seen)
+        return None if seen is None or is_being_deleted(seen.raw) else seen
+
+    async def _with_details(self, world: World) -> World:
+        """The world with what its trainer says, or with what the events say of a pod that is not there."""
+        key, silent = world.subject.key, unexplained(world, self.now())
         if silent:
             return replace(world, warnings=await self.warning_events.about(key.namespace, silent, changed_at(world)))
         return replace(world, progress=self.poller.report(key))
 
-    def _remembered(self, key: Key) -> World | None:
+    def _remembered(self, key: Key) -> World | Unreadable | None:
         raw = self.cache.finetunejob(key)
-        return _world(read_subject(raw), self.cache.children(Kind.JOB, key), self.cache.children(Kind.POD, key)) if raw else None
+        if raw is None:
+            return None
+        subject = read_subject(raw)
+        if isinstance(subject, Unreadable):
+            return subject
+        return _world(subject, self.cache.children(Kind.JOB, key), self.cache.children(Kind.POD, key))
 
-    async def _read(self, key: Key) -> World | None:
+    async def _read(self, key: Key) -> World | Unreadable | None:
         """Jobs before pods: a Job that says it has ended was told so by pods that are at least as old."""
         raw = await self.cluster.read_finetunejob(key)
         if raw is None:
@@ -56,8 +65,8 @@ class Observer:
             return None
         self.cache.see(Kind.FINETUNEJOB, raw)
         subject = read_subject(raw)
-        if subject.spec is None:
-            return World(subject)
+        if isinstance(subject, Unreadable):
+            return subject
         jobs, pods = await self._list(Kind.JOB, key), await self._list(Kind.POD, key)
         world = _world(subject, jobs, pods)
         if subject.is_latched or world.current is not None:

@@ -17,7 +17,7 @@ from finetune_operator.attempts import added_gpu_seconds, merge_attempts
 from finetune_operator.conditions import ConditionValue, Facts, Standing, Verdict, build_conditions
 from finetune_operator.diagnosis import Ending, container_state
 from finetune_operator.redaction import clean
-from finetune_operator.subject import FINAL, Json, Subject, World, carried_status, condition_of
+from finetune_operator.subject import FINAL, FineTuneJob, Json, World, carried_status, condition_of
 from finetune_operator.verdict import last_ending, success_sentence, verdict_of
 
 Said = TypeVar("Said", bound=ApiModel)
@@ -30,7 +30,9 @@ def timestamp(now: datetime) -> str:
     return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def status_of(subject: Subject, base: FineTuneJobStatus, verdict: Verdict, now: datetime, facts: Facts | None = None) -> FineTuneJobStatus:
+def status_of(
+    subject: FineTuneJob, base: FineTuneJobStatus, verdict: Verdict, now: datetime, facts: Facts | None = None
+) -> FineTuneJobStatus:
     """The base with a verdict: phase, message and conditions for the current generation."""
     known: Facts = facts if facts is not None else _known_facts(base)
     conditions = build_conditions(verdict, known, subject.stored.conditions, subject.generation, timestamp(now))
@@ -44,18 +46,17 @@ def status_of(subject: Subject, base: FineTuneJobStatus, verdict: Verdict, now: 
     )
 
 
-def observed_status(world: World, now: datetime, stuck_after: timedelta) -> FineTuneJobStatus:
+def observed_status(world: World, job: Json, now: datetime, stuck_after: timedelta) -> FineTuneJobStatus:
     """The status of a run whose Job exists.
 
     Args:
+        job: the training Job.
         stuck_after: a training that makes no step for so long is said to make no progress.
     """
-    subject, spec, job, pods = world.subject, world.subject.spec, world.current, world.attended_pods
-    assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
-    assert job is not None  # noqa: S101
+    subject, spec = world.subject, world.subject.spec
     base = carried_status(subject)
-    last = last_ending(world, spec)
-    attempts = merge_attempts(base.attempts, pods, spec)
+    last = last_ending(world)
+    attempts = merge_attempts(base.attempts, world.attended_pods, spec)
     base = base.model_copy(
         update={
             "attempts": attempts,
@@ -76,10 +77,8 @@ def observed_status(world: World, now: datetime, stuck_after: timedelta) -> Fine
 
 def preflight_status(world: World, job: Json, now: datetime) -> FineTuneJobStatus:
     """The status of a run whose preflight Job exists and whose training Job does not: with the latch once it has passed."""
-    subject, spec = world.subject, world.subject.spec
-    assert spec is not None  # noqa: S101 decide.py's earlier policies end without them
-    base = carried_status(subject).model_copy(update={"stage": Stage.PREFLIGHT})
-    last = last_ending(world, spec)
+    base = carried_status(world.subject).model_copy(update={"stage": Stage.PREFLIGHT})
+    last = last_ending(world)
     verdict = verdict_of(world, job, base, last)
     if verdict.phase is Phase.SUCCEEDED:
         said = _cleaned(last.said) if last and last.said else None
@@ -92,7 +91,7 @@ def preflight_status(world: World, job: Json, now: datetime) -> FineTuneJobStatu
         verdict = Verdict(
             verdict.phase, verdict.standing, verdict.reason, "Preflight checks spec, data and access before a GPU is asked for."
         )
-    return status_of(subject, base, verdict, now)
+    return status_of(world.subject, base, verdict, now)
 
 
 def _with_live(base: FineTuneJobStatus, world: World, verdict: Verdict, now: datetime) -> FineTuneJobStatus:

@@ -18,8 +18,6 @@ def must_be_read(world: World) -> bool:
     deleted or hidden. And a Job that says it has ended may be heard of before its last pod, whose words the status must have before the end is latched.
     """
     subject, job = world.subject, world.attended
-    if subject.spec is None:
-        return False
     if subject.is_latched:  # nothing is kept of its Jobs, and an edit may be of their TTL
         return is_unfinished(subject.raw)
     if world.current is None and (world.leftovers or any(item is not job for item in world.jobs)):

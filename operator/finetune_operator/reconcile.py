@@ -16,7 +16,7 @@ from finetune_operator.observation import Observer
 from finetune_operator.plan import Plan, WriteStatus
 from finetune_operator.progress import trainer_of
 from finetune_operator.settings import Settings
-from finetune_operator.subject import FINAL, Key, World, is_unfinished
+from finetune_operator.subject import FINAL, Key, Subject, Unreadable, World, is_unfinished
 from finetune_operator.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
@@ -52,22 +52,23 @@ class Reconciler:
         is_doubtful = key in self.doubtful or not self.is_synced()
         self.doubtful.add(key)
         try:
-            world = await self.observer.look(key, doubtful=is_doubtful)
-            again_seconds = await self._act_on(world) if world else None
+            seen = await self.observer.look(key, doubtful=is_doubtful)
+            again_seconds = await self._act_on(seen) if seen else None
         except ApiError as error:
             if is_refusal(error):  # a clear answer leaves no doubt
                 self.doubtful.discard(key)
             raise
-        self.observer.poller.follow(key, trainer_of(world) if world else None)
+        self.observer.poller.follow(key, trainer_of(seen) if isinstance(seen, World) else None)
         self.doubtful.discard(key)
         return again_seconds
 
-    async def _act_on(self, world: World) -> float | None:
-        plan = decide(world, self.observer.now(), self.settings)
-        await self.executor.execute(world.subject, plan)
+    async def _act_on(self, seen: World | Unreadable) -> float | None:
+        subject = seen.subject if isinstance(seen, World) else seen
+        plan = decide(seen, self.observer.now(), self.settings)
+        await self.executor.execute(subject, plan)
         # News, most often the echo of the end itself, bring one more pass: it decides on what is kept, and would have to read what is not.
-        if _ends(world, plan) and not self.has_news(world.subject.key):
-            self.observer.cache.end(world.subject.key)
+        if _ends(subject, plan) and not self.has_news(subject.key):
+            self.observer.cache.end(subject.key)
         return plan.again_seconds
 
 
@@ -87,10 +88,9 @@ async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> No
             queue.succeed(key, again_seconds)
 
 
-def _ends(world: World, plan: Plan) -> bool:
+def _ends(subject: Subject | Unreadable, plan: Plan) -> bool:
     """Whether nothing is left to do for the job once the plan is executed, until someone edits it."""
-    subject = world.subject
-    if not is_unfinished(subject.raw) or (subject.spec is not None and subject.is_latched):
+    if not is_unfinished(subject.raw) or (isinstance(subject, Subject) and subject.is_latched):
         return True
     return any(isinstance(action, WriteStatus) and action.patch.get("phase") in FINAL for action in plan.actions)
 

@@ -30,20 +30,16 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One FineTuneJob as read.
+class FineTuneJob:
+    """One FineTuneJob as read, whatever its spec.
 
     Attributes:
         raw: the object as JSON values.
-        spec: None when its structure is not that of this version.
         problem: the first thing that is wrong with the spec, as a sentence; empty when all is well.
-        digests: trainDigest and runDigest of the spec; empty without one.
     """
 
     raw: Json
-    spec: FineTuneJobSpec | None
     problem: str
-    digests: tuple[str, str]
 
     @property
     def metadata(self) -> Json:
@@ -65,17 +61,33 @@ class Subject:
         """Counts the edits of the spec."""
         return int(self.metadata.get("generation", 0))
 
-    @cached_property
-    def run(self) -> Run:
-        """The run that the spec asks for; only where there is a spec."""
-        assert self.spec is not None  # noqa: S101 the caller's duty
-        job_name = names.training_job_name(self.key.name, self.uid, self.digests[1])
-        return Run(train_digest=self.digests[0], run_digest=self.digests[1], job_name=job_name)
-
     @property
     def stored(self) -> FineTuneJobStatus:
         """The status as stored; fields that this version can't read are left out."""
         return read_status(self.raw.get("status") or {})
+
+
+@dataclass(frozen=True)
+class Unreadable(FineTuneJob):
+    """A FineTuneJob whose spec has not the structure of this version."""
+
+
+@dataclass(frozen=True)
+class Subject(FineTuneJob):
+    """A FineTuneJob that can be acted on.
+
+    Attributes:
+        digests: trainDigest and runDigest of the spec.
+    """
+
+    spec: FineTuneJobSpec
+    digests: tuple[str, str]
+
+    @cached_property
+    def run(self) -> Run:
+        """The run that the spec asks for."""
+        job_name = names.training_job_name(self.key.name, self.uid, self.digests[1])
+        return Run(train_digest=self.digests[0], run_digest=self.digests[1], job_name=job_name)
 
     @property
     def is_latched(self) -> bool:
@@ -108,13 +120,13 @@ class World:
 
     @property
     def current(self) -> Json | None:
-        """The owned Job of the run that the spec asks for; None for a spec that can't be read, which asks for none."""
-        return self._job(self.subject.run.job_name) if self.subject.spec else None
+        """The owned Job of the run that the spec asks for."""
+        return self._job(self.subject.run.job_name)
 
     @property
     def preflight(self) -> Json | None:
         """The owned Job that goes before the current one."""
-        return self._job(names.preflight_job_name(self.subject.run.job_name)) if self.subject.spec else None
+        return self._job(names.preflight_job_name(self.subject.run.job_name))
 
     @property
     def attended(self) -> Json | None:
@@ -133,6 +145,11 @@ class World:
         """The pods of the attended Job that have not ended, oldest first."""
         return tuple(pod for pod in self.attended_pods if not is_ended(pod))
 
+    @property
+    def ended_pods(self) -> tuple[Json, ...]:
+        """The pods of the attended Job that have ended, oldest first."""
+        return tuple(pod for pod in self.attended_pods if is_ended(pod))
+
     def _job(self, name: str) -> Json | None:
         return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
 
@@ -145,13 +162,15 @@ def carried_status(subject: Subject) -> FineTuneJobStatus:
     return FineTuneJobStatus(run=subject.run, conditions=stored.conditions)
 
 
-def read_subject(raw: Json) -> Subject:
-    """Total: any stored object becomes a subject."""
-    return Subject(raw, *_read_spec(json.dumps(raw.get("spec"))))
+def read_subject(raw: Json) -> Subject | Unreadable:
+    """Total: any stored object becomes one of the two."""
+    problem, readable = _read_spec(json.dumps(raw.get("spec")))
+    return Subject(raw, problem, *readable) if readable else Unreadable(raw, problem)
 
 
 @lru_cache(maxsize=256)  # a job is looked at several times within seconds, and reading its spec is what a look costs most
-def _read_spec(text: str) -> tuple[FineTuneJobSpec | None, str, tuple[str, str]]:
+def _read_spec(text: str) -> tuple[str, tuple[FineTuneJobSpec, tuple[str, str]] | None]:
+    """(problem, (spec, digests)); None in place of the second where the spec has not the structure of this version."""
     found = json.loads(text)
     spec = found if isinstance(found, dict) else {}
     problems = spec_problems(spec, local=False)
@@ -159,8 +178,8 @@ def _read_spec(text: str) -> tuple[FineTuneJobSpec | None, str, tuple[str, str]]
     try:
         parsed = parse_spec(spec)
     except ValidationError:
-        return None, problem or "spec: not readable by this version of the operator.", ("", "")
-    return parsed, problem, (train_digest(parsed), run_digest(parsed))
+        return problem or "spec: not readable by this version of the operator.", None
+    return problem, (parsed, (train_digest(parsed), run_digest(parsed)))
 
 
 def read_status(raw: Json) -> FineTuneJobStatus:

@@ -19,9 +19,8 @@ def is_settling(world: World, now: datetime) -> bool:
 
     A pod is about to run, or its Job to say what becomes of the pod that has ended: a state that is over in a moment is not worth a write.
     """
-    stored, job, spec = carried_status(world.subject), world.attended, world.subject.spec
-    active = world.active_pods
-    if job is None or spec is None or is_finished(job) or condition_of(job, "FailureTarget") or spec.run_policy.suspend:
+    stored, job, active = carried_status(world.subject), world.attended, world.active_pods
+    if job is None or is_finished(job) or condition_of(job, "FailureTarget") or world.subject.spec.run_policy.suspend:
         return False
     if active and is_being_deleted(active[-1]) and is_starting(active[-1]):
         return stored.phase is Phase.PENDING  # what it waited for is what its Job's end will be told by
@@ -36,7 +35,7 @@ def is_settling(world: World, now: datetime) -> bool:
 def again_seconds(world: World, now: datetime) -> float | None:
     """A pod that starts is looked at when it should have started, and then ever more seldom, since its events bring no event to us."""
     active = world.active_pods
-    if (active and not is_starting(active[-1])) or (world.subject.spec and world.subject.spec.run_policy.suspend):
+    if (active and not is_starting(active[-1])) or world.subject.spec.run_policy.suspend:
         return None
     age_seconds, settled_seconds = (now - changed_at(world)).total_seconds(), _settling_seconds(world)
     if age_seconds < settled_seconds:

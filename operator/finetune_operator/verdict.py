@@ -16,13 +16,12 @@ from finetune_operator.diagnosis import (
     waiting_sentence,
 )
 from finetune_operator.redaction import clean
-from finetune_operator.subject import Json, World, condition_of, is_being_deleted, is_ended
+from finetune_operator.subject import Json, World, condition_of, is_being_deleted
 
 
 def verdict_of(world: World, job: Json, base: FineTuneJobStatus, last: Ending | None) -> Verdict:
     """Where a run stands by its attended Job and that Job's pods."""
     spec = world.subject.spec
-    assert spec is not None  # noqa: S101 as in observed_status
     if condition_of(job, "Complete"):
         return Verdict(Phase.SUCCEEDED, Standing.READY, REASONS[ExitCode.SUCCEEDED], success_sentence(spec, last))
     failed = condition_of(job, "Failed")
@@ -39,10 +38,10 @@ def verdict_of(world: World, job: Json, base: FineTuneJobStatus, last: Ending | 
     return _active(active[-1], world.warnings) if active else _podless(world.warnings, last)
 
 
-def last_ending(world: World, spec: FineTuneJobSpec) -> Ending | None:
+def last_ending(world: World) -> Ending | None:
     """How the last pod of the attended Job ended, as far as one has."""
-    ended = sorted((pod for pod in world.attended_pods if is_ended(pod)), key=_finished_at)
-    return ending_of(ended[-1], spec) if ended else None
+    ended = sorted(world.ended_pods, key=_finished_at)
+    return ending_of(ended[-1], world.subject.spec) if ended else None
 
 
 def success_sentence(spec: FineTuneJobSpec, last: Ending | None = None) -> str:

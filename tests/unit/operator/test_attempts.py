@@ -5,10 +5,11 @@ from datetime import timedelta
 from finetune_api.status import Attempt
 from finetune_operator.attempts import KEPT, added_gpu_seconds, merge_attempts
 from finetune_operator.desired import build_job
-from finetune_operator.subject import Json, read_subject
+from finetune_operator.subject import Json, Subject, read_subject
 from support.simulated_cluster import NOW, SETTINGS, build_ended_state, build_finetunejob, build_pod, build_stored_job, written
 
 SUBJECT = read_subject(build_finetunejob())
+assert isinstance(SUBJECT, Subject)
 JOB = build_stored_job(build_job(SUBJECT, SETTINGS))
 
 
@@ -21,7 +22,6 @@ def pod(number: int, code: int | None = 16) -> Json:
 
 
 def merge(stored: tuple[Attempt, ...], *pods: Json) -> tuple[Attempt, ...]:
-    assert SUBJECT.spec is not None
     return merge_attempts(stored, pods, SUBJECT.spec)
 
 

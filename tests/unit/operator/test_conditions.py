@@ -11,7 +11,7 @@ from finetune_operator.conditions import ConditionValue, Standing, Verdict, buil
 from finetune_operator.decide import decide
 from finetune_operator.desired import build_job
 from finetune_operator.plan import WriteStatus
-from finetune_operator.subject import Json, World, read_subject
+from finetune_operator.subject import Json, Subject, World, read_subject
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.simulated_cluster import (
@@ -143,7 +143,9 @@ PODS = st.fixed_dictionaries(
 
 
 def stored_after(raw: Json, jobs: tuple[Json, ...], now_seconds: int = 0, **facts: Any) -> Json:
-    plan = decide(World(read_subject(raw), jobs, **facts), NOW + timedelta(seconds=now_seconds), SETTINGS)
+    subject = read_subject(raw)
+    seen = World(subject, jobs, **facts) if isinstance(subject, Subject) else subject
+    plan = decide(seen, NOW + timedelta(seconds=now_seconds), SETTINGS)
     status: Json = raw.get("status") or {}
     for action in plan.actions:
         if isinstance(action, WriteStatus):
@@ -158,7 +160,7 @@ def test_every_status_that_a_decision_writes_keeps_the_rules(
 ) -> None:
     raw = build_finetunejob(changes, generation=3)
     subject = read_subject(raw)
-    jobs = (build_stored_job(build_job(subject, SETTINGS), condition=condition),) if has_job and subject.spec else ()
+    jobs = (build_stored_job(build_job(subject, SETTINGS), condition=condition),) if has_job and isinstance(subject, Subject) else ()
     children = tuple(build_pod(job, name=f"pod-{number}", **pod) for job in jobs for number, pod in enumerate(pods))
     status = stored_after(raw, jobs, pods=children, warnings=tuple(warnings))
     assert broken_status_rules(status, 3) == []

@@ -16,7 +16,7 @@ from finetune_operator.plan import Announce, CreateJob, DeleteJob, PatchJob, Pla
 from finetune_operator.progress import trainer_of
 from finetune_operator.reads import must_be_read, unexplained
 from finetune_operator.settings import Settings
-from finetune_operator.subject import Json, World, is_unfinished, read_subject
+from finetune_operator.subject import Json, Subject, Unreadable, World, is_unfinished, read_subject
 from finetune_operator.timing import changed_at
 from support.simulated_cluster import (
     NOW,
@@ -49,7 +49,9 @@ def preflight_for(raw: Json, **changes: Any) -> Json:
 
 
 def world_of(raw: Json, *jobs: Json, **facts: Any) -> World:
-    return World(read_subject(raw), tuple(jobs), **facts)
+    subject = read_subject(raw)
+    assert isinstance(subject, Subject)
+    return World(subject, tuple(jobs), **facts)
 
 
 def kinds(plan: Plan) -> list[str]:
@@ -106,7 +108,7 @@ def rows() -> dict[str, Row]:
     foreign["metadata"]["ownerReferences"] = []
     leaving = build_finetunejob()
     leaving["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
-    done, unreadable = latched(), build_finetunejob({"model": {"colour": "red"}})
+    done = latched()
     wrong = build_finetunejob({"resources": {"gpus": 2}})
     image = build_finetunejob({"pod": {"image": "registry.example.com/other:1"}})
     account = build_finetunejob({"pod": {"serviceAccountName": "admin"}})
@@ -130,7 +132,6 @@ def rows() -> dict[str, Row]:
             "stop_what_fills_its_disk", world_of(new, job, pods=crowded), ["WriteStatus", "DeleteJob"], "Failed", "Evicted"
         ),
         "what is being deleted is left": Row("leave_what_is_being_deleted", world_of(leaving), []),
-        "an unreadable spec": Row("stall_on_an_unreadable_spec", world_of(unreadable), ["WriteStatus"], "Pending", "InvalidSpec"),
         "a run that has ended": Row("keep_what_has_ended", world_of(done), []),
         "a spec that breaks a rule": Row("stall_on_what_is_not_allowed", world_of(wrong), ["WriteStatus"], "Pending", "InvalidSpec"),
         "an image that is not allowed": Row("stall_on_what_is_not_allowed", world_of(image), ["WriteStatus"], "Pending", "NotAllowed"),
@@ -516,9 +517,35 @@ def test_the_latch_holds_when_a_newer_operator_wrote_fields_that_this_one_can_no
     assert decide(world_of(newer | {"status": status}), NOW, SETTINGS) == Plan()
 
 
+def unreadable(raw: Json) -> Unreadable:
+    """The same object, with a spec that was stored under another schema."""
+    subject = read_subject(merged(raw, {"spec": {"model": {"colour": "red"}}}))
+    assert isinstance(subject, Unreadable)
+    return subject
+
+
+def test_of_a_spec_that_can_not_be_read_only_the_status_is_written() -> None:
+    subject = unreadable(build_finetunejob())
+    plan = decide(subject, NOW, SETTINGS)
+    status = status_after(subject.raw, plan)
+    assert [type(action) for action in plan.actions] == [WriteStatus]
+    assert (status["phase"], ready_reason(status)) == ("Pending", "InvalidSpec")
+    assert "model.colour" in status["message"]
+
+
+def test_a_status_about_a_spec_that_can_not_be_read_is_written_once() -> None:
+    raw = unreadable(build_finetunejob()).raw
+    raw = raw | {"status": status_after(raw, decide(unreadable(raw), NOW, SETTINGS))}
+    assert decide(unreadable(raw), NOW + timedelta(seconds=1), SETTINGS) == Plan()
+
+
 def test_an_ended_run_keeps_its_status_when_its_spec_can_no_longer_be_read() -> None:
-    raw = merged(latched(), {"spec": {"model": {"colour": "red"}}})
-    assert decide(world_of(raw), NOW, SETTINGS) == Plan()
+    assert decide(unreadable(latched()), NOW, SETTINGS) == Plan()
+
+
+def test_a_job_that_is_being_deleted_is_left_when_its_spec_can_not_be_read() -> None:
+    leaving = merged(build_finetunejob(), {"metadata": {"deletionTimestamp": "2026-01-01T12:00:00Z"}})
+    assert decide(unreadable(leaving), NOW, SETTINGS) == Plan()
 
 
 @pytest.mark.parametrize("phase", ["Succeeded", "Failed"])

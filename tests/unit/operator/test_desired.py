@@ -57,6 +57,7 @@ FULL_SPEC: Json = {
 
 def subject_of(changes: Json) -> Subject:
     subject = read_subject(build_finetunejob(merged({"runPolicy": {"preflight": "Auto"}}, changes)))
+    assert isinstance(subject, Subject)
     assert subject.problem == ""
     return subject
 
