@@ -25,6 +25,8 @@ _JOBS = "/apis/batch/v1/namespaces/{}/jobs"
 _ROOTS = {Kind.FINETUNEJOB: f"/apis/{GROUP}/{VERSION}", Kind.JOB: "/apis/batch/v1", Kind.POD: "/api/v1"}
 _PLURALS = {Kind.FINETUNEJOB: PLURAL, Kind.JOB: "jobs", Kind.POD: "pods"}
 _SELECTORS = {Kind.FINETUNEJOB: "", Kind.JOB: LABEL_JOB, Kind.POD: LABEL_JOB}
+_INVALID = (400, 422)
+_WEBHOOK = "failed calling webhook"
 
 
 class ApiError(Exception):
@@ -35,6 +37,19 @@ class ApiError(Exception):
         self.status = status
         self.reason = reason
         self.message = message
+
+    @property
+    def is_invalid(self) -> bool:
+        """Whether the request itself is wrong, so that only an edit helps."""
+        return self.status in _INVALID
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether nothing was stored for sure.
+
+        The API server asks webhooks before it stores anything; after any other error of its own nobody knows what was done.
+        """
+        return self.is_invalid or self.status == 403 or (self.status == 500 and _WEBHOOK in self.message)
 
 
 UNANSWERED = (aiohttp.ClientError, TimeoutError, OSError)

@@ -210,16 +210,22 @@ POLICIES: tuple[Policy, ...] = (
 )
 
 
-def report_a_refused_job(situation: Situation, refusal: str, *, for_good: bool) -> Plan:
+def report_a_refused_job(situation: Situation, refusal: str, *, needs_edit: bool) -> Plan:
     """The API server takes no such Job: a quota is used up, an admission policy says no, or the pod is not valid. It is tried again.
 
     Args:
         refusal: what the API server said.
-        for_good: whether only an edit can mend it.
+        needs_edit: whether only an edit can mend it.
     """
-    standing = Standing.STALLED if for_good else Standing.RECONCILING
+    standing = Standing.STALLED if needs_edit else Standing.RECONCILING
     sentence = f"The API server refuses the Job: {clean(refusal, 800).rstrip('.')}; correct the spec, the quota or the policy."
     return Plan(_pending(situation, standing, Reason.JOB_REFUSED, sentence))
+
+
+def report_a_refused_status(subject: FineTuneJob, refusal: str, now: datetime) -> Plan:
+    """A spec from before the CRD's rules may make every status be refused: then an event is all that can be said."""
+    said = Announcement(Reason.INVALID_SPEC, clean(f"The API server takes no status for this object: {refusal}", 900))
+    return Plan((Announce(build_event(subject, said, now)),))
 
 
 def _stop(situation: Situation, job: Json, reason: Reason, sentence: str) -> Plan:

@@ -93,7 +93,7 @@ def build_reconciler(
 ) -> Reconciler:
     """A reconciler and the two halves that it acts through."""
     observer = Observer(cluster, cache, poller, WarningEvents(cluster, cache.is_child, now), now)
-    return Reconciler(observer, Executor(cluster, cache, settings, now), settings, has_news, is_synced)
+    return Reconciler(observer, Executor(cluster, cache), settings, has_news, is_synced)
 
 
 async def _served_namespaces(cluster: Cluster, settings: Settings) -> tuple[str, ...]:

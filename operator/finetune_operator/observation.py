@@ -10,7 +10,18 @@ from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import Cluster
 from finetune_operator.progress import ProgressPoller
 from finetune_operator.reads import must_be_read, unexplained
-from finetune_operator.subject import Json, Key, Subject, Unreadable, World, is_being_deleted, is_controlled_by, is_ended, read_subject
+from finetune_operator.subject import (
+    FineTuneJob,
+    Json,
+    Key,
+    Subject,
+    Unreadable,
+    World,
+    is_being_deleted,
+    is_controlled_by,
+    is_ended,
+    read_subject,
+)
 from finetune_operator.timing import changed_at
 from finetune_operator.warning_events import WarningEvents
 
@@ -40,6 +51,12 @@ class Observer:
         if isinstance(seen, World):
             return None if is_being_deleted(seen.subject.raw) else await self._with_details(seen)
         return None if seen is None or is_being_deleted(seen.raw) else seen
+
+    async def read_unedited(self, subject: FineTuneJob) -> Subject | None:
+        """The FineTuneJob as it is stored now; None when it is gone, or its spec was edited. The cache is not told, so that the next event is still news."""
+        raw = await self.cluster.read_finetunejob(subject.key)
+        stored = read_subject(raw) if raw else None
+        return stored if isinstance(stored, Subject) and stored.generation == subject.generation else None
 
     async def _with_details(self, world: World) -> World:
         """The world with what its trainer says, or with what the events say of a pod that is not there."""

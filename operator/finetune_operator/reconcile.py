@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from finetune_operator.cluster import FAILED, ApiError
-from finetune_operator.decide import decide
-from finetune_operator.execution import Executor, is_refusal
+from finetune_operator.decide import Situation, decide, report_a_refused_job, report_a_refused_status
+from finetune_operator.execution import Executor, JobRefusedError, StatusRefusedError
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import Observer
 from finetune_operator.plan import Plan, WriteStatus
 from finetune_operator.progress import trainer_of
 from finetune_operator.settings import Settings
-from finetune_operator.subject import FINAL, Key, Subject, Unreadable, World, is_unfinished
+from finetune_operator.subject import FINAL, FineTuneJob, Key, Subject, Unreadable, World, is_unfinished
 from finetune_operator.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Reconciler:
             seen = await self.observer.look(key, doubtful=is_doubtful)
             again_seconds = await self._act_on(seen) if seen else None
         except ApiError as error:
-            if is_refusal(error):  # a clear answer leaves no doubt
+            if error.is_refusal:  # a clear answer leaves no doubt
                 self.doubtful.discard(key)
             raise
         self.observer.poller.follow(key, trainer_of(seen) if isinstance(seen, World) else None)
@@ -65,11 +65,25 @@ class Reconciler:
     async def _act_on(self, seen: World | Unreadable) -> float | None:
         subject = seen.subject if isinstance(seen, World) else seen
         plan = decide(seen, self.observer.now(), self.settings)
-        await self.executor.execute(subject, plan)
+        await self._execute(subject, plan)
         # News, most often the echo of the end itself, bring one more pass: it decides on what is kept, and would have to read what is not.
         if _ends(subject, plan) and not self.has_news(subject.key):
             self.observer.cache.end(subject.key)
         return plan.again_seconds
+
+    async def _execute(self, subject: FineTuneJob, plan: Plan) -> None:
+        """Executes a plan. What the API server refuses is told to the user, and the refusal raised."""
+        try:
+            await self.executor.execute(subject, plan)
+        except StatusRefusedError as refusal:
+            await self.executor.execute(subject, report_a_refused_status(subject, refusal.message, self.observer.now()))
+            raise
+        except JobRefusedError as refusal:
+            unedited = await self.observer.read_unedited(subject)
+            if unedited:
+                situation = Situation(World(unedited), self.observer.now(), self.settings)
+                await self._execute(unedited, report_a_refused_job(situation, refusal.message, needs_edit=refusal.is_invalid))
+            raise
 
 
 async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> None:

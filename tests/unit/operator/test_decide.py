@@ -440,15 +440,15 @@ def test_a_job_is_created_only_behind_a_check_that_nothing_has_changed() -> None
     assert kinds(decide(world_of(stored), NOW, SETTINGS)) == ["WriteStatus", "CreateJob"]
 
 
-def refused(raw: Json, *, for_good: bool = False) -> Json:
+def refused(raw: Json, *, needs_edit: bool = False) -> Json:
     """The status after the API server refused the run's Job."""
     situation = Situation(world_of(raw), NOW, SETTINGS)
-    return status_after(raw, report_a_refused_job(situation, 'jobs.batch "x" is forbidden: exceeded quota: none', for_good=for_good))
+    return status_after(raw, report_a_refused_job(situation, 'jobs.batch "x" is forbidden: exceeded quota: none', needs_edit=needs_edit))
 
 
-@pytest.mark.parametrize(("for_good", "standing"), [(False, "Reconciling"), (True, "Stalled")])
-def test_a_job_that_the_api_server_refuses_says_why(for_good: bool, standing: str) -> None:
-    status = refused(build_finetunejob(), for_good=for_good)
+@pytest.mark.parametrize(("needs_edit", "standing"), [(False, "Reconciling"), (True, "Stalled")])
+def test_a_job_that_the_api_server_refuses_says_why(needs_edit: bool, standing: str) -> None:
+    status = refused(build_finetunejob(), needs_edit=needs_edit)
     assert ready_reason(status) == "JobRefused"
     assert "exceeded quota: none" in status["message"]
     assert standing in {item["type"] for item in status["conditions"]}

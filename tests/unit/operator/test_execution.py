@@ -1,14 +1,14 @@
-"""execution.py where the API server refuses what was planned; tests/cluster has the rest, on a real one."""
+"""A pass where the API server refuses what was planned; tests/cluster has the rest, on a real one."""
 
 from typing import Any, cast
 
 import pytest
-from finetune_operator.cache import Cache
+from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import ApiError, Cluster
-from finetune_operator.decide import decide
-from finetune_operator.execution import Executor, is_refusal
+from finetune_operator.main import build_reconciler
+from finetune_operator.progress import ProgressPoller
 from finetune_operator.settings import Settings
-from finetune_operator.subject import Json, Key, World, read_subject
+from finetune_operator.subject import Json, Key
 from support.simulated_cluster import NOW
 from support.specs import job, minimal_spec
 
@@ -38,10 +38,11 @@ async def test_an_event_says_what_no_status_can(status: int, said: list[str]) ->
     refusing = Refusing(status)
     raw: dict[str, Any] = job(minimal_spec(), "odd")
     raw["metadata"] |= {"namespace": "ml", "uid": "1", "generation": 1, "resourceVersion": "1", "creationTimestamp": "2026-01-01T00:00:00Z"}
-    subject, settings = read_subject(raw), Settings()
-    executor = Executor(cast("Cluster", refusing), Cache(), settings, lambda: NOW)
+    cache, poller = Cache(), ProgressPoller(lambda _: None, lambda: 0.0)
+    cache.see(Kind.FINETUNEJOB, raw)
+    reconciler = build_reconciler(cast("Cluster", refusing), cache, poller, Settings(), lambda _: False, now=lambda: NOW)
     with pytest.raises(ApiError, match="must be an object"):
-        await executor.execute(subject, decide(World(subject), NOW, settings))
+        await reconciler.reconcile(Key("ml", "odd"))
     assert refusing.said == said
 
 
@@ -57,4 +58,4 @@ async def test_an_event_says_what_no_status_can(status: int, said: list[str]) ->
     ],
 )
 def test_an_answer_that_leaves_open_what_was_done_is_no_refusal(error: ApiError, expected: bool) -> None:
-    assert is_refusal(error) == expected
+    assert error.is_refusal == expected
