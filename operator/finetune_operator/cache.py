@@ -14,7 +14,7 @@ from finetune_api import names
 
 from finetune_operator.subject import Json, Key
 
-_GONE = 1 << 62  # newer than any version: an event that comes after the deletion's is an old one
+_TOMBSTONE = 1 << 62  # newer than any version: an event that comes after the deletion's is an old one
 
 
 class Kind(StrEnum):
@@ -68,12 +68,12 @@ class Cache:
     def __init__(self) -> None:
         self._known: dict[Kind, dict[str, _Known]] = {kind: {} for kind in Kind}
         self._kept: dict[Kind, dict[Key, dict[str, bytes]]] = {kind: {} for kind in Kind}
-        self._ended: set[Key] = set()
+        self._finished: set[Key] = set()
         self._long_names: dict[Key, str] = {}
-        self._deleted: set[tuple[Kind, str]] = set()
-        self._deleted_earlier: set[tuple[Kind, str]] = set()
+        self._tombstones: set[tuple[Kind, str]] = set()
+        self._earlier_tombstones: set[tuple[Kind, str]] = set()
 
-    def see(self, kind: Kind, raw: Json) -> Key | None:
+    def update(self, kind: Kind, raw: Json) -> Key | None:
         """Takes in an object from an event, a listing or an answer, unless a newer one is known.
 
         Returns:
@@ -86,39 +86,38 @@ class Cache:
             return None
         self._known[kind][uid] = _Known(version, known.place if known else place)
         if kind is Kind.FINETUNEJOB:
-            self._ended.discard(place)
-        elif place in self._ended:
+            self._finished.discard(place)
+        elif place in self._finished:
             return None
         kept = json.dumps(_picked(raw, _KEPT[kind]), separators=(",", ":")).encode()
         objects = self._kept[kind].setdefault(place, {})
         before, objects[uid] = objects.get(uid), kept
         return self._key(place) if kept != before and self._is_kept(place) else None
 
-    def forget(self, kind: Kind, raw: Json) -> Key | None:
-        """The object is deleted. Returns the job to look at, as see() does."""
+    def delete(self, kind: Kind, raw: Json) -> Key | None:
+        """The object is deleted. Returns the job to look at, as update() does."""
         uid, place = raw["metadata"]["uid"], self._place(kind, raw["metadata"])
-        self._known[kind][uid] = _Known(_GONE, place)
-        self._deleted.add((kind, uid))
+        self._known[kind][uid] = _Known(_TOMBSTONE, place)
+        self._tombstones.add((kind, uid))
         is_kept = self._is_kept(place)
         self._remove(kind, place, uid)
         return self._key(place) if is_kept else None
 
-    def drop(self, key: Key) -> None:
-        """Keeps nothing more of a job, but which versions of its objects were seen: their echoes are no news."""
-        place = _place_of(key)
-        for kind in Kind:
-            self._kept[kind].pop(place, None)
-        self._long_names.pop(place, None)
-
-    def lose(self, key: Key) -> None:
+    def evict_finetunejob(self, key: Key) -> None:
         """The job is not there any more. Its Jobs and pods may be, and one of the same name must know of them: they go when their own deletion is heard of."""
         self._kept[Kind.FINETUNEJOB].pop(_place_of(key), None)
         self._long_names.pop(_place_of(key), None)
 
-    def end(self, key: Key) -> None:
-        """The job has ended: drops it, and until it changes itself nothing of its Jobs and pods is kept, nor news."""
-        self.drop(key)
-        self._ended.add(_place_of(key))
+    def mark_finished(self, key: Key) -> None:
+        """The job has ended: until it changes itself, nothing of it, its Jobs and its pods is kept, nor news.
+
+        Which versions were seen stays known: their echoes are no news either.
+        """
+        place = _place_of(key)
+        for kind in Kind:
+            self._kept[kind].pop(place, None)
+        self._long_names.pop(place, None)
+        self._finished.add(place)
 
     def finetunejob(self, key: Key) -> Json | None:
         """The object, as far as it is known."""
@@ -134,7 +133,7 @@ class Cache:
         """Whether a Job or pod of this UID carries a job's label."""
         return uid in self._known[Kind.JOB] or uid in self._known[Kind.POD]
 
-    def only(self, kind: Kind, uids: Iterable[str], version: int, key: Key | None = None) -> list[Key]:
+    def delete_unlisted(self, kind: Kind, uids: Iterable[str], version: int, key: Key | None = None) -> list[Key]:
         """A listing has shown these and no others: what it should have shown is gone.
 
         Args:
@@ -155,11 +154,11 @@ class Cache:
                 self._remove(kind, known.place, uid)
         return keys
 
-    def bury(self) -> None:
+    def prune_tombstones(self) -> None:
         """A round of listings has ended: deletions from before the one before it are forgotten too."""
-        for kind, uid in self._deleted_earlier:
+        for kind, uid in self._earlier_tombstones:
             self._known[kind].pop(uid, None)
-        self._deleted, self._deleted_earlier = set(), self._deleted
+        self._tombstones, self._earlier_tombstones = set(), self._tombstones
 
     def _is_kept(self, place: Key) -> bool:
         """Whether the job itself is kept. Where it is not, its Jobs and pods are no news: it has ended, is gone, or will be news itself."""
@@ -167,7 +166,7 @@ class Cache:
 
     def _remove(self, kind: Kind, place: Key, uid: str) -> None:
         if kind is Kind.FINETUNEJOB:
-            self._ended.discard(place)
+            self._finished.discard(place)
         objects = self._kept[kind].get(place, {})
         objects.pop(uid, None)
         if not objects:

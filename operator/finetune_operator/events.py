@@ -43,7 +43,7 @@ def build_registry(queue: WorkQueue, cache: Cache) -> kopf.OperatorRegistry:
 
     def handler(kind: Kind) -> Callable[..., Coroutine[Any, Any, None]]:
         async def on_event(event: Mapping[str, Any], **_: Any) -> None:
-            key = cache.forget(kind, event["object"]) if event["type"] == "DELETED" else cache.see(kind, event["object"])
+            key = cache.delete(kind, event["object"]) if event["type"] == "DELETED" else cache.update(kind, event["object"])
             if key:
                 queue.add(key, urgent=kind is Kind.FINETUNEJOB and is_new(event["object"]))
 

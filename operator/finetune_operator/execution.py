@@ -45,9 +45,9 @@ class Executor:
             case CreateJob(manifest):
                 await self._create(subject, manifest)
             case PatchJob(name, patch):
-                await self._see_unless_gone(self.cluster.patch_job(namespace, name, patch))
+                await self._update_unless_gone(self.cluster.patch_job(namespace, name, patch))
             case DeleteJob(name, uid):
-                await self._see_unless_gone(self.cluster.delete_job(namespace, name, uid))
+                await self._update_unless_gone(self.cluster.delete_job(namespace, name, uid))
             case Announce(event):
                 await self._announce(subject, event)
 
@@ -58,7 +58,7 @@ class Executor:
             if error.status == 422:
                 raise StatusRefusedError(error.status, error.reason, error.message) from error
             raise
-        self.cache.see(Kind.FINETUNEJOB, stored)
+        self.cache.update(Kind.FINETUNEJOB, stored)
 
     async def _announce(self, subject: FineTuneJob, event: Json) -> None:
         """An event is for people who look on: that it can't be made delays nothing."""
@@ -70,7 +70,7 @@ class Executor:
 
     async def _create(self, subject: FineTuneJob, manifest: Json) -> None:
         try:
-            self.cache.see(Kind.JOB, await self._created(subject, manifest))
+            self.cache.update(Kind.JOB, await self._created(subject, manifest))
         except ApiError as error:
             if error.is_refusal:
                 raise JobRefusedError(error.status, error.reason, error.message) from error
@@ -88,7 +88,7 @@ class Executor:
                 raise
             return found
 
-    async def _see_unless_gone(self, request: Awaitable[Json]) -> None:
+    async def _update_unless_gone(self, request: Awaitable[Json]) -> None:
         try:
             answer = await request
         except ApiError as error:
@@ -96,7 +96,7 @@ class Executor:
                 raise
         else:
             if answer.get("kind") == "Job":  # a deletion that is done at once answers with a Status
-                self.cache.see(Kind.JOB, answer)
+                self.cache.update(Kind.JOB, answer)
 
 
 def _summary(action: Action) -> str:

@@ -78,9 +78,9 @@ class Observer:
         """Jobs before pods: a Job that says it has ended was told so by pods that are at least as old."""
         raw = await self.cluster.read_finetunejob(key)
         if raw is None:
-            self.cache.lose(key)
+            self.cache.evict_finetunejob(key)
             return None
-        self.cache.see(Kind.FINETUNEJOB, raw)
+        self.cache.update(Kind.FINETUNEJOB, raw)
         subject = read_subject(raw)
         if isinstance(subject, Unreadable):
             return subject
@@ -103,8 +103,8 @@ class Observer:
             found += page.items
             version = page.version
         for item in found:
-            self.cache.see(kind, item)
-        self.cache.only(kind, _uids(found), version, key)
+            self.cache.update(kind, item)
+        self.cache.delete_unlisted(kind, _uids(found), version, key)
         return tuple(found)
 
 

@@ -68,7 +68,7 @@ class Reconciler:
         await self._execute(subject, plan)
         # News, most often the echo of the end itself, bring one more pass: it decides on what is kept, and would have to read what is not.
         if _ends(subject, plan) and not self.has_news(subject.key):
-            self.observer.cache.end(subject.key)
+            self.observer.cache.mark_finished(subject.key)
         return plan.again_seconds
 
     async def _execute(self, subject: FineTuneJob, plan: Plan) -> None:

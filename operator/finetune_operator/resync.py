@@ -42,7 +42,7 @@ async def resync(
         try:
             for kind in Kind:
                 await _list_kind(kind, queue, cluster, cache, settings.namespaces, phases)
-            cache.bury()
+            cache.prune_tombstones()
             listed(phases)
             pause_seconds = pause_after(clock() - started, settings.resync_seconds)
         except FAILED as error:
@@ -70,13 +70,13 @@ async def _list_kind(
             versions.append(page.version)
             for raw in page.items:
                 uids.append(raw["metadata"]["uid"])
-                key = cache.see(kind, raw)
+                key = cache.update(kind, raw)
                 if kind is Kind.FINETUNEJOB:
                     phases[(raw.get("status") or {}).get("phase") or NO_PHASE] += 1
                     key = _key_of(raw) if is_unfinished(raw) else key
                 if key:
                     queue.add(key, urgent=kind is Kind.FINETUNEJOB and is_new(raw))
-    for key in cache.only(kind, uids, min(versions, default=0)):
+    for key in cache.delete_unlisted(kind, uids, min(versions, default=0)):
         queue.add(key)
 
 

@@ -291,9 +291,9 @@ class SimulatedCluster:
         for kind in Kind:
             present = list(self._present(kind).values())
             for item in present:
-                process.cache.see(kind, deepcopy(item))
-            process.cache.only(kind, [item["metadata"]["uid"] for item in present], self._counter)
-        process.cache.bury()
+                process.cache.update(kind, deepcopy(item))
+            process.cache.delete_unlisted(kind, [item["metadata"]["uid"] for item in present], self._counter)
+        process.cache.prune_tombstones()
         process.waits = True
 
     def tell(self, process: Process, kind: Kind, events: int, *, again: int = 0) -> None:
@@ -302,7 +302,7 @@ class SimulatedCluster:
         begin = max(0, process.heard[kind] - again)
         process.heard[kind] = min(len(self.log[kind]), process.heard[kind] + events)
         for type_, item in self.log[kind][begin : process.heard[kind]]:
-            key = process.cache.forget(kind, deepcopy(item)) if type_ == "DELETED" else process.cache.see(kind, deepcopy(item))
+            key = process.cache.delete(kind, deepcopy(item)) if type_ == "DELETED" else process.cache.update(kind, deepcopy(item))
             process.waits |= key is not None
 
     def tell_all(self, process: Process) -> None:

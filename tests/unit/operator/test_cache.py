@@ -30,9 +30,9 @@ def cache() -> Cache:
 
 
 def test_the_newest_of_an_object_is_kept_in_whatever_order_it_comes(cache: Cache) -> None:
-    assert cache.see(Kind.FINETUNEJOB, versioned(2, training={"seed": 2})) == KEY
-    assert cache.see(Kind.FINETUNEJOB, versioned(1, training={"seed": 1})) is None
-    assert cache.see(Kind.FINETUNEJOB, versioned(2, training={"seed": 2})) is None
+    assert cache.update(Kind.FINETUNEJOB, versioned(2, training={"seed": 2})) == KEY
+    assert cache.update(Kind.FINETUNEJOB, versioned(1, training={"seed": 1})) is None
+    assert cache.update(Kind.FINETUNEJOB, versioned(2, training={"seed": 2})) is None
     found = cache.finetunejob(KEY)
     assert found is not None
     assert found["spec"]["training"]["seed"] == 2
@@ -40,10 +40,10 @@ def test_the_newest_of_an_object_is_kept_in_whatever_order_it_comes(cache: Cache
 
 
 def test_only_the_fields_that_decisions_read_are_kept_and_only_their_change_is_news(cache: Cache) -> None:
-    cache.see(Kind.FINETUNEJOB, versioned(1))
-    assert cache.see(Kind.JOB, job(1)) == KEY
-    assert cache.see(Kind.JOB, job(2, ready=1)) is None
-    assert cache.see(Kind.JOB, job(3, ready=1, completionTime="now")) == KEY
+    cache.update(Kind.FINETUNEJOB, versioned(1))
+    assert cache.update(Kind.JOB, job(1)) == KEY
+    assert cache.update(Kind.JOB, job(2, ready=1)) is None
+    assert cache.update(Kind.JOB, job(3, ready=1, completionTime="now")) == KEY
     (kept,) = cache.children(Kind.JOB, KEY)
     assert kept == {
         "metadata": {"name": "job-1", "namespace": "ml", "uid": "job-1"},
@@ -53,98 +53,98 @@ def test_only_the_fields_that_decisions_read_are_kept_and_only_their_change_is_n
 
 
 def test_what_is_deleted_does_not_come_back_with_a_late_event(cache: Cache) -> None:
-    cache.see(Kind.FINETUNEJOB, versioned(1))
-    cache.see(Kind.JOB, job(1))
-    assert cache.forget(Kind.JOB, job(3)) == KEY
-    assert cache.see(Kind.JOB, job(2)) is None
+    cache.update(Kind.FINETUNEJOB, versioned(1))
+    cache.update(Kind.JOB, job(1))
+    assert cache.delete(Kind.JOB, job(3)) == KEY
+    assert cache.update(Kind.JOB, job(2)) is None
     assert cache.children(Kind.JOB, KEY) == ()
 
 
 def test_a_namesake_that_was_made_anew_wins_over_one_whose_deletion_nobody_has_heard_of(cache: Cache) -> None:
-    cache.see(Kind.FINETUNEJOB, versioned(5, "new"))
-    cache.see(Kind.FINETUNEJOB, versioned(4, "old"))
+    cache.update(Kind.FINETUNEJOB, versioned(5, "new"))
+    cache.update(Kind.FINETUNEJOB, versioned(4, "old"))
     found = cache.finetunejob(KEY)
     assert found is not None
     assert found["metadata"]["uid"] == "new"
 
 
 def test_what_a_listing_lacks_is_gone_unless_it_is_newer_than_the_listing(cache: Cache) -> None:
-    cache.see(Kind.FINETUNEJOB, versioned(1))
+    cache.update(Kind.FINETUNEJOB, versioned(1))
     for uid, version in (("kept", 1), ("lost", 2), ("new", 9)):
-        cache.see(Kind.JOB, job(version, uid))
-    assert cache.only(Kind.JOB, ["kept"], 5) == [KEY]
+        cache.update(Kind.JOB, job(version, uid))
+    assert cache.delete_unlisted(Kind.JOB, ["kept"], 5) == [KEY]
     assert {item["metadata"]["uid"] for item in cache.children(Kind.JOB, KEY)} == {"kept", "new"}
 
 
 def test_a_listing_for_one_job_says_nothing_of_another(cache: Cache) -> None:
-    cache.see(Kind.JOB, job(1))
-    assert cache.only(Kind.JOB, [], 5, Key("ml", "other")) == []
+    cache.update(Kind.JOB, job(1))
+    assert cache.delete_unlisted(Kind.JOB, [], 5, Key("ml", "other")) == []
     assert len(cache.children(Kind.JOB, KEY)) == 1
 
 
 def test_a_job_that_has_ended_is_no_news_until_it_changes(cache: Cache) -> None:
-    cache.see(Kind.FINETUNEJOB, versioned(1))
-    cache.see(Kind.JOB, job(1))
-    cache.end(KEY)
+    cache.update(Kind.FINETUNEJOB, versioned(1))
+    cache.update(Kind.JOB, job(1))
+    cache.mark_finished(KEY)
     assert cache.finetunejob(KEY) is None
-    assert cache.see(Kind.FINETUNEJOB, versioned(1)) is None
-    assert cache.see(Kind.FINETUNEJOB, versioned(2)) == KEY
+    assert cache.update(Kind.FINETUNEJOB, versioned(1)) is None
+    assert cache.update(Kind.FINETUNEJOB, versioned(2)) == KEY
 
 
 def test_what_becomes_of_the_jobs_of_an_ended_one_is_neither_kept_nor_news(cache: Cache) -> None:
-    cache.see(Kind.FINETUNEJOB, versioned(1))
-    cache.see(Kind.JOB, job(1))
-    cache.end(KEY)
-    assert cache.see(Kind.JOB, job(2, completionTime="now")) is None
-    assert cache.only(Kind.JOB, [], 5) == []
-    assert cache.see(Kind.JOB, job(6, "another")) is None
-    assert cache.forget(Kind.JOB, job(7, "another")) is None
-    cache.see(Kind.FINETUNEJOB, versioned(2))
+    cache.update(Kind.FINETUNEJOB, versioned(1))
+    cache.update(Kind.JOB, job(1))
+    cache.mark_finished(KEY)
+    assert cache.update(Kind.JOB, job(2, completionTime="now")) is None
+    assert cache.delete_unlisted(Kind.JOB, [], 5) == []
+    assert cache.update(Kind.JOB, job(6, "another")) is None
+    assert cache.delete(Kind.JOB, job(7, "another")) is None
+    cache.update(Kind.FINETUNEJOB, versioned(2))
     assert cache.children(Kind.JOB, KEY) == ()
-    assert cache.see(Kind.JOB, job(8, "later")) == KEY
+    assert cache.update(Kind.JOB, job(8, "later")) == KEY
 
 
 def test_a_job_whose_deletion_is_heard_of_is_not_remembered_as_ended(cache: Cache) -> None:
-    cache.see(Kind.FINETUNEJOB, versioned(1))
-    cache.end(KEY)
-    assert cache.forget(Kind.FINETUNEJOB, versioned(2)) is None
-    cache.see(Kind.JOB, job(3))
-    assert cache.see(Kind.FINETUNEJOB, versioned(4, "made anew")) == KEY
+    cache.update(Kind.FINETUNEJOB, versioned(1))
+    cache.mark_finished(KEY)
+    assert cache.delete(Kind.FINETUNEJOB, versioned(2)) is None
+    cache.update(Kind.JOB, job(3))
+    assert cache.update(Kind.FINETUNEJOB, versioned(4, "made anew")) == KEY
     assert len(cache.children(Kind.JOB, KEY)) == 1
 
 
 def test_a_job_that_is_seen_before_its_owner_is_kept_and_told_of_with_it(cache: Cache) -> None:
-    assert cache.see(Kind.JOB, job(1)) is None
-    assert cache.see(Kind.FINETUNEJOB, versioned(2)) == KEY
+    assert cache.update(Kind.JOB, job(1)) is None
+    assert cache.update(Kind.FINETUNEJOB, versioned(2)) == KEY
     assert len(cache.children(Kind.JOB, KEY)) == 1
 
 
 def test_of_a_job_that_is_gone_its_jobs_and_pods_are_known_until_they_go(cache: Cache) -> None:
     """One of the same name waits for their end."""
-    cache.see(Kind.FINETUNEJOB, versioned(1))
-    cache.see(Kind.JOB, job(2))
-    cache.lose(KEY)
+    cache.update(Kind.FINETUNEJOB, versioned(1))
+    cache.update(Kind.JOB, job(2))
+    cache.evict_finetunejob(KEY)
     assert cache.finetunejob(KEY) is None
-    cache.see(Kind.FINETUNEJOB, versioned(3, uid="uid-2"))
+    cache.update(Kind.FINETUNEJOB, versioned(3, uid="uid-2"))
     assert len(cache.children(Kind.JOB, KEY)) == 1
-    cache.forget(Kind.JOB, job(4))
+    cache.delete(Kind.JOB, job(4))
     assert cache.children(Kind.JOB, KEY) == ()
 
 
 def test_deletions_are_remembered_for_two_rounds_of_listings(cache: Cache) -> None:
-    cache.see(Kind.FINETUNEJOB, versioned(1))
-    cache.forget(Kind.JOB, job(1))
-    cache.bury()
-    assert cache.see(Kind.JOB, job(2)) is None
-    cache.bury()
-    assert cache.see(Kind.JOB, job(2)) == KEY
+    cache.update(Kind.FINETUNEJOB, versioned(1))
+    cache.delete(Kind.JOB, job(1))
+    cache.prune_tombstones()
+    assert cache.update(Kind.JOB, job(2)) is None
+    cache.prune_tombstones()
+    assert cache.update(Kind.JOB, job(2)) == KEY
 
 
 @given(st.permutations([versioned(version, training={"seed": version}) for version in range(1, 6)]))
 def test_every_order_of_events_ends_in_the_same_state(events: list[Json]) -> None:
     cache = Cache()
     for item in events:
-        cache.see(Kind.FINETUNEJOB, item)
+        cache.update(Kind.FINETUNEJOB, item)
     found = cache.finetunejob(KEY)
     assert found is not None
     assert found["spec"]["training"]["seed"] == 5

@@ -39,7 +39,7 @@ async def test_an_event_says_what_no_status_can(status: int, said: list[str]) ->
     raw: dict[str, Any] = job(minimal_spec(), "odd")
     raw["metadata"] |= {"namespace": "ml", "uid": "1", "generation": 1, "resourceVersion": "1", "creationTimestamp": "2026-01-01T00:00:00Z"}
     cache, poller = Cache(), ProgressPoller(lambda _: None, lambda: 0.0)
-    cache.see(Kind.FINETUNEJOB, raw)
+    cache.update(Kind.FINETUNEJOB, raw)
     reconciler = build_reconciler(cast("Cluster", refusing), cache, poller, Settings(), lambda _: False, now=lambda: NOW)
     with pytest.raises(ApiError, match="must be an object"):
         await reconciler.reconcile(Key("ml", "odd"))
