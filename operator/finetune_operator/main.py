@@ -67,7 +67,7 @@ async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat, me
 
     def listed(phases: Counter[str]) -> None:
         synced.set()
-        queue.take_all()
+        queue.open_slow_lane()
         heartbeat.sync()
         metrics.show_jobs(phases)
 

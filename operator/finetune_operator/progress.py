@@ -80,7 +80,7 @@ class ProgressPoller:
             if report and self._trainers.get(key) == trainer and self._reports.get(key) != report:
                 self._reports[key] = report
                 self._news(key)
-            self._queue.succeed(key, self._pause_seconds(trainer) if trainer else None)
+            self._queue.done(key, self._pause_seconds(trainer) if trainer else None)
 
     def _pause_seconds(self, trainer: Trainer) -> float:
         """2 s at first and 10 s later; longer where so many train that they would be asked too often in all."""

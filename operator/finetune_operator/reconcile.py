@@ -95,11 +95,11 @@ async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> No
                 async with asyncio.timeout(RECONCILE_SECONDS):
                     again_seconds = await reconciler.reconcile(key)
         except FAILED as error:
-            _log_failure(key, error, queue.fail(key))
+            _log_failure(key, error, queue.retry(key))
         except Exception:
-            logger.exception("%s: a defect of the operator; trying again in %.1f s", key, queue.fail(key))
+            logger.exception("%s: a defect of the operator; trying again in %.1f s", key, queue.retry(key))
         else:
-            queue.succeed(key, again_seconds)
+            queue.done(key, again_seconds)
 
 
 def _ends(subject: Subject | Unreadable, plan: Plan) -> bool:

@@ -21,7 +21,7 @@ class WorkQueue:
     Args:
         clock: gives seconds.
         jitter: gives a number between 0 and 1.
-        only_urgent: keys that are not urgent wait for take_all().
+        only_urgent: keys that are not urgent wait for open_slow_lane().
     """
 
     def __init__(self, clock: Callable[[], float], jitter: Callable[[], float] = random.random, *, only_urgent: bool = False) -> None:
@@ -74,8 +74,8 @@ class WorkQueue:
             heapq.heappop(lane)
         return lane[0][0] if lane else None
 
-    def take_all(self) -> None:
-        """Urgent or not, from now on."""
+    def open_slow_lane(self) -> None:
+        """From now on keys that are not urgent are taken too."""
         self._only_urgent = False
         self._changed.set()
 
@@ -98,14 +98,14 @@ class WorkQueue:
             except TimeoutError:
                 continue
 
-    def succeed(self, key: Key, again_seconds: float | None = None) -> None:
+    def done(self, key: Key, again_seconds: float | None = None) -> None:
         """The work on a key is done; `again_seconds` asks for another look."""
         self._failures.pop(key, None)
         self._release(key)
         if again_seconds is not None:
             self.add(key, again_seconds)
 
-    def fail(self, key: Key) -> float:
+    def retry(self, key: Key) -> float:
         """The work on a key failed: it comes back after a backoff, which is returned in seconds, or when an event names it."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1

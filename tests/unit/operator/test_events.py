@@ -25,7 +25,7 @@ class Watch:
         await self.handlers[plural].fn(event={"type": type_, "object": item})
         key, _ = self.queue.poll()
         if key:
-            self.queue.succeed(key)
+            self.queue.done(key)
         return key
 
 

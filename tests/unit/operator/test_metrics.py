@@ -195,8 +195,8 @@ def test_the_queue_shows_what_is_due_what_is_delayed_and_for_how_long_the_oldest
     assert queue.poll() == (A, None)
     assert shown() == (1, 0, 1.0)
     queue.poll()
-    queue.fail(A)
-    queue.succeed(B)
+    queue.retry(A)
+    queue.done(B)
     assert shown() == (0, 1, 0)
 
 

@@ -88,11 +88,11 @@ async def test_a_queue_for_urgent_keys_alone_keeps_the_others_until_all_are_take
     taken = asyncio.create_task(queue.take())
     queue.add(B, urgent=True)
     assert await taken == B
-    queue.succeed(B, again_seconds=0.0)
+    queue.done(B, again_seconds=0.0)
     assert queue.poll() == (None, None)
     taken = asyncio.create_task(queue.take())
     await asyncio.sleep(0)
-    queue.take_all()
+    queue.open_slow_lane()
     assert {await taken, queue.poll()[0]} == {A, B}
 
 
@@ -100,14 +100,14 @@ def test_what_was_added_during_the_work_comes_after_it(queue: WorkQueue) -> None
     queue.add(A)
     queue.poll()
     queue.add(A)
-    queue.succeed(A)
+    queue.done(A)
     assert queue.poll() == (A, None)
 
 
 def test_a_key_that_nothing_asks_for_again_is_done(queue: WorkQueue) -> None:
     queue.add(A)
     queue.poll()
-    queue.succeed(A)
+    queue.done(A)
     assert queue.poll() == (None, None)
     assert len(queue) == 0
 
@@ -137,7 +137,7 @@ def test_a_later_wish_never_delays_a_key_that_is_due(queue: WorkQueue) -> None:
 def test_another_look_comes_after_its_delay(queue: WorkQueue, clock: Clock) -> None:
     queue.add(A)
     queue.poll()
-    queue.succeed(A, 2.0)
+    queue.done(A, 2.0)
     assert queue.poll() == (None, 2.0)
     clock.now += 2.0
     assert queue.poll() == (A, None)
@@ -148,7 +148,7 @@ def test_the_backoff_doubles_to_its_limit(queue: WorkQueue, clock: Clock) -> Non
     for _ in range(12):
         queue.add(A)
         queue.poll()
-        delays.append(queue.fail(A))
+        delays.append(queue.retry(A))
         clock.now += delays[-1]
         queue.poll()
         queue._release(A)
@@ -160,13 +160,13 @@ def test_the_backoff_begins_anew_after_a_success(queue: WorkQueue) -> None:
     for _ in range(3):
         queue.add(A)
         queue.poll()
-        queue.fail(A)
+        queue.retry(A)
     queue.add(A)
     queue.poll()
-    queue.succeed(A)
+    queue.done(A)
     queue.add(A)
     queue.poll()
-    assert queue.fail(A) == FIRST_BACKOFF_SECONDS
+    assert queue.retry(A) == FIRST_BACKOFF_SECONDS
 
 
 @settings(deadline=None, derandomize=True)
@@ -174,24 +174,24 @@ def test_the_backoff_begins_anew_after_a_success(queue: WorkQueue) -> None:
 def test_jitter_keeps_a_backoff_between_half_and_whole(jitter: float, failures: int) -> None:
     jittered, whole = WorkQueue(Clock(), lambda: jitter), WorkQueue(Clock(), lambda: 1.0)
     for _ in range(failures):
-        jittered.fail(A)
-        whole.fail(A)
-    limit = whole.fail(A)
-    assert limit / 2 <= jittered.fail(A) <= limit <= LAST_BACKOFF_SECONDS
+        jittered.retry(A)
+        whole.retry(A)
+    limit = whole.retry(A)
+    assert limit / 2 <= jittered.retry(A) <= limit <= LAST_BACKOFF_SECONDS
 
 
 def test_an_event_during_a_failing_pass_does_not_skip_the_backoff(queue: WorkQueue) -> None:
     queue.add(A)
     queue.poll()
     queue.add(A)
-    queue.fail(A)
+    queue.retry(A)
     assert queue.poll() == (None, FIRST_BACKOFF_SECONDS)
 
 
 def test_an_event_after_a_failure_ends_the_wait(queue: WorkQueue) -> None:
     queue.add(A)
     queue.poll()
-    queue.fail(A)
+    queue.retry(A)
     queue.add(A)
     assert queue.poll() == (A, None)
 
@@ -199,7 +199,7 @@ def test_an_event_after_a_failure_ends_the_wait(queue: WorkQueue) -> None:
 def test_a_failing_key_does_not_stop_others(queue: WorkQueue) -> None:
     queue.add(A)
     queue.poll()
-    queue.fail(A)
+    queue.retry(A)
     queue.add(B)
     assert queue.poll() == (B, None)
 
@@ -233,5 +233,5 @@ async def test_a_worker_wakes_up_when_another_finishes_a_key_that_was_added_mean
     queue.add(A)
     await asyncio.sleep(0)
     assert not worker.done()
-    queue.succeed(A)
+    queue.done(A)
     assert await worker == A
