@@ -21,7 +21,7 @@ from typing import Any
 
 from finetune_operator import subject
 from finetune_operator.decide import decide
-from finetune_operator.plan import Announce, CreateJob, WriteStatus
+from finetune_operator.plan import CreateJob, EmitEvent, WriteStatus
 from finetune_operator.settings import Settings
 from load import (
     FINETUNEJOBS,
@@ -212,7 +212,7 @@ async def _bare(sizes: Sizes, count: int) -> tuple[float, float]:
                         await patch_status(made.api, name, version, patch)
                     case CreateJob(manifest):
                         await made.api.request("POST", JOBS, manifest)
-                    case Announce(event):
+                    case EmitEvent(event):
                         await made.api.request("POST", f"/api/v1/namespaces/{NAMESPACE}/events", event)
                     case _:
                         raise AssertionError(f"nothing that a first pass would do: {action}")

@@ -12,12 +12,12 @@ from finetune_api.exits import ExitCode
 from finetune_api.states import Reason
 from finetune_api.status import FineTuneJobStatus, Phase
 
-from finetune_operator.announcements import CREATED, Announcement, announcements, build_event
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields, build_preflight_job
 from finetune_operator.diagnosis import container_state, ending_of, has_filled_its_disk, has_seen_a_full_disk
+from finetune_operator.job_events import CREATED, JobEvent, build_event, new_events
 from finetune_operator.observed import observed_status, preflight_status, status_of, timestamp
-from finetune_operator.plan import Action, Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus, merge_patch
+from finetune_operator.plan import Action, CreateJob, DeleteJob, EmitEvent, PatchJob, Plan, WriteStatus, merge_patch
 from finetune_operator.redaction import clean
 from finetune_operator.settings import Settings
 from finetune_operator.subject import (
@@ -118,12 +118,12 @@ def stall_on_a_namesake(situation: Situation) -> Plan | None:
     return Plan(_pending(situation, Standing.STALLED, Reason.NAME_TAKEN, sentence))
 
 
-def wait_until_leftover_pods_are_gone(situation: Situation) -> Plan | None:
+def wait_until_orphaned_pods_are_gone(situation: Situation) -> Plan | None:
     """A Job that was deleted by hand may leave its trainer at work for its grace period: never two trainers of one object."""
     world = situation.world
-    if not world.leftovers or world.current is not None:
+    if not world.orphaned_pods or world.current is not None:
         return None
-    name = world.leftovers[0]["metadata"]["name"]
+    name = world.orphaned_pods[0]["metadata"]["name"]
     sentence = f"Waiting until pod {name} of a deleted Job has ended."
     return Plan(_pending(situation, Standing.RECONCILING, Reason.REPLACING, sentence), NEW_POD_SECONDS)
 
@@ -201,7 +201,7 @@ POLICIES: tuple[Policy, ...] = (
     stall_on_what_is_not_allowed,
     wait_until_other_jobs_are_gone,
     stall_on_a_namesake,
-    wait_until_leftover_pods_are_gone,
+    wait_until_orphaned_pods_are_gone,
     check_before_a_gpu_is_asked_for,
     create_what_is_missing,
     stop_what_only_checkpoints,
@@ -224,8 +224,8 @@ def report_a_refused_job(situation: Situation, refusal: str, *, needs_edit: bool
 
 def report_a_refused_status(subject: FineTuneJob, refusal: str, now: datetime) -> Plan:
     """A spec from before the CRD's rules may make every status be refused: then an event is all that can be said."""
-    said = Announcement(Reason.INVALID_SPEC, clean(f"The API server takes no status for this object: {refusal}", 900))
-    return Plan((Announce(build_event(subject, said, now)),))
+    event = JobEvent(Reason.INVALID_SPEC, clean(f"The API server takes no status for this object: {refusal}", 900))
+    return Plan((EmitEvent(build_event(subject, event, now)),))
 
 
 def _stop(situation: Situation, job: Json, reason: Reason, sentence: str) -> Plan:
@@ -240,8 +240,8 @@ def _write(situation: Situation, status: FineTuneJobStatus) -> tuple[Action, ...
     """The status where it differs, and behind it the events that speak of it."""
     subject = situation.world.subject
     write = _write_status(subject, status)
-    news = announcements(carried_status(subject), status) if write else ()
-    return (*write, *(Announce(build_event(subject, item, situation.now)) for item in news))
+    events = new_events(carried_status(subject), status) if write else ()
+    return (*write, *(EmitEvent(build_event(subject, event, situation.now)) for event in events))
 
 
 def _write_status(subject: FineTuneJob, status: FineTuneJobStatus) -> tuple[Action, ...]:
@@ -299,8 +299,8 @@ def _wants_preflight(world: World) -> bool:
 def _creation(situation: Situation, manifest: Json) -> Plan:
     """Says so, makes the Job, announces it. A refusal of an earlier attempt stands until one succeeds."""
     subject = situation.world.subject
-    created = Announcement(CREATED, f"The Job {manifest['metadata']['name']} was made.")
-    create = (CreateJob(manifest), Announce(build_event(subject, created, situation.now)))
+    created = JobEvent(CREATED, f"The Job {manifest['metadata']['name']} was made.")
+    create = (CreateJob(manifest), EmitEvent(build_event(subject, created, situation.now)))
     base = carried_status(subject)
     if base.phase is not None and any(item.reason == Reason.JOB_REFUSED for item in base.conditions):
         return Plan(_fenced((), create), FIRST_LOOK_SECONDS)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from finetune_operator.cache import Cache, Kind
 from finetune_operator.cluster import FAILED, ApiError, Cluster
-from finetune_operator.plan import Action, Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus
+from finetune_operator.plan import Action, CreateJob, DeleteJob, EmitEvent, PatchJob, Plan, WriteStatus
 from finetune_operator.subject import FineTuneJob, Json, is_controlled_by
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ class Executor:
                 await self._update_unless_gone(self.cluster.patch_job(namespace, name, patch))
             case DeleteJob(name, uid):
                 await self._update_unless_gone(self.cluster.delete_job(namespace, name, uid))
-            case Announce(event):
-                await self._announce(subject, event)
+            case EmitEvent(event):
+                await self._emit(subject, event)
 
     async def _write(self, subject: FineTuneJob, patch: Json) -> None:
         try:
@@ -60,7 +60,7 @@ class Executor:
             raise
         self.cache.update(Kind.FINETUNEJOB, stored)
 
-    async def _announce(self, subject: FineTuneJob, event: Json) -> None:
+    async def _emit(self, subject: FineTuneJob, event: Json) -> None:
         """An event is for people who look on: that it can't be made delays nothing."""
         try:
             await self.cluster.create_event(event)
@@ -109,5 +109,5 @@ def _summary(action: Action) -> str:
             return f"patch Job {name}: {patch}"
         case DeleteJob(name, _):
             return f"delete Job {name}"
-        case Announce(event):
+        case EmitEvent(event):
             return f"event {event['reason']}"

@@ -112,7 +112,7 @@ def _world(subject: Subject, labelled: tuple[Json, ...], pods: tuple[Json, ...])
     jobs = tuple(job for job in labelled if is_controlled_by(job, subject.uid))
     owned = {job["metadata"]["uid"] for job in jobs}
     own = tuple(pod for pod in pods if any(is_controlled_by(pod, uid) for uid in owned))
-    return World(subject, jobs, pods=own, leftovers=tuple(pod for pod in pods if not is_ended(pod) and pod not in own))
+    return World(subject, jobs, pods=own, orphaned_pods=tuple(pod for pod in pods if not is_ended(pod) and pod not in own))
 
 
 def _uids(items: Iterable[Json]) -> set[str]:

@@ -36,13 +36,13 @@ class WriteStatus:
 
 
 @dataclass(frozen=True)
-class Announce:
+class EmitEvent:
     """Make an event; one that can't be made is not missed."""
 
     event: Json
 
 
-Action = CreateJob | DeleteJob | PatchJob | WriteStatus | Announce
+Action = CreateJob | DeleteJob | PatchJob | WriteStatus | EmitEvent
 
 
 @dataclass(frozen=True)

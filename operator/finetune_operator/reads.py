@@ -20,7 +20,7 @@ def must_be_read(world: World) -> bool:
     subject, job = world.subject, world.attended
     if subject.is_latched:  # nothing is kept of its Jobs, and an edit may be of their TTL
         return is_unfinished(subject.raw)
-    if world.current is None and (world.leftovers or any(item is not job for item in world.jobs)):
+    if world.current is None and (world.orphaned_pods or any(item is not job for item in world.jobs)):
         return True
     if job is None:
         stored = subject.stored

@@ -105,7 +105,7 @@ class World:
         jobs: the batch Jobs that it owns.
         namesake: a Job that has the name of this run's but another owner.
         pods: the pods of the owned Jobs.
-        leftovers: pods at work that carry this object's label and belong to none of its Jobs.
+        orphaned_pods: pods at work that carry this object's label and belong to none of its Jobs.
         warnings: texts of warning events, newest first; only read where nothing else says why a pod is not there.
         progress: what the trainer's endpoint says; None when it was not asked or did not answer.
     """
@@ -114,7 +114,7 @@ class World:
     jobs: tuple[Json, ...] = ()
     namesake: Json | None = None
     pods: tuple[Json, ...] = ()
-    leftovers: tuple[Json, ...] = ()
+    orphaned_pods: tuple[Json, ...] = ()
     warnings: tuple[str, ...] = ()
     progress: ProgressReport | None = None
 

@@ -12,7 +12,7 @@ from finetune_api.status import Progress, Stage
 from finetune_operator import decide as decide_module
 from finetune_operator.decide import CHECKPOINTED_LIMIT, EVICTED_LIMIT, FULL_DISK_LIMIT, Situation, decide, report_a_refused_job
 from finetune_operator.desired import build_job, build_preflight_job
-from finetune_operator.plan import Announce, CreateJob, DeleteJob, PatchJob, Plan, WriteStatus, merge_patch
+from finetune_operator.plan import CreateJob, DeleteJob, EmitEvent, PatchJob, Plan, WriteStatus, merge_patch
 from finetune_operator.progress import trainer_of
 from finetune_operator.reads import must_be_read, unexplained
 from finetune_operator.settings import Settings
@@ -56,7 +56,7 @@ def world_of(raw: Json, *jobs: Json, **facts: Any) -> World:
 
 def kinds(plan: Plan) -> list[str]:
     """What a plan does, events aside."""
-    return [type(action).__name__ for action in plan.actions if not isinstance(action, Announce)]
+    return [type(action).__name__ for action in plan.actions if not isinstance(action, EmitEvent)]
 
 
 def status_after(raw: Json, plan: Plan) -> Json:
@@ -142,7 +142,7 @@ def rows() -> dict[str, Row]:
         "a Job that someone deleted": Row("wait_until_other_jobs_are_gone", world_of(new, deleted), ["WriteStatus"], "Pending", "Replacing"),
         "a namesake": Row("stall_on_a_namesake", world_of(new, namesake=foreign), ["WriteStatus"], "Pending", "NameTaken"),
         "a pod that outlives its Job": Row(
-            "wait_until_leftover_pods_are_gone", world_of(new, leftovers=(build_pod(job, phase="Running"),)), ["WriteStatus"], "Pending", "Replacing"
+            "wait_until_orphaned_pods_are_gone", world_of(new, orphaned_pods=(build_pod(job, phase="Running"),)), ["WriteStatus"], "Pending", "Replacing"
         ),
         "an edit to what is not allowed": Row(
             "stall_on_what_is_not_allowed", world_of(image, other), ["WriteStatus", "DeleteJob"], "Pending", "NotAllowed"

@@ -1,9 +1,9 @@
-"""announcements.py: at most four events a run, each once, each of a state that is stored."""
+"""job_events.py: at most four events a run, each once, each of a state that is stored."""
 
-from finetune_operator.announcements import Announcement, build_event
 from finetune_operator.decide import decide
 from finetune_operator.desired import build_job
-from finetune_operator.plan import Announce, WriteStatus
+from finetune_operator.job_events import JobEvent, build_event
+from finetune_operator.plan import EmitEvent, WriteStatus
 from finetune_operator.subject import Json, World, read_subject
 from support.simulated_cluster import NOW, SETTINGS, SimulatedCluster, build_ended_state, build_finetunejob, build_pod, build_stored_job
 
@@ -49,7 +49,7 @@ def test_an_event_stands_behind_the_status_that_it_speaks_of() -> None:
     job = build_stored_job(build_job(read_subject(raw), SETTINGS), condition=COMPLETE)
     pod = build_pod(job, phase="Succeeded", state=build_ended_state(0, SAID))
     kinds = [type(action) for action in decide(World(read_subject(raw), (job,), pods=(pod,)), NOW, SETTINGS).actions]
-    assert kinds == [WriteStatus, Announce, Announce, Announce]
+    assert kinds == [WriteStatus, EmitEvent, EmitEvent, EmitEvent]
 
 
 def test_an_event_that_can_not_be_made_delays_nothing() -> None:
@@ -66,8 +66,8 @@ def test_an_event_that_can_not_be_made_delays_nothing() -> None:
     assert len(cluster.events) == 1
 
 
-def created() -> Announcement:
-    return Announcement("Created", "")
+def created() -> JobEvent:
+    return JobEvent("Created", "")
 
 
 def test_the_longest_name_makes_a_valid_event() -> None:

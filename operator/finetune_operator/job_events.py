@@ -23,37 +23,37 @@ _NAME_LIMIT = 253
 
 
 @dataclass(frozen=True)
-class Announcement:
-    """One event: its CamelCase reason and its sentence."""
+class JobEvent:
+    """One event on a FineTuneJob: its CamelCase reason and its sentence."""
 
     reason: str
     message: str
 
     @property
-    def kind(self) -> str:
-        """How Kubernetes sorts it."""
+    def type_(self) -> str:
+        """Normal or Warning."""
         return "Warning" if self.reason in (Phase.FAILED, Reason.INVALID_SPEC) else "Normal"
 
 
-def announcements(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[Announcement]:
-    """What is new in the status of one run.
+def new_events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[JobEvent]:
+    """The events that a status write makes for one run.
 
     Args:
         before: what the stored status knows of the run; blank for a new one.
         after: what is about to be stored.
     """
     if after.start_time and not before.start_time:
-        yield Announcement(STARTED, f"The first pod of the run started at {after.start_time}.")
+        yield JobEvent(STARTED, f"The first pod of the run started at {after.start_time}.")
     if after.phase in FINAL and before.phase is not after.phase:
-        yield Announcement(after.phase.value, after.message)
+        yield JobEvent(after.phase.value, after.message)
         if after.artifacts and after.phase is Phase.SUCCEEDED:
-            yield Announcement(PUBLISHED, clean("; ".join(f"{item.kind} at {item.uri}" for item in after.artifacts)))
+            yield JobEvent(PUBLISHED, clean("; ".join(f"{item.kind} at {item.uri}" for item in after.artifacts)))
 
 
-def build_event(subject: FineTuneJob, announcement: Announcement, now: datetime) -> Json:
+def build_event(subject: FineTuneJob, event: JobEvent, now: datetime) -> Json:
     """The event as the API server takes it."""
     run = subject.run.run_digest if isinstance(subject, Subject) else subject.generation
-    digest = hashlib.sha256(f"{subject.uid}/{run}/{announcement.reason}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{subject.uid}/{run}/{event.reason}".encode()).hexdigest()[:16]
     stem = subject.key.name[: _NAME_LIMIT - 1 - len(digest)].rstrip("-.")
     about = {"apiVersion": API_VERSION, "kind": KIND, "namespace": subject.key.namespace, "name": subject.key.name, "uid": subject.uid}
     return {
@@ -61,9 +61,9 @@ def build_event(subject: FineTuneJob, announcement: Announcement, now: datetime)
         "kind": "Event",
         "metadata": {"name": f"{stem}.{digest}", "namespace": subject.key.namespace},
         "involvedObject": about,
-        "reason": announcement.reason,
-        "message": announcement.message,
-        "type": announcement.kind,
+        "reason": event.reason,
+        "message": event.message,
+        "type": event.type_,
         "source": {"component": names.MANAGED_BY},
         "reportingComponent": names.MANAGED_BY,
         "firstTimestamp": timestamp(now),
