@@ -13,7 +13,7 @@ KEPT = 10
 
 
 def merge_attempts(stored: tuple[Attempt, ...], pods: tuple[Json, ...], spec: FineTuneJobSpec) -> tuple[Attempt, ...]:
-    """The last 10 pods that started, oldest first; what is known of a pod that is gone stays."""
+    """The last 10 pods that started, oldest first. A pod that is gone keeps what is known of it."""
     merged = {attempt.pod_uid: attempt for attempt in stored}
     for pod in pods:
         known = merged.get(str(pod["metadata"]["uid"]))
@@ -25,7 +25,7 @@ def merge_attempts(stored: tuple[Attempt, ...], pods: tuple[Json, ...], spec: Fi
 
 
 def added_gpu_seconds(stored: tuple[Attempt, ...], merged: tuple[Attempt, ...], gpus: int) -> int:
-    """GPU seconds of the attempts whose end is news; a pod that nobody saw end is not counted."""
+    """The GPU seconds of the attempts that have ended since those were stored. A pod that nobody saw end is not counted."""
     counted = {attempt.pod_uid for attempt in stored if _is_over(attempt)}
     return gpus * sum(_seconds(attempt) for attempt in merged if _is_over(attempt) and attempt.pod_uid not in counted)
 
@@ -35,7 +35,7 @@ def _is_over(attempt: Attempt | None) -> bool:
 
 
 def _attempt(pod: Json, spec: FineTuneJobSpec, known: Attempt | None) -> Attempt | None:
-    """None of a pod that has not started, or was disrupted before it did."""
+    """The attempt that a pod makes; None when the pod has not started, or was disrupted before it did."""
     running, terminated = container_state(pod, "running"), container_state(pod, "terminated")
     uid = str(pod["metadata"]["uid"])
     started = (running or terminated or {}).get("startedAt")
@@ -45,7 +45,7 @@ def _attempt(pod: Json, spec: FineTuneJobSpec, known: Attempt | None) -> Attempt
     ending = ending_of(pod, spec)
     if ending.reason == Reason.DISRUPTED and not started:
         return None
-    # The container of an evicted pod may be said to end after its pod.
+    # The kubelet may report the end of an evicted pod before that of its container.
     end = (terminated or {}).get("finishedAt") or (started if terminated else None)
     return Attempt(pod_uid=uid, start=started, end=end, exit_code=ending.exit_code, reason=ending.reason)
 

@@ -31,7 +31,7 @@ def _fields(*plain: str, **nested: Json | None) -> Json:
 
 _CHILD = _fields("name", "namespace", "uid", "creationTimestamp", "deletionTimestamp", ownerReferences=_fields("uid", "controller"))
 _CONDITION = _fields("type", "status", "reason", "message", "lastTransitionTime")
-# Which fields are kept: None is a value as a whole, and of a list it is said for its items.
+# The fields that are kept. None keeps a value as a whole; the fields of a list are those of its items.
 _KEPT: dict[Kind, Json] = {
     Kind.FINETUNEJOB: _fields(
         "spec",
@@ -53,7 +53,7 @@ _KEPT: dict[Kind, Json] = {
 
 @dataclass(frozen=True)
 class _Known:
-    """An object that was seen: its resourceVersion, and the job that it belongs to. Outlives what is kept of the object."""
+    """An object that was seen: its resourceVersion, and the job that it belongs to. This outlives what is kept of the object."""
 
     version: int
     place: Key
@@ -95,7 +95,7 @@ class Cache:
         return self._key(place) if kept != before and self._is_kept(place) else None
 
     def delete(self, kind: Kind, raw: Json) -> Key | None:
-        """The object is deleted. Returns the job to look at, as update() does."""
+        """Takes in that an object was deleted. Returns the job to look at, as update() does."""
         uid, place = raw["metadata"]["uid"], self._place(kind, raw["metadata"])
         self._known[kind][uid] = _Known(_TOMBSTONE, place)
         self._tombstones.add((kind, uid))
@@ -104,14 +104,14 @@ class Cache:
         return self._key(place) if is_kept else None
 
     def evict_finetunejob(self, key: Key) -> None:
-        """The job is not there any more. Its Jobs and pods may be, and one of the same name must know of them: they go when their own deletion is heard of."""
+        """Evicts a FineTuneJob that is gone. Its Jobs and pods stay until their own deletion is seen, since one of the same name must know of them."""
         self._kept[Kind.FINETUNEJOB].pop(_place_of(key), None)
         self._long_names.pop(_place_of(key), None)
 
     def mark_finished(self, key: Key) -> None:
-        """The job has ended: until it changes itself, nothing of it, its Jobs and its pods is kept, nor news.
+        """Evicts a FineTuneJob that has ended, its Jobs and its pods. Until it changes itself, nothing of them is kept and nothing is news.
 
-        Which versions were seen stays known: their echoes are no news either.
+        Which versions were seen stays known, so that their echoes are no news either.
         """
         place = _place_of(key)
         for kind in Kind:
@@ -120,7 +120,7 @@ class Cache:
         self._finished.add(place)
 
     def finetunejob(self, key: Key) -> Json | None:
-        """The object, as far as it is known."""
+        """The FineTuneJob as it was last seen; None when it is not kept."""
         objects = self._kept[Kind.FINETUNEJOB].get(_place_of(key), {})
         newest = max(objects, key=lambda uid: self._known[Kind.FINETUNEJOB][uid].version, default=None)
         return dict(json.loads(objects[newest])) if newest else None
@@ -134,7 +134,7 @@ class Cache:
         return uid in self._known[Kind.JOB] or uid in self._known[Kind.POD]
 
     def delete_unlisted(self, kind: Kind, uids: Iterable[str], version: int, key: Key | None = None) -> list[Key]:
-        """A listing has shown these and no others: what it should have shown is gone.
+        """Deletes what a listing should have shown and has not.
 
         Args:
             uids: what was listed.
@@ -155,7 +155,7 @@ class Cache:
         return keys
 
     def prune_tombstones(self) -> None:
-        """A round of listings has ended: deletions from before the one before it are forgotten too."""
+        """Removes the tombstones that have outlasted two rounds of listings. Called when a round has ended."""
         for kind, uid in self._earlier_tombstones:
             self._known[kind].pop(uid, None)
         self._tombstones, self._earlier_tombstones = set(), self._tombstones

@@ -1,6 +1,6 @@
 """The only file that talks to the Kubernetes API: reads and writes JSON values, with a time limit on every request.
 
-What it asks for beyond permissions.py, the API server refuses.
+The API server refuses what it asks for beyond permissions.py.
 """
 
 import json
@@ -45,7 +45,7 @@ class ApiError(Exception):
 
     @property
     def is_refusal(self) -> bool:
-        """Whether nothing was stored for sure.
+        """Whether it is certain that nothing was stored.
 
         The API server asks webhooks before it stores anything; after any other error of its own nobody knows what was done.
         """
@@ -55,7 +55,7 @@ class ApiError(Exception):
 UNANSWERED = (aiohttp.ClientError, TimeoutError, OSError)
 """What a request raises that got no answer."""
 FAILED = (ApiError, *UNANSWERED)
-"""What a request raises."""
+"""What a request raises that failed."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Cluster:
 
     Args:
         api: the client's connection.
-        count_request: is told the HTTP method and status of every request that has ended; "none" is the status of one that got no answer.
+        count_request: called with the HTTP method and status of every request that has ended; "none" is the status of one that got no answer.
     """
 
     def __init__(self, api: client.ApiClient, count_request: Callable[[str, str], None]) -> None:
@@ -80,7 +80,7 @@ class Cluster:
 
     @classmethod
     async def connect(cls, count_request: Callable[[str, str], None]) -> "Cluster":
-        """With the pod's service account in a cluster, else with the kubeconfig of KUBECONFIG or the user's home."""
+        """Connects with the pod's service account in a cluster, else with the kubeconfig of KUBECONFIG or the user's home."""
         configuration = client.Configuration()
         # kopf's watches take no proxy from the environment either, and asking for one costs a thread at each request.
         configuration.client_session_kwargs = {"trust_env": False}
@@ -100,27 +100,27 @@ class Cluster:
         await self._api.close()
 
     async def list_pages(self, kind: Kind, namespace: str, selector: str = "") -> AsyncIterator[Listing]:
-        """All objects of a kind in a namespace, or in all for an empty one, page by page; Jobs and pods only with these labels."""
+        """Lists all objects of a kind in a namespace, or in all for an empty one, page by page. Jobs and pods without our label are left out."""
         scope = f"/namespaces/{quote(namespace)}" if namespace else ""
         query = {"labelSelector": selector or _SELECTORS[kind]}
         async for page in self._pages(f"{_ROOTS[kind]}{scope}/{_PLURALS[kind]}", query):
             yield Listing(page["items"], int(page["metadata"]["resourceVersion"]))
 
     async def read_finetunejob(self, key: Key) -> Json | None:
-        """The object, or None when there is none."""
+        """Reads a FineTuneJob; None when there is none."""
         return await self._read(self._finetunejob(key))
 
     async def patch_status(self, key: Key, resource_version: str, patch: Json) -> Json:
-        """Merge-patches the status and returns the object; 409 when it is no longer what the patch was computed from."""
+        """Merge-patches the status and returns the object. The answer is 409 when the object has changed since the patch was computed."""
         body = {"metadata": {"resourceVersion": resource_version}, "status": patch}
         return await self._request("PATCH", f"{self._finetunejob(key)}/status", body=body, content_type=_MERGE)
 
     async def read_job(self, namespace: str, name: str) -> Json | None:
-        """The Job, or None when there is none."""
+        """Reads a Job; None when there is none."""
         return await self._read(self._job(namespace, name))
 
     async def create_job(self, manifest: Json) -> Json:
-        """Makes a Job and returns it; 409 when there is one of its name."""
+        """Creates a Job and returns it. The answer is 409 when there is one of its name."""
         return await self._request("POST", _JOBS.format(quote(manifest["metadata"]["namespace"])), body=manifest)
 
     async def patch_job(self, namespace: str, name: str, patch: Json) -> Json:
@@ -133,12 +133,12 @@ class Cluster:
         return await self._request("DELETE", self._job(namespace, name), body=body)
 
     async def list_warnings(self, namespace: str) -> AsyncIterator[list[Json]]:
-        """The warning events of a namespace, page by page."""
+        """Lists the warning events of a namespace, page by page."""
         async for page in self._pages(f"/api/v1/namespaces/{quote(namespace)}/events", {"fieldSelector": "type=Warning"}):
             yield page["items"]
 
     async def create_event(self, event: Json) -> None:
-        """Makes an event; 409 when there is one of its name."""
+        """Creates an event. The answer is 409 when there is one of its name."""
         await self._request("POST", f"/api/v1/namespaces/{quote(event['metadata']['namespace'])}/events", body=event)
 
     def _finetunejob(self, key: Key) -> str:

@@ -19,7 +19,7 @@ Facts = dict[ConditionType, ConditionValue]
 
 
 class Standing(Enum):
-    """What kstatus makes of the object."""
+    """How kstatus reads the object."""
 
     READY = "Ready"
     RECONCILING = "Reconciling"
@@ -38,7 +38,7 @@ class Verdict:
 
 
 def build_conditions(verdict: Verdict, facts: Facts, before: tuple[Condition, ...], generation: int, now: str) -> tuple[Condition, ...]:
-    """All conditions.
+    """Builds all conditions of a FineTuneJob.
 
     Args:
         facts: what Trained, Verified, QualityPassed and Published say, as far as they are known.

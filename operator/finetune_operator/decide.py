@@ -1,7 +1,7 @@
 """What to do about one FineTuneJob: an ordered list of small policies, of which the first that answers makes the plan. Pure and total.
 
-The list is the specification. A plan is data; execution.py executes its actions in order and stops at the first that fails, so that
-"status first, then the TTL" is said by the order alone.
+The list is the specification; only an object whose spec can't be read is handled before it. A plan is data; execution.py executes its actions
+in order and stops at the first that fails, so that "status first, then the TTL" is said by the order alone.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,9 @@ from finetune_operator.subject import (
 from finetune_operator.timing import NEW_POD_SECONDS, again_seconds, is_settling
 
 CHECKPOINTED_LIMIT = 20  # endings "checkpointed" that nothing disrupted: Kubernetes ignores them without end, we do not
-FIRST_LOOK_SECONDS = NEW_POD_SECONDS + 1  # at a new Job, of which no event may come: our own doing is no news to us
+FIRST_LOOK_SECONDS = NEW_POD_SECONDS + 1  # until a new Job is looked at: its own event, the echo of our request, is no news
 EVICTED_LIMIT = 3  # evictions for the pod's own use of its disk
-FULL_DISK_LIMIT = 8  # evictions since the node's disk was full
+FULL_DISK_LIMIT = 8  # evictions because the node's disk was full
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def decide(seen: World | Unreadable, now: datetime, settings: Settings) -> Plan:
 
 
 def stall_on_an_unreadable_spec(subject: Unreadable, now: datetime) -> Plan:
-    """A spec that was stored under another schema: nothing is started or stopped for it."""
+    """The spec was stored under another schema. Nothing is started or stopped for it."""
     if is_being_deleted(subject.raw) or not is_unfinished(subject.raw):
         return Plan()  # it goes, or it ended before this version came: what stands there stays true
     verdict = Verdict(subject.stored.phase or Phase.PENDING, Standing.STALLED, Reason.INVALID_SPEC, clean(subject.problem))
@@ -66,16 +66,16 @@ def stall_on_an_unreadable_spec(subject: Unreadable, now: datetime) -> Plan:
 
 
 def leave_what_is_being_deleted(situation: Situation) -> Plan | None:
-    """Owner references clean up."""
+    """Kubernetes cleans up by the owner references."""
     return Plan() if is_being_deleted(situation.world.subject.raw) else None
 
 
 def keep_what_has_ended(situation: Situation) -> Plan | None:
-    """The latch: a run whose end is stored starts nothing, also when its Job is gone. Only now does the Job get its TTL."""
+    """This is the latch: a run whose end is stored starts nothing, even when its Job is gone. Only now does the Job get its TTL."""
     subject = situation.world.subject
     if not subject.is_latched:
         return None
-    # On the raw status: what a newer operator wrote and this one can't read must not be lost, least of all the digest of the latch.
+    # The patch is made on the raw status: what a newer operator wrote and this one can't read must not be lost, least of all the digest of the latch.
     seen = {"observedGeneration": subject.generation}
     raw: Json = subject.raw["status"]
     patch = merge_patch(raw, raw | seen | {"conditions": [item | seen for item in raw.get("conditions", ())]})
@@ -85,7 +85,7 @@ def keep_what_has_ended(situation: Situation) -> Plan | None:
 
 
 def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
-    """Refused before anything is started, and what an earlier spec started is stopped; a Job of this very spec is left alone."""
+    """A spec that is not allowed is refused before anything is started. What an earlier spec started is stopped; a Job of this very spec is left alone."""
     world = situation.world
     problem = _refusal(situation)
     if not problem or world.current is not None:
@@ -95,9 +95,9 @@ def stall_on_what_is_not_allowed(situation: Situation) -> Plan | None:
 
 
 def wait_until_other_jobs_are_gone(situation: Situation) -> Plan | None:
-    """Never two training Jobs of one object: the Job of an earlier spec goes, with its pods, before this run's Job comes."""
+    """One object never has two training Jobs: the Job of an earlier spec goes, with its pods, before this run's Job comes."""
     world = situation.world
-    # A preflight Job that goes after its own TTL is in nobody's way once the training has begun.
+    # A preflight Job that its own TTL removes is in nobody's way once the training has begun.
     is_training = world.current is not None and not is_being_deleted(world.current)
     staying = [job for job in (world.current, world.preflight) if job and (is_training or not is_being_deleted(job))]
     in_the_way = [job for job in world.jobs if job not in staying]
@@ -119,7 +119,7 @@ def stall_on_a_namesake(situation: Situation) -> Plan | None:
 
 
 def wait_until_orphaned_pods_are_gone(situation: Situation) -> Plan | None:
-    """A Job that was deleted by hand may leave its trainer at work for its grace period: never two trainers of one object."""
+    """A Job that was deleted by hand may leave its trainer at work for its grace period. One object never has two trainers."""
     world = situation.world
     if not world.orphaned_pods or world.current is not None:
         return None
@@ -154,7 +154,7 @@ def create_what_is_missing(situation: Situation) -> Plan | None:
 
 
 def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
-    """A trainer that ends as "checkpointed" again and again, with nothing that disrupts it, would restart for ever."""
+    """A trainer that ends as "checkpointed" again and again, with nothing that disrupts it, would restart without end."""
     job = situation.world.current
     if job is None or is_finished(job):
         return None
@@ -169,7 +169,7 @@ def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
 
 
 def stop_what_fills_its_disk(situation: Situation) -> Plan | None:
-    """An eviction is a disruption to Kubernetes, which ignores it without end; where it was for the disk, the next pod would write as much."""
+    """Kubernetes takes an eviction for a disruption and never counts it. After one for a full disk, the next pod would write as much again."""
     job = situation.world.current
     if job is None or is_finished(job):
         return None
@@ -223,7 +223,7 @@ def report_a_refused_job(situation: Situation, refusal: str, *, needs_edit: bool
 
 
 def report_a_refused_status(subject: FineTuneJob, refusal: str, now: datetime) -> Plan:
-    """A spec from before the CRD's rules may make every status be refused: then an event is all that can be said."""
+    """The API server may refuse every status of an object whose spec is older than the CRD's rules. Only an event can say so."""
     event = JobEvent(Reason.INVALID_SPEC, clean(f"The API server takes no status for this object: {refusal}", 900))
     return Plan((EmitEvent(build_event(subject, event, now)),))
 
@@ -237,7 +237,7 @@ def _stop(situation: Situation, job: Json, reason: Reason, sentence: str) -> Pla
 
 
 def _write(situation: Situation, status: FineTuneJobStatus) -> tuple[Action, ...]:
-    """The status where it differs, and behind it the events that speak of it."""
+    """Writes the status where it differs, and then the events about what has changed."""
     subject = situation.world.subject
     write = _write_status(subject, status)
     events = new_events(carried_status(subject), status) if write else ()
@@ -250,7 +250,7 @@ def _write_status(subject: FineTuneJob, status: FineTuneJobStatus) -> tuple[Acti
 
 
 def _fenced(write: tuple[Action, ...], actions: tuple[Action, ...]) -> tuple[Action, ...]:
-    """The status first, also an empty patch: its resourceVersion stops an operator that decided before an edit or an end was stored."""
+    """Puts the status first, even as an empty patch: its resourceVersion stops an operator that decided before an edit or an end was stored."""
     return (*(write or ((WriteStatus({}),) if actions else ())), *actions)
 
 
@@ -297,7 +297,7 @@ def _wants_preflight(world: World) -> bool:
 
 
 def _creation(situation: Situation, manifest: Json) -> Plan:
-    """Says so, makes the Job, announces it. A refusal of an earlier attempt stands until one succeeds."""
+    """Makes the Job, between a status and an event that say so. A refusal of an earlier attempt stays in the status until one succeeds."""
     subject = situation.world.subject
     created = JobEvent(CREATED, f"The Job {manifest['metadata']['name']} was made.")
     create = (CreateJob(manifest), EmitEvent(build_event(subject, created, situation.now)))

@@ -33,7 +33,7 @@ def build_job(subject: Subject, settings: Settings) -> Json:
 
 
 def build_preflight_job(subject: Subject, settings: Settings) -> Json:
-    """The Job that goes before it: the same pod without GPUs, on any node of the same architecture. It is small, so that its TTL may stand from the start."""
+    """The preflight Job, which goes before the training Job: the same pod without GPUs, on any node of the same architecture. It is small, so that its TTL may stand from the start."""
     spec = subject.spec
     labels = build_labels(subject) | {"app.kubernetes.io/component": "preflight"}
     anywhere = {name: value for name, value in spec.scheduling.node_selector.items() if name in _ARCHITECTURE}
@@ -101,7 +101,7 @@ def build_labels(subject: Subject) -> dict[str, str]:
 
 
 def build_failure_rules() -> list[Json]:
-    """podFailurePolicy, in order; what no rule matches is counted against backoffLimit."""
+    """The rules of podFailurePolicy, in their order. What none of them matches is counted against backoffLimit."""
 
     def on_exit(action: str, *codes: int) -> Json:
         return {

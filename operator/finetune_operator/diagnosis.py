@@ -1,6 +1,6 @@
-"""Reads one pod: how it ended, or why it is not running yet, as a reason and a sentence with the mend. Pure; used by observed.py.
+"""Reads one pod: how it ended, or why it is not running yet, as a reason and a sentence that says what to do. Pure; used by observed.py.
 
-What the container wrote is untrusted: parsed strictly, cleaned, shortened. The exit code is the kubelet's word and wins over it.
+What the container wrote is not trusted: it is parsed strictly, cleaned and shortened. The exit code comes from the kubelet and wins over it.
 """
 
 import re
@@ -16,7 +16,7 @@ from finetune_api.termination import TerminationMessage, parse
 from finetune_operator.redaction import clean
 from finetune_operator.subject import Json, condition_of, is_being_deleted, is_ended
 
-LOG_TAIL_BYTES = 2048  # of a log, the kubelet takes no more into a termination message
+LOG_TAIL_BYTES = 2048  # the kubelet takes no more of a log into a termination message
 NEVER = "1970-01-01T00:00:00Z"  # what a kubelet writes for a container that could not be started
 _FIRST_WORD = re.compile(r"\A\S+")
 _FILLED, _NODE_IS_FULL = "EmptyDir", "low on resource: ephemeral-storage"
@@ -69,7 +69,7 @@ def is_node_lost(pod: Json) -> bool:
 
 
 def node_lost_sentence(pod: Json) -> str:
-    """For status.message, of a pod whose node is lost."""
+    """The message about a pod whose node is lost."""
     node = pod["spec"].get("nodeName", "")
     return clean(
         f"Node {node} of the running pod does not answer; the run goes on when the node is back. If it is gone for good, "
@@ -132,7 +132,7 @@ def has_filled_its_disk(pod: Json) -> bool:
 
 
 def has_seen_a_full_disk(pod: Json) -> bool:
-    """Whether an ended pod was evicted since its node's disk was full, and the kubelet, whose words they are, names the trainer among those that fill it."""
+    """Whether an ended pod was evicted because its node's disk was full, and the kubelet, whose words they are, names the trainer among those that fill it."""
     said = _eviction(pod)
     return _NODE_IS_FULL in said and f"Container {names.CONTAINER} was using" in said
 
@@ -185,6 +185,6 @@ def _sentence(code: int | None, said: TerminationMessage | None, text: str, stat
 
 
 def _whole_words(text: str) -> str:
-    """Last log lines without secrets, before they are cut further; of a text that the kubelet cut, not the first word, which may be half a secret."""
+    """The last log lines without secrets, before they are cut further. Where the kubelet cut the text, its first word may be half a secret and is left out."""
     is_cut = len(text.encode(errors="replace")) >= LOG_TAIL_BYTES
     return without_secrets(_FIRST_WORD.sub("", text, count=1) if is_cut else text)

@@ -32,9 +32,9 @@ async def lead(api: client.ApiClient, namespace: str, name: str, identity: str, 
     """Waits for the Lease, works, and gives the Lease back.
 
     Args:
-        namespace: where the Lease lies.
-        name: the Lease's.
-        identity: who takes it; empty for a name of this process alone.
+        namespace: namespace of the Lease.
+        name: name of the Lease.
+        identity: name under which it is held; empty for one of this process alone.
         work: runs as long as the operator may; it is cancelled when the Lease is lost.
 
     Raises:
@@ -74,10 +74,10 @@ async def _during(election: asyncio.Task[None], lock: LeaseLock, work: Awaitable
 
 
 class PatientLock(LeaseLock):  # type: ignore[misc] # the client carries no types
-    """A Lease whose server may be away for a while: what is not answered is not obtained, and tried again."""
+    """A Lease whose API server may be away for a while: a request without an answer counts as refused, and is tried again."""
 
     async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
-        """(whether it is there, the record or the error)."""
+        """Reads the Lease: (whether there is one, the record or the error)."""
         try:
             found: tuple[bool, Any] = await super().get(name, namespace)
         except UNANSWERED as error:
@@ -85,17 +85,17 @@ class PatientLock(LeaseLock):  # type: ignore[misc] # the client carries no type
         return found
 
     async def create(self, name: str, namespace: str, election_record: Any) -> bool:
-        """Whether it was made. The client's own asks for a `pretty` that its own check refuses (kubernetes 37.0)."""
+        """Creates the Lease and returns whether that worked. The client's own method passes a `pretty` that its own check refuses (kubernetes 37.0)."""
         lease = client.V1Lease(metadata=client.V1ObjectMeta(name=name), spec=self.update_lease(election_record))
         return await self._obtained(self.api_instance.create_namespaced_lease(namespace, lease))
 
     async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
-        """Whether it was renewed or taken over."""
+        """Renews the Lease or takes it over, and returns whether that worked."""
         self.lease_reference.spec = self.update_lease(updated_record, self.lease_reference.spec)
         return await self._obtained(self.api_instance.replace_namespaced_lease(name, namespace, self.lease_reference))
 
     async def release(self) -> None:
-        """Gives it back, so that nobody has to wait for its end; best effort."""
+        """Gives the Lease back, so that nobody has to wait for its end. A failure is only logged."""
         try:
             lease = await self.api_instance.read_namespaced_lease(self.name, self.namespace)
             if lease.spec.holder_identity == self.identity:

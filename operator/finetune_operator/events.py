@@ -1,4 +1,4 @@
-"""Where watch events come in, and the only file that knows kopf: every event goes into the cache, and what it is news of onto the queue.
+"""Watch events come in here, in the only file that knows kopf: every event goes into the cache, and the job for which it is news onto the queue.
 
 kopf writes nothing here: no finalizers, annotations, events or peering objects, and no scan for CRDs or namespaces.
 """
@@ -38,7 +38,7 @@ async def watch(queue: WorkQueue, cache: Cache, namespaces: tuple[str, ...]) -> 
 
 
 def build_registry(queue: WorkQueue, cache: Cache) -> kopf.OperatorRegistry:
-    """Handlers for the three kinds, and the login."""
+    """Registers the handlers of the three kinds, and the login."""
     registry = kopf.OperatorRegistry()
 
     def handler(kind: Kind) -> Callable[..., Coroutine[Any, Any, None]]:
@@ -57,7 +57,7 @@ def build_registry(queue: WorkQueue, cache: Cache) -> kopf.OperatorRegistry:
 
 
 class _NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc] # kopf's classes carry no types here
-    """kopf's idea of what has changed, which it computes for each event and we never ask for, costs most of an event's time: there is none."""
+    """Keeps kopf from working out what has changed: that would take most of an event's time, and nothing here asks for it."""
 
     def build(self, **_: Any) -> kopf.BodyEssence:
         return cast("kopf.BodyEssence", {})
@@ -70,7 +70,7 @@ class _NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc] # kopf's classes 
 
 
 def build_kopf_settings() -> kopf.OperatorSettings:
-    """Only what we ask for is watched, nothing is written."""
+    """The settings with which kopf watches only what is asked for, and writes nothing."""
     settings = kopf.OperatorSettings()
     settings.peering.standalone = True
     settings.posting.enabled = False

@@ -13,16 +13,16 @@ logger = logging.getLogger(__name__)
 
 
 class JobRefusedError(ApiError):
-    """The API server has refused a Job, and there is none."""
+    """The API server has refused to create a Job."""
 
 
 class StatusRefusedError(ApiError):
-    """The API server takes no status for this object."""
+    """The API server has refused a status as invalid."""
 
 
 @dataclass(frozen=True)
 class Executor:
-    """What an execution needs. What an answer shows goes into the cache: the next pass must not decide on less than this one has done."""
+    """Executes plans. What the API server answers goes into the cache: the next pass must not decide on less than this one has done."""
 
     cluster: Cluster
     cache: Cache
@@ -61,7 +61,7 @@ class Executor:
         self.cache.update(Kind.FINETUNEJOB, stored)
 
     async def _emit(self, subject: FineTuneJob, event: Json) -> None:
-        """An event is for people who look on: that it can't be made delays nothing."""
+        """Creates an event. Events only inform people, so that a failure delays nothing."""
         try:
             await self.cluster.create_event(event)
         except FAILED as error:
@@ -82,7 +82,7 @@ class Executor:
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 raise
-            # Another operator was faster, or the last answer was lost: the name holds UID and digest, the owner says the rest.
+            # Another operator was faster, or the last answer was lost. The name is made of UID and digest; the owner shows whether the Job is ours.
             found = await self.cluster.read_job(manifest["metadata"]["namespace"], manifest["metadata"]["name"])
             if found is None or not is_controlled_by(found, subject.uid):
                 raise

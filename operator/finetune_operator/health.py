@@ -37,15 +37,15 @@ class Heartbeat:
         self._is_synced = False
 
     def lead(self) -> None:
-        """The Lease is had, or none is needed."""
+        """Notes that this operator holds the Lease, or needs none."""
         self._has_lease = True
 
     def beat(self) -> None:
-        """A round begins, or is waited for."""
+        """Notes that a round begins, or is waited for."""
         self._last = self._clock()
 
     def sync(self) -> None:
-        """A round has seen every FineTuneJob."""
+        """Notes that a round has seen every FineTuneJob."""
         self._is_synced = True
 
     def is_alive(self) -> bool:
@@ -53,11 +53,11 @@ class Heartbeat:
         return self._last is None or self._clock() - self._last <= self._limit_seconds
 
     def health(self) -> Answer:
-        """What /healthz answers."""
+        """The answer of /healthz."""
         return (200, "ok\n") if self.is_alive() else (503, "the resync has stopped\n")
 
     def readiness(self) -> Answer:
-        """What /readyz answers."""
+        """The answer of /readyz."""
         if not self._has_lease:
             return 200, "waiting for the Lease\n"
         return (200, "ok\n") if self._is_synced else (503, "the first list of all FineTuneJobs is not done\n")

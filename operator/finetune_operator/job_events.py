@@ -1,7 +1,7 @@
 """Events on a FineTuneJob, at most four a run: Created, Started, Succeeded or Failed, Published. Pure; used by decide.py.
 
-They are made from what a status write changes and sent after it is stored, so that nobody sees an event for a state that was never stored. A name
-holds run and reason: another pass, or another operator, makes the same event, which the API server then has already.
+They are made from what a status write changes and sent after it is stored, so that nobody sees an event for a state that was never stored. The name
+of an event is made of run and reason: when another pass, or another operator, makes the same event, the API server refuses it.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ def new_events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[
 
 
 def build_event(subject: FineTuneJob, event: JobEvent, now: datetime) -> Json:
-    """The event as the API server takes it."""
+    """The manifest of an event."""
     run = subject.run.run_digest if isinstance(subject, Subject) else subject.generation
     digest = hashlib.sha256(f"{subject.uid}/{run}/{event.reason}".encode()).hexdigest()[:16]
     stem = subject.key.name[: _NAME_LIMIT - 1 - len(digest)].rstrip("-.")

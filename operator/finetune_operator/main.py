@@ -37,7 +37,7 @@ _LOOKS = 5
 
 
 async def run(settings: Settings) -> None:
-    """Operates until a signal ends the watch; where a Lease is named, as soon as it is had.
+    """Operates until a signal ends the watch. Where a Lease is named, this waits until it holds the Lease.
 
     Raises:
         LeadershipLostError: another operator may act from now on.
@@ -58,7 +58,10 @@ async def run(settings: Settings) -> None:
 
 
 async def operate(cluster: Cluster, settings: Settings, heartbeat: Heartbeat, metrics: Metrics) -> None:
-    """Watches and reconciles until a signal ends the watch. Before everything was listed once, new jobs alone are worked on, and read for it."""
+    """Watches and reconciles until a signal ends the watch.
+
+    Before everything was listed once, only new jobs are worked on, and each is read from the API server.
+    """
     queue, cache, synced = WorkQueue(asyncio.get_running_loop().time, only_urgent=True), Cache(), asyncio.Event()
     heartbeat.lead()
     metrics.show_queue(queue)
@@ -91,7 +94,7 @@ def build_reconciler(
     is_synced: Callable[[], bool] = lambda: True,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Reconciler:
-    """A reconciler and the two halves that it acts through."""
+    """Builds a reconciler, its observer and its executor."""
     observer = Observer(cluster, cache, poller, WarningEvents(cluster, cache.is_child, now), now)
     return Reconciler(observer, Executor(cluster, cache), settings, has_news, is_synced)
 
@@ -107,7 +110,7 @@ async def _served_namespaces(cluster: Cluster, settings: Settings) -> tuple[str,
     """
     while True:
         try:
-            for _ in range(_LOOKS):  # an API server that has just begun refuses until it knows its Roles
+            for _ in range(_LOOKS):  # an API server that has just started refuses everything until it knows its Roles
                 served = [namespace for namespace in settings.namespaces or ("",) if await _may_be_listed(cluster, namespace)]
                 if len(served) == len(settings.namespaces or ("",)):
                     break
@@ -161,7 +164,7 @@ def main() -> None:
 
 
 def _end_on_signals() -> None:
-    """Ends the current task in order: whoever ends an operator that has just begun need not wait for its Lease."""
+    """Lets a signal cancel the current task, so that an operator that has just started need not get the Lease before it ends."""
     task = cast("asyncio.Task[None]", asyncio.current_task())
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)

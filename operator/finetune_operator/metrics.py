@@ -66,18 +66,18 @@ class Metrics:
             self._errors.labels(kind)
 
     def show_queue(self, queue: WorkQueue) -> None:
-        """From now on depth and age are those of this queue."""
+        """Shows the depth and age of this queue from now on."""
         self._depth.labels("due").set_function(lambda: len(queue.waiting_seconds()))
         self._depth.labels("delayed").set_function(lambda: len(queue) - len(queue.waiting_seconds()))
         self._oldest.set_function(lambda: max(queue.waiting_seconds(), default=0.0))
 
     def count_request(self, verb: str, code: str) -> None:
-        """A request to the API server has ended."""
+        """Counts a request to the API server that has ended."""
         self._requests.labels(verb, code).inc()
 
     @contextmanager
     def reconciling(self) -> Iterator[None]:
-        """Times the pass in the block and counts the error that ends it, which goes on its way."""
+        """Times the pass in the block, and counts the error that ends it and raises it again."""
         with self._reconcile.time():
             try:
                 yield
@@ -86,7 +86,7 @@ class Metrics:
                 raise
 
     def show_jobs(self, phases: Tally[str]) -> None:
-        """Takes the phases that a complete list has shown; a phase that nobody knows counts as none."""
+        """Shows the phases that a complete list has found. A phase that is not known counts as none."""
         known = {phase: phases[phase] for phase in PHASES}
         known[NO_PHASE] += phases.total() - sum(known.values())
         for phase, jobs in known.items():
@@ -118,7 +118,7 @@ The operator serves `/healthz`, `/readyz` and `/metrics` (Prometheus) on one por
 
 
 def metrics_markdown() -> str:
-    """The page."""
+    """The content of docs/metrics.md."""
     return _HEAD + "".join(_rows())
 
 

@@ -28,7 +28,7 @@ from finetune_operator.warning_events import WarningEvents
 
 @dataclass(frozen=True)
 class Observer:
-    """Where a look at the world comes from."""
+    """Looks at the world around one FineTuneJob."""
 
     cluster: Cluster
     cache: Cache
@@ -53,7 +53,7 @@ class Observer:
         return None if seen is None or is_being_deleted(seen.raw) else seen
 
     async def read_unedited(self, subject: FineTuneJob) -> Subject | None:
-        """The FineTuneJob as it is stored now; None when it is gone, or its spec was edited. The cache is not told, so that the next event is still news."""
+        """Reads the FineTuneJob again; None when it is gone, or its spec was edited. The cache does not take it in, so that its next event is still news."""
         raw = await self.cluster.read_finetunejob(subject.key)
         stored = read_subject(raw) if raw else None
         return stored if isinstance(stored, Subject) and stored.generation == subject.generation else None
@@ -75,7 +75,7 @@ class Observer:
         return _world(subject, self.cache.children(Kind.JOB, key), self.cache.children(Kind.POD, key))
 
     async def _read(self, key: Key) -> World | Unreadable | None:
-        """Jobs before pods: a Job that says it has ended was told so by pods that are at least as old."""
+        """Reads the world from the API server: Jobs before pods, so that the pods of a Job that has ended are seen as they ended."""
         raw = await self.cluster.read_finetunejob(key)
         if raw is None:
             self.cache.evict_finetunejob(key)
@@ -93,7 +93,7 @@ class Observer:
             for name in (subject.run.job_name, names.preflight_job_name(subject.run.job_name))
             if (found := await self.cluster.read_job(key.namespace, name)) and found["metadata"]["uid"] not in _uids(world.jobs)
         ]
-        # One whose label someone took off is our Job all the same.
+        # A Job whose label someone took off is ours all the same.
         namesakes = [job for job in hidden if not is_controlled_by(job, subject.uid)]
         return replace(_world(subject, (*jobs, *hidden), pods), namesake=namesakes[0] if namesakes else None)
 

@@ -99,7 +99,7 @@ def _with_live(base: FineTuneJobStatus, world: World, verdict: Verdict, now: dat
     report = world.progress
     if report is None or verdict.phase is not Phase.RUNNING or report.train_digest != world.subject.run.train_digest:
         return base
-    # Its own clock is not trusted: the time of this reading stands in updatedAt, and throttles the next.
+    # The trainer's clock is not trusted: updatedAt is the time of this reading, and throttles the next write.
     fresh = report.progress.model_copy(update={"updated_at": timestamp(now)}) if report.progress else None
     if fresh and base.stage == report.stage and not _is_due(base.progress, fresh, now):
         return base
@@ -107,13 +107,13 @@ def _with_live(base: FineTuneJobStatus, world: World, verdict: Verdict, now: dat
 
 
 def _moving(world: World, base: FineTuneJobStatus, verdict: Verdict, since: datetime) -> Verdict:
-    """The verdict, unless the last step and the start of the pod that trains are both older than `since`. Nothing is stopped for it."""
+    """The verdict, or NoProgress when the last step and the start of the pod that trains are both older than `since`. Nothing is stopped for it."""
     running = [state for pod in world.attended_pods if (state := container_state(pod, "running"))]
     if base.stage is not Stage.TRAINING or base.progress is None or not base.progress.updated_at or not running:
         return verdict
     stood = any(item.reason == Reason.NO_PROGRESS for item in world.subject.stored.conditions)
     if not stood and (world.progress is None or world.progress.train_digest != world.subject.run.train_digest):
-        return verdict  # that nobody answers, or was asked yet, is no standstill; one that was seen lasts until a step is
+        return verdict  # no answer, or none yet, is no standstill; one that was seen lasts until a step is seen
     last = max(base.progress.updated_at, str(running[-1].get("startedAt") or ""))
     if datetime.fromisoformat(last) > since:
         return verdict
@@ -186,7 +186,7 @@ def _proof_fact(quality: Quality) -> ConditionValue:
 
 
 def _gate_fact(base: FineTuneJobStatus, last: Ending | None) -> ConditionValue | None:
-    """The trainer decides, on losses that are not rounded; here it is only said."""
+    """The trainer has decided, on losses that are not rounded. This only reports it."""
     if last and last.exit_code == ExitCode.QUALITY:
         return ConditionValue("False", REASONS[ExitCode.QUALITY], last.sentence)
     quality = base.quality

@@ -1,7 +1,7 @@
 """Everything that the operator may ask of the API server, and why: the one table of its permissions. Pure data, and pages made of it.
 
 `python -m finetune_operator.permissions` (in `make crd`) writes the chart's rules and the table in docs/security.md. tests/cluster/test_permissions.py
-holds what an installed operator does to it, both ways. Never here: secrets, a wildcard, a write to a spec.
+compares it with what an installed operator does, both ways. Never here: secrets, a wildcard, a write to a spec.
 """
 
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ _BEGIN, _END = "<!-- Generated from operator/finetune_operator/permissions.py by
 
 
 def build_rules(permissions: tuple[Permission, ...]) -> list[dict[str, Any]]:
-    """RBAC rules: one a resource, in the table's order."""
+    """The RBAC rules: one for each resource, in the table's order."""
     resources = dict.fromkeys((item.group, item.resource) for item in permissions)
     return [
         {
@@ -83,7 +83,7 @@ def rules_yaml(permissions: tuple[Permission, ...]) -> str:
 
 
 def with_table(page: str) -> str:
-    """The page with the table between its two marks; ValueError where it has not both."""
+    """The page with the table between its two marks; ValueError where one of them is missing."""
     before, rest = page.split(_BEGIN)
     _, after = rest.split(_END)
     return f"{before}{_BEGIN}{''.join(_rows())}{_END}{after}"

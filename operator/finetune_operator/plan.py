@@ -7,7 +7,7 @@ from finetune_operator.subject import Json
 
 @dataclass(frozen=True)
 class CreateJob:
-    """Make the training Job; that it exists already is success when it is this very one."""
+    """Create a Job. One that exists already is success when it is this very one."""
 
     manifest: Json
 
@@ -37,7 +37,7 @@ class WriteStatus:
 
 @dataclass(frozen=True)
 class EmitEvent:
-    """Make an event; one that can't be made is not missed."""
+    """Create an Event; a failure is ignored."""
 
     event: Json
 

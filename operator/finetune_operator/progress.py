@@ -1,6 +1,6 @@
-"""Asks trainers' endpoints how far they are: cosmetics, so every failure is None. The pod is the container's author's: nothing it says is trusted.
+"""Asks the trainers' endpoints how far they are. No run depends on it, so that every failure is None. The answers of a pod are not trusted.
 
-Asking has workers of its own: a pod that does not answer delays no reconcile.
+Asking has workers of its own, so that a pod that does not answer delays no reconcile.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class Trainer:
 
 
 class ProgressPoller:
-    """Asks every trainer that it is told of, and tells when one has something new to say.
+    """Asks every trainer that it follows, and calls `news` when one reports something new.
 
     Args:
         news: called with the job whose report has changed.
@@ -52,7 +52,7 @@ class ProgressPoller:
         self._reports: dict[Key, ProgressReport] = {}
 
     def follow(self, key: Key, trainer: Trainer | None) -> None:
-        """From now on this trainer is asked, or none."""
+        """Asks this trainer of a job from now on, or none."""
         before = self._trainers.get(key)
         if before == trainer:
             return
@@ -67,12 +67,12 @@ class ProgressPoller:
         return self._reports.get(key)
 
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Asks for ever."""
+        """Asks all trainers until it is cancelled."""
         async with asyncio.TaskGroup() as group:
             for _ in range(WORKERS):
-                group.create_task(self._ask_for_ever(session))
+                group.create_task(self._keep_asking(session))
 
-    async def _ask_for_ever(self, session: aiohttp.ClientSession) -> None:
+    async def _keep_asking(self, session: aiohttp.ClientSession) -> None:
         while True:
             key = await self._queue.take()
             trainer = self._trainers.get(key)
@@ -83,7 +83,7 @@ class ProgressPoller:
             self._queue.done(key, self._pause_seconds(trainer) if trainer else None)
 
     def _pause_seconds(self, trainer: Trainer) -> float:
-        """2 s at first and 10 s later; longer where so many train that they would be asked too often in all."""
+        """A trainer is asked every 2 s at first and every 10 s later, or less often where so many train that there would be too many requests."""
         by_age = min(10.0, max(2.0, (self._clock() - trainer.started) / 6))
         return max(by_age, len(self._trainers) / POLLS_PER_SECOND)
 

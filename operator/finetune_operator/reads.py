@@ -1,4 +1,4 @@
-"""What a look at the world must read although the watches have shown it: the API server itself, or the events of what is silent. Pure; used by observation.py."""
+"""What a look at the world must read beyond the cache: everything from the API server, or the events that explain a missing pod. Pure; used by observation.py."""
 
 from datetime import datetime
 
@@ -14,11 +14,11 @@ _NEVER_MADE = (Reason.JOB_REFUSED, Reason.NOT_ALLOWED, Reason.INVALID_SPEC)
 def must_be_read(world: World) -> bool:
     """Whether what the watches have shown is too little to decide on.
 
-    What a run waits for may be gone already, since a deletion is what a watch can fail to tell. A run that was begun has a Job, so that a missing one is
-    deleted or hidden. And a Job that says it has ended may be heard of before its last pod, whose words the status must have before the end is latched.
+    What a run waits for may be gone already, since a watch can miss a deletion. A run that was begun has a Job, so that a missing one is deleted or
+    hidden. And the end of a Job may be seen before that of its last pod, whose words must be in the status before the end is latched.
     """
     subject, job = world.subject, world.attended
-    if subject.is_latched:  # nothing is kept of its Jobs, and an edit may be of their TTL
+    if subject.is_latched:  # nothing is kept of its Jobs, whose TTL may be what was edited
         return is_unfinished(subject.raw)
     if world.current is None and (world.orphaned_pods or any(item is not job for item in world.jobs)):
         return True

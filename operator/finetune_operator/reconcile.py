@@ -66,13 +66,13 @@ class Reconciler:
         subject = seen.subject if isinstance(seen, World) else seen
         plan = decide(seen, self.observer.now(), self.settings)
         await self._execute(subject, plan)
-        # News, most often the echo of the end itself, bring one more pass: it decides on what is kept, and would have to read what is not.
+        # Where another pass is wanted already, most often by the echo of the end itself, it would have to read again what is evicted here.
         if _ends(subject, plan) and not self.has_news(subject.key):
             self.observer.cache.mark_finished(subject.key)
         return plan.again_seconds
 
     async def _execute(self, subject: FineTuneJob, plan: Plan) -> None:
-        """Executes a plan. What the API server refuses is told to the user, and the refusal raised."""
+        """Executes a plan. A refusal by the API server is reported to the user, and raised."""
         try:
             await self.executor.execute(subject, plan)
         except StatusRefusedError as refusal:
@@ -87,7 +87,7 @@ class Reconciler:
 
 
 async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> None:
-    """One worker: takes keys for ever. A failed pass comes back after a backoff and delays no other key."""
+    """Reconciles one key after the other until it is cancelled. A failed pass comes back after a backoff and delays no other key."""
     while True:
         key = await queue.take()
         try:

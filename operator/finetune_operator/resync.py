@@ -1,4 +1,4 @@
-"""Lists everything, again and again: what no event said is seen here, and every unfinished job comes back on the queue.
+"""Lists everything again and again: what no event has shown is seen here, and every unfinished job comes back on the queue.
 
 Where there is much to list, it is listed less often: of all that an operator of 10,000 jobs does, a round every 45 seconds would be the larger half.
 """
@@ -28,11 +28,11 @@ async def resync(
     beat: Callable[[], None],
     listed: Callable[[Counter[str]], None],
 ) -> None:
-    """For ever.
+    """Lists everything in rounds until it is cancelled.
 
     Args:
         beat: called at the beginning of each round, and while it pauses at least every resync_seconds.
-        listed: takes how many jobs there are of each phase when a round has seen everything that may be seen.
+        listed: called with the number of jobs of each phase when a round has seen everything that may be seen.
     """
     clock = asyncio.get_running_loop().time
     pause_seconds = min(FIRST_RETRY_SECONDS, settings.resync_seconds)
@@ -51,7 +51,7 @@ async def resync(
 
 
 async def pause(seconds: float, beat_seconds: float, beat: Callable[[], None]) -> None:
-    """Sleeps, and shows meanwhile that it is alive."""
+    """Sleeps, and calls `beat` meanwhile, so that the process counts as alive."""
     while seconds > beat_seconds:
         await asyncio.sleep(beat_seconds)
         beat()
@@ -62,7 +62,7 @@ async def pause(seconds: float, beat_seconds: float, beat: Callable[[], None]) -
 async def _list_kind(
     kind: Kind, queue: WorkQueue, cluster: Cluster, cache: Cache, namespaces: tuple[str, ...], phases: Counter[str]
 ) -> None:
-    """Takes in all objects of a kind, and queues the jobs that they are news of, and the unfinished ones."""
+    """Lists all objects of a kind, and queues the jobs for which they are news, and the unfinished ones."""
     uids: list[str] = []
     versions: list[int] = []
     for namespace in namespaces or ("",):
@@ -81,7 +81,7 @@ async def _list_kind(
 
 
 async def _pages(cluster: Cluster, kind: Kind, namespace: str, *, is_one_of_many: bool) -> AsyncIterator[Listing]:
-    """The pages of one namespace; one that may not be listed keeps no other from being served."""
+    """Yields the pages of one namespace. One of many that may not be listed yields none, so that the others are served."""
     try:
         async for page in cluster.list_pages(kind, namespace):
             yield page

@@ -24,7 +24,7 @@ class Settings(BaseSettings):
     allowed_service_accounts: tuple[str, ...] = ()
     """Shell-style patterns of what spec.pod.serviceAccountName may name."""
     resync_seconds: Annotated[float, Field(gt=0)] = 45
-    """Every so often each unfinished job is looked at again, whether or not an event came; less often where listing all takes more than a twentieth of it."""
+    """Seconds after which each unfinished job is looked at again, whether or not an event came; longer where listing all takes more than a twentieth of it."""
     concurrency: Annotated[int, Field(ge=1, le=256)] = 64
     """Jobs that are worked on at the same time."""
     no_progress_minutes: Annotated[float, Field(gt=0)] = 30
@@ -34,11 +34,11 @@ class Settings(BaseSettings):
     lease_name: str = "finetune-operator"
     """Name of that Lease."""
     lease_identity: str = ""
-    """Who takes the Lease: the pod's name, so that a container that is restarted need not wait for its own Lease to end. Empty: each process is new."""
+    """Name under which the Lease is held: the pod's, so that a container that is restarted need not wait for its own Lease to end. Empty: a new one for each process."""
     health_port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """Port of /healthz, /readyz and /metrics."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least important lines that are logged."""
+    """Level of the least important lines that are logged."""
 
     @property
     def stuck_after(self) -> timedelta:

@@ -20,7 +20,7 @@ FINAL = (Phase.SUCCEEDED, Phase.FAILED)
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """Names one FineTuneJob; what the work queue holds."""
+    """The name of one FineTuneJob. The work queue holds such keys."""
 
     namespace: str
     name: str
@@ -58,7 +58,7 @@ class FineTuneJob:
 
     @property
     def generation(self) -> int:
-        """Counts the edits of the spec."""
+        """The API server's count of the edits of the spec."""
         return int(self.metadata.get("generation", 0))
 
     @property
@@ -69,12 +69,12 @@ class FineTuneJob:
 
 @dataclass(frozen=True)
 class Unreadable(FineTuneJob):
-    """A FineTuneJob whose spec has not the structure of this version."""
+    """A FineTuneJob whose spec does not have the structure that this version knows."""
 
 
 @dataclass(frozen=True)
 class Subject(FineTuneJob):
-    """A FineTuneJob that can be acted on.
+    """A FineTuneJob whose spec can be read, so that it can be acted on.
 
     Attributes:
         digests: trainDigest and runDigest of the spec.
@@ -155,7 +155,7 @@ class World:
 
 
 def carried_status(subject: Subject) -> FineTuneJobStatus:
-    """What the stored status knows of the run that the spec asks for; blank for a new run."""
+    """The stored status where it is about the run that the spec asks for; blank for a new run."""
     stored = subject.stored
     if stored.run and stored.run.run_digest == subject.run.run_digest:
         return stored
@@ -163,14 +163,14 @@ def carried_status(subject: Subject) -> FineTuneJobStatus:
 
 
 def read_subject(raw: Json) -> Subject | Unreadable:
-    """Total: any stored object becomes one of the two."""
+    """The stored object as one of the two. No object makes this raise."""
     problem, readable = _read_spec(json.dumps(raw.get("spec")))
     return Subject(raw, problem, *readable) if readable else Unreadable(raw, problem)
 
 
-@lru_cache(maxsize=256)  # a job is looked at several times within seconds, and reading its spec is what a look costs most
+@lru_cache(maxsize=256)  # a job is looked at several times within seconds, and parsing its spec is the most expensive part of a look
 def _read_spec(text: str) -> tuple[str, tuple[FineTuneJobSpec, tuple[str, str]] | None]:
-    """(problem, (spec, digests)); None in place of the second where the spec has not the structure of this version."""
+    """(problem, (spec, digests)); the second is None where the spec does not have the structure that this version knows."""
     found = json.loads(text)
     spec = found if isinstance(found, dict) else {}
     problems = spec_problems(spec, local=False)
@@ -183,7 +183,7 @@ def _read_spec(text: str) -> tuple[str, tuple[FineTuneJobSpec, tuple[str, str]] 
 
 
 def read_status(raw: Json) -> FineTuneJobStatus:
-    """Total: fields that this version can't read are dropped."""
+    """The stored status without the fields that this version can't read. No status makes this raise."""
     while True:
         try:
             return FineTuneJobStatus.model_validate(raw)
@@ -226,5 +226,5 @@ def is_unfinished(raw: Json) -> bool:
 
 
 def is_new(raw: Json) -> bool:
-    """Whether nothing was done yet for this FineTuneJob: its Job comes before news of others."""
+    """Whether nothing was done yet for this FineTuneJob. Such ones are worked on before the others."""
     return not raw.get("status")

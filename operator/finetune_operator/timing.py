@@ -15,15 +15,15 @@ _PASSING = (Reason.JOB_CREATED, Reason.RUNNING, Reason.RETRYING)
 
 
 def is_settling(world: World, now: datetime) -> bool:
-    """Whether the next moment says more than this one, and what is stored is true enough until then.
+    """Whether the state of the run is about to change, and the stored status is true enough until then.
 
-    A pod is about to run, or its Job to say what becomes of the pod that has ended: a state that is over in a moment is not worth a write.
+    A pod is about to run, or its Job is about to say what becomes of a pod that has ended: a state that is over in a moment is not worth a write.
     """
     stored, job, active = carried_status(world.subject), world.attended, world.active_pods
     if job is None or is_finished(job) or condition_of(job, "FailureTarget") or world.subject.spec.run_policy.suspend:
         return False
     if active and is_being_deleted(active[-1]) and is_starting(active[-1]):
-        return stored.phase is Phase.PENDING  # what it waited for is what its Job's end will be told by
+        return stored.phase is Phase.PENDING  # what it waited for will explain how its Job ends
     if world.warnings or (active and (is_being_deleted(active[-1]) or not is_starting(active[-1]))):
         return False
     goes_on = stored.observed_generation == world.subject.generation and any(
@@ -33,7 +33,10 @@ def is_settling(world: World, now: datetime) -> bool:
 
 
 def again_seconds(world: World, now: datetime) -> float | None:
-    """A pod that starts is looked at when it should have started, and then ever more seldom, since its events bring no event to us."""
+    """Seconds until the run is looked at again without an event; None where the watches show every change.
+
+    A pod that starts is looked at when it should have started, and then less and less often, since the events about it are not watched.
+    """
     active = world.active_pods
     if (active and not is_starting(active[-1])) or world.subject.spec.run_policy.suspend:
         return None
@@ -51,7 +54,7 @@ def _settling_seconds(world: World) -> float:
 
 
 def changed_at(world: World) -> datetime:
-    """When the attended Job was last given or left without a pod: its own creation or that of its newest pod, or the end of its last one."""
+    """When the attended Job last got or lost a pod: its own creation or that of its newest active pod, or the end of its last one."""
     made = (item["metadata"].get("creationTimestamp") for item in (world.attended, *world.active_pods) if item)
     ends = ((container_state(pod, "terminated") or {}).get("finishedAt") for pod in world.attended_pods)
     moments = (datetime.fromisoformat(str(moment)) for moment in (*made, *ends) if moment)

@@ -39,13 +39,13 @@ def verdict_of(world: World, job: Json, base: FineTuneJobStatus, last: Ending | 
 
 
 def last_ending(world: World) -> Ending | None:
-    """How the last pod of the attended Job ended, as far as one has."""
+    """How the last pod of the attended Job ended; None when none has."""
     ended = sorted(world.ended_pods, key=_finished_at)
     return ending_of(ended[-1], world.subject.spec) if ended else None
 
 
 def success_sentence(spec: FineTuneJobSpec, last: Ending | None = None) -> str:
-    """For status.message; with what the trainer has to say about a slow run."""
+    """The message about a run that has succeeded, with what the trainer has to say about a slow one."""
     proven = ", verified" if Artifact.QUANTIZED in spec.wanted_artifacts else ""
     places = ", ".join(item.uri for item in spec.outputs.destinations)
     hints = f" {last.said.message}" if last and last.said and last.exit_code == ExitCode.SUCCEEDED else ""
@@ -72,7 +72,7 @@ def _failure_without_pod(message: str, base: FineTuneJobStatus) -> tuple[str, st
 
 
 def _deadline_sentence(spec: FineTuneJobSpec, base: FineTuneJobStatus) -> str:
-    """What the run waited for at its deadline is known only as long as its pod is there: once said, it stays said."""
+    """What the run waited for at its deadline is known only as long as its pod is there: once it is in the message, it stays there."""
     over = f"The run was stopped after its deadline of {spec.run_policy.active_deadline_seconds} s"
     if base.message.startswith(over):
         return base.message

@@ -29,7 +29,7 @@ def build_volumes(spec: FineTuneJobSpec, job_name: str, train_digest: str) -> tu
 
 
 class _Claims:
-    """One volume a claim, however many mounts it has: a kubelet mounts a claim once a pod."""
+    """Gives each claim one volume, however many mounts it has: a kubelet mounts a claim once in a pod."""
 
     def __init__(self) -> None:
         self._volumes: dict[str, Json] = {}

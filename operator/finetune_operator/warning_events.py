@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 FRESH_SECONDS, STALE_SECONDS = 5.0, 60.0  # between two listings: at least, and at most
 
 
-_NEVER = datetime.max.replace(tzinfo=UTC)  # nobody lists what is being listed
+_NEVER = datetime.max.replace(tzinfo=UTC)  # no second listing begins while one is under way
 
 
 class _Warning(NamedTuple):
@@ -68,7 +68,7 @@ class WarningEvents:
 
 
 def _warning(event: Json) -> _Warning | None:
-    """None for the scheduler's, which are old ones, since a pod without a node says so itself."""
+    """The warning that an event gives. The scheduler's give None: they are old, and a pod without a node says so itself."""
     seen = event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp")
     if not seen or event.get("reason") == "FailedScheduling":
         return None

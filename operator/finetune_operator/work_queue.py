@@ -12,7 +12,7 @@ from finetune_operator.subject import Key
 
 FIRST_BACKOFF_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 60.0
-URGENT_TURNS = 15  # of sixteen, where others wait too: a flood of new jobs gets its Jobs first, and leaves news of others a turn
+URGENT_TURNS = 15  # of sixteen, where others wait too: a flood of new jobs gets its Jobs first, and leaves the others a turn
 
 
 class WorkQueue:
@@ -30,7 +30,7 @@ class WorkQueue:
         self._only_urgent = only_urgent
         self._due: dict[Key, float] = {}
         self._lanes: dict[bool, list[tuple[float, Key]]] = {True: [], False: []}  # heaps by when a key is due, of urgent ones and of others
-        self._turns = 0  # that urgent keys had since one of the others had its own
+        self._turns = 0  # that urgent keys have had since one of the others had one
         self._active: set[Key] = set()
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Event()
@@ -53,7 +53,11 @@ class WorkQueue:
             self._changed.set()
 
     def poll(self) -> tuple[Key | None, float | None]:
-        """(a key that is due, None) or (None, seconds until one is; None when nothing waits). The key counts as being worked on."""
+        """Takes a key that is due; it counts as being worked on.
+
+        Returns:
+            (key, None), or (None, seconds until a key is due; None when nothing waits).
+        """
         now = self._clock()
         lanes = [True] if self._only_urgent else list(self._lanes)
         fronts = {urgent: due for urgent in lanes if (due := self._front(urgent)) is not None}
@@ -68,7 +72,7 @@ class WorkQueue:
         return key, None
 
     def _front(self, urgent: bool) -> float | None:
-        """When the first key of a lane is due; None for an empty one. Entries that an earlier wish or a worker has overtaken are dropped."""
+        """When the first key of a lane is due; None for an empty one. Entries are dropped whose key is being worked on or is due at another time."""
         lane = self._lanes[urgent]
         while lane and (lane[0][1] in self._active or self._due.get(lane[0][1]) != lane[0][0]):
             heapq.heappop(lane)
@@ -85,7 +89,7 @@ class WorkQueue:
         return [now - due for due in self._due.values() if due <= now]
 
     async def take(self) -> Key:
-        """The next key that is due; waits for one."""
+        """Waits for a key that is due, and takes it."""
         while True:
             key, wait_seconds = self.poll()
             if key is not None:
@@ -99,14 +103,14 @@ class WorkQueue:
                 continue
 
     def done(self, key: Key, again_seconds: float | None = None) -> None:
-        """The work on a key is done; `again_seconds` asks for another look."""
+        """Ends the work on a key; `again_seconds` asks for another look."""
         self._failures.pop(key, None)
         self._release(key)
         if again_seconds is not None:
             self.add(key, again_seconds)
 
     def retry(self, key: Key) -> float:
-        """The work on a key failed: it comes back after a backoff, which is returned in seconds, or when an event names it."""
+        """Ends failed work on a key, which comes back after a backoff or when an event names it. Returns the backoff in seconds."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
         backoff_seconds = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 10), LAST_BACKOFF_SECONDS) * (0.5 + self._jitter() / 2)
