@@ -10,12 +10,15 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from finetune_api.fields import leaves, marks_of
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec, QuantizationSpec, Scheme
 
 Spec = dict[str, Any]
+
+# As spec.py has them: they are written nowhere else.
+_DEFAULTS = {".".join(path): info.get_default(call_default_factory=True, validated_data={}) for path, info, _ in leaves(FineTuneJobSpec)}
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,26 @@ def value_at(spec: Spec, path: str, default: Any = None) -> Any:
     return value
 
 
+def _value(spec: Spec, field: str) -> Any:
+    """The value of a field of a spec as written, or the field's default."""
+    return value_at(spec, field, _DEFAULTS[field])
+
+
 def written(path: str) -> str:
     """CEL: whether a dotted path below `self` is written."""
     keys = path.split(".")
     return " && ".join(f"has(self.{'.'.join(keys[: end + 1])})" for end in range(len(keys)))
 
 
-def _or_default(path: str, default: str) -> str:
-    """CEL: the value at a path below `self`, or its default."""
-    return f"({written(path)} ? self.{path} : {default})"
+def _cel_value(field: str, at: str = "") -> str:
+    """CEL: the value of a field, or its default, where `self` is what stands at `at`."""
+    path = field.removeprefix(at).removeprefix(".")
+    return f"({written(path)} ? self.{path} : {_literal(_DEFAULTS[field])})"
+
+
+def _literal(value: str | int) -> str:
+    """CEL: a constant."""
+    return f"'{value}'" if isinstance(value, str) else str(value)
 
 
 def _not_yet_rules() -> Iterator[Rule]:
@@ -64,7 +78,7 @@ def _not_yet_rules() -> Iterator[Rule]:
         if "notYet" not in marks:
             continue
         field = ".".join(path)
-        served = marks["served"] or [info.get_default(call_default_factory=True, validated_data={})]
+        served = marks["served"] or [_DEFAULTS[field]]
         listed = json.dumps(served)
         if "artifacts" in path:
             cel, holds = f"self.all(item, item in {listed})", _items_in(field, served)
@@ -141,12 +155,15 @@ def _no_secret(field: str, secret: str) -> Rule:
 
 
 def _scheme(spec: Spec) -> str:
-    return str(value_at(spec, "quantization.scheme", "int8-int4"))
+    return str(_value(spec, "quantization.scheme"))
 
 
+_VOLUME_OR_CLAIM = ("storage.workspace.storageClassName", "storage.workspace.persistentVolumeClaim")
 _KEYLESS = "an S3 address holds no user and no secret; remove them and use "
-_SCHEME = _or_default("quantization.scheme", "'int8-int4'")
-GROUP_SIZES = {"int8-int4": (32, 64, 128), "int4": (32, 64, 128), "fp8-int4": (128,)}
+_SCHEME = _cel_value("quantization.scheme")
+# Every size that the field takes.
+_ANY_SIZE: tuple[int, ...] = get_args(get_args(QuantizationSpec.model_fields["group_size"].annotation)[0])
+GROUP_SIZES: dict[str, tuple[int, ...]] = {Scheme.INT8_INT4: _ANY_SIZE, Scheme.INT4: _ANY_SIZE, Scheme.FP8_INT4: (128,)}
 _FORMS = {
     "s3": (r"^s3://[^/]+/.+$", "an S3 object is s3://bucket/key"),
     "hf": (r"^hf://[^/]+/[^/]+/.+$", "a file on the Hub is hf://owner/name[@revision]/file"),
@@ -157,8 +174,25 @@ _FORMS = {
 
 
 def _gate_has_reference(spec: Spec) -> bool:
-    measured = value_at(spec, "dataset.evaluation.percent", 5) > 0 or value_at(spec, "dataset.evaluation.source", "") != ""
-    return _scheme(spec) != "none" and value_at(spec, "quantization.qatPercent", 20) < 100 and measured
+    measured = _value(spec, "dataset.evaluation.percent") > 0 or _value(spec, "dataset.evaluation.source") != ""
+    return _scheme(spec) != "none" and _value(spec, "quantization.qatPercent") < 100 and measured
+
+
+def _group_size_fits() -> Rule:
+    any_size = [str(scheme) for scheme, sizes in GROUP_SIZES.items() if sizes == _ANY_SIZE]
+    some_sizes = {scheme: sizes for scheme, sizes in GROUP_SIZES.items() if sizes != _ANY_SIZE}
+    fitting = {" and ".join(any_size): _ANY_SIZE, **some_sizes}
+    listed = " and ".join(f"{schemes} ({', '.join(map(str, sizes))})" for schemes, sizes in fitting.items())
+    pairs = [f"(self.scheme == '{scheme}' && self.groupSize == {size})" for scheme, sizes in some_sizes.items() for size in sizes]
+    # The default scheme takes any size, so that the scheme need not be written.
+    cel = " || ".join(["!has(self.groupSize)", "!has(self.scheme)", f"self.scheme in {any_size}", *pairs])
+
+    def holds(spec: Spec) -> bool:
+        size = value_at(spec, "quantization.groupSize")
+        return size is None or size in GROUP_SIZES.get(_scheme(spec), ())
+
+    message = f"a group size fits {listed}; the other schemes have one scale for each output channel: remove it"
+    return Rule("quantization.groupSize", cel, holds, message, at="quantization")
 
 
 def _unique(items: list[Any]) -> bool:
@@ -177,15 +211,7 @@ _TABLE: tuple[Rule, ...] = (
     _no_secret("dataset.source", "dataset.credentials.secretName"),
     _no_secret("dataset.evaluation.source", "dataset.credentials.secretName"),
     _no_secret("storage.checkpoints.uri", "storage.checkpoints.credentials.secretName"),
-    Rule(
-        "quantization.groupSize",
-        "!has(self.groupSize) || !has(self.scheme) || self.scheme in ['int8-int4', 'int4'] || (self.scheme == 'fp8-int4' && self.groupSize == 128)",
-        lambda spec: (
-            value_at(spec, "quantization.groupSize") is None or spec["quantization"]["groupSize"] in GROUP_SIZES.get(_scheme(spec), ())
-        ),
-        "a group size fits int8-int4 and int4 (32, 64, 128) and fp8-int4 (128); the other schemes have one scale for each output channel: remove it",
-        at="quantization",
-    ),
+    _group_size_fits(),
     Rule(
         "outputs.artifacts",
         f"!({written('outputs.artifacts')}) || !('quantized' in self.outputs.artifacts) || {_SCHEME} != 'none'",
@@ -228,28 +254,25 @@ _TABLE: tuple[Rule, ...] = (
     ),
     _tolerations(
         "(has(self.key) && self.key != '') || (has(self.operator) && self.operator == 'Exists')",
-        lambda item: item.get("key", "") != "" or item.get("operator", "Equal") == "Exists",
+        lambda item: item.get("key", "") != "" or item.get("operator") == "Exists",
         "a toleration without a key needs operator Exists; add one of the two",
     ),
     _tolerations(
         "!has(self.operator) || self.operator != 'Exists' || !has(self.value) || self.value == ''",
-        lambda item: item.get("operator", "Equal") != "Exists" or item.get("value", "") == "",
+        lambda item: item.get("operator") != "Exists" or item.get("value", "") == "",
         "a toleration with operator Exists takes no value; remove it, or use Equal",
     ),
     Rule(
         "quality.maxLossIncreasePercent",
-        f"!({written('quality.maxLossIncreasePercent')}) || ({_SCHEME} != 'none' && {_or_default('quantization.qatPercent', '20')} < 100"
-        f" && ({_or_default('dataset.evaluation.percent', '5')} > 0 || {_or_default('dataset.evaluation.source', repr(''))} != ''))",
+        f"!({written('quality.maxLossIncreasePercent')}) || ({_SCHEME} != 'none' && {_cel_value('quantization.qatPercent')} < 100"
+        f" && ({_cel_value('dataset.evaluation.percent')} > 0 || {_cel_value('dataset.evaluation.source')} != ''))",
         lambda spec: value_at(spec, "quality.maxLossIncreasePercent") is None or _gate_has_reference(spec),
         "the gate compares with the tuned model's held-out loss: it needs a scheme, qatPercent below 100 and held-out data; change these or remove it",
     ),
     Rule(
         "storage.workspace.storageClassName",
-        f"{_or_default('storageClassName', repr(''))} == '' || {_or_default('persistentVolumeClaim', repr(''))} == ''",
-        lambda spec: (
-            not value_at(spec, "storage.workspace.storageClassName", "")
-            or not value_at(spec, "storage.workspace.persistentVolumeClaim", "")
-        ),
+        " || ".join(f"{_cel_value(field, 'storage.workspace')} == ''" for field in _VOLUME_OR_CLAIM),
+        lambda spec: any(not _value(spec, field) for field in _VOLUME_OR_CLAIM),
         "a workspace is a claim or a volume of a storage class; remove one of the two",
         at="storage.workspace",
     ),
@@ -282,8 +305,8 @@ SERVER_ONLY: tuple[Rule, ...] = (
     ),
     Rule(
         "training.backend",
-        f"!({written('training.backend')}) || self.training.backend != 'unsloth' || {_or_default('resources.gpus', '1')} > 0",
-        lambda spec: value_at(spec, "training.backend") != "unsloth" or value_at(spec, "resources.gpus", 1) > 0,
+        f"!({written('training.backend')}) || self.training.backend != 'unsloth' || {_cel_value('resources.gpus')} > 0",
+        lambda spec: value_at(spec, "training.backend") != "unsloth" or _value(spec, "resources.gpus") > 0,
         "in a cluster, unsloth needs a GPU; set resources.gpus to 1, or use auto or native",
     ),
 )
