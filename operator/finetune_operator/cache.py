@@ -79,12 +79,11 @@ class Cache:
         Returns:
             The job to look at; None when nothing that matters has changed.
         """
-        metadata = raw["metadata"]
-        uid, version, place = metadata["uid"], int(metadata["resourceVersion"]), self._place(kind, metadata)
+        uid, version, place = raw["metadata"]["uid"], int(raw["metadata"]["resourceVersion"]), self._place(kind, raw["metadata"])
         known = self._known[kind].get(uid)
         if known and known.version >= version:
             return None
-        self._known[kind][uid] = _Known(version, known.place if known else place)
+        self._known[kind][uid] = _Known(version, place)
         if kind is Kind.FINETUNEJOB:
             self._finished.discard(place)
         elif place in self._finished:
@@ -173,8 +172,10 @@ class Cache:
             self._kept[kind].pop(place, None)
 
     def _place(self, kind: Kind, metadata: Json) -> Key:
+        """Where an object is kept. A Job or pod stays where it was seen first: kept under another label too, its deletion would leave the first copy."""
         if kind is not Kind.FINETUNEJOB:
-            return Key(metadata["namespace"], (metadata.get("labels") or {}).get(names.LABEL_JOB, ""))
+            known = self._known[kind].get(metadata["uid"])
+            return known.place if known else Key(metadata["namespace"], (metadata.get("labels") or {}).get(names.LABEL_JOB, ""))
         place = Key(metadata["namespace"], names.job_label(metadata["name"]))
         if place.name != metadata["name"]:
             self._long_names[place] = metadata["name"]

@@ -52,6 +52,21 @@ def test_only_the_fields_that_decisions_read_are_kept_and_only_their_change_is_n
     }
 
 
+def test_a_job_that_got_another_label_is_gone_once_it_is_deleted(cache: Cache) -> None:
+    """Kept under both labels, the first copy would outlive it, and its version be missing when a listing is compared."""
+    cache.update(Kind.FINETUNEJOB, versioned(1))
+    cache.update(Kind.JOB, job(1))
+    relabelled = job(2, completionTime="now")
+    relabelled["metadata"]["labels"] = {names.LABEL_JOB: "other"}
+    assert cache.update(Kind.JOB, relabelled) == KEY
+    assert cache.children(Kind.JOB, Key("ml", "other")) == ()
+    assert cache.delete(Kind.JOB, relabelled) == KEY
+    assert cache.children(Kind.JOB, KEY) == ()
+    for _ in range(2):
+        cache.prune_tombstones()
+    assert cache.delete_unlisted(Kind.JOB, (), 9, KEY) == []
+
+
 def test_what_is_deleted_does_not_come_back_with_a_late_event(cache: Cache) -> None:
     cache.update(Kind.FINETUNEJOB, versioned(1))
     cache.update(Kind.JOB, job(1))
