@@ -190,7 +190,10 @@ class DestinationSpec(ApiModel):
     uri: DestinationUri = spec_field("s3://bucket/prefix, hf://owner/name or file:///path (laptop only). No default.")
     credentials: SecretReference = spec_field("Secret with write access. Default: none.", default=SecretReference)
     endpoint: Endpoint = spec_field("S3 endpoint. Default: AWS.", default="")
-    private: bool = spec_field("Make a Hub repository private when it is created. Default false.", default=False)
+    private: bool = spec_field(
+        "Whether a Hub repository must be private: it is made so when it is created, and one that is not private is refused. Default false: an existing repository stays as it is.",
+        default=False,
+    )
 
 
 class OutputsSpec(ApiModel):

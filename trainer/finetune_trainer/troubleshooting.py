@@ -130,6 +130,7 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         Symptom("these credentials may not do this, or the access key or secret key is wrong; correct the credentials or the bucket's policy", "The server refused what the run must do.", "The user needs to list, read, write and delete below the prefix."),
         Symptom("needs a Hub token with write access (key HF_TOKEN), and none is given.", "There is no token.", "Give one: a Secret in a cluster, `HF_TOKEN` or `hf auth login` on a laptop."),
         Symptom("; give one that is valid and allowed to do this (key HF_TOKEN).", "The token is wrong, expired, or may only read.", "Make one with write access."),
+        Symptom("make the repository private on the Hub, name another repository, or set private: false.", "The destination has `private: true`, but the repository was there before and is public, and so would the model be.", "Do one of the three; after the first, set `runPolicy.rerun` to a new string."),
         Symptom("is gated; accept its terms on the Hub and use a token of that account (key HF_TOKEN).", "The model's owner asks for consent.", "Accept the terms with the account of the token."),
         Symptom("does not exist on the Hub, or this token may not see it", "The Hub does not tell a stranger whether a private repository exists.", "Correct the name, or give a token that may see it."),
     ),

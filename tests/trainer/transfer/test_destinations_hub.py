@@ -186,6 +186,28 @@ def test_a_repository_is_made_private_where_the_spec_says_so(hub_laptop: HubServ
     assert hub_laptop.repository("acme/bot").private is private
 
 
+@pytest.mark.parametrize("call", [destinations.check_write, publish])
+def test_a_public_repository_is_refused_where_the_spec_wants_a_private_one(
+    hub_laptop: HubServer, tmp_path: Path, call: Callable[[RunContext], Any]
+) -> None:
+    hub_laptop.put("acme/bot", {"notes.txt": b"mine"})
+
+    words = ("is not private", "make the repository private on the Hub", "another repository", "private: false")
+    with refused(AccessError, FIELD, BOT, *words, hidden=(hub_laptop.token,)):
+        call(shipping(tmp_path, private=True))
+    assert hub_laptop.files("acme/bot") == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize(("public", "private"), [(False, True), (False, False), (True, False)])
+def test_a_repository_that_hides_enough_is_published_to(hub_laptop: HubServer, tmp_path: Path, public: bool, private: bool) -> None:
+    hub_laptop.put("acme/bot", {"notes.txt": b"mine"}, private=not public)
+
+    destinations.check_write(shipping(tmp_path, private=private))
+    publish(shipping(tmp_path, private=private))
+
+    assert "model.safetensors" in hub_laptop.files("acme/bot")
+
+
 def test_a_check_makes_nothing(hub_laptop: HubServer, tmp_path: Path) -> None:
     destinations.check_write(shipping(tmp_path))
 

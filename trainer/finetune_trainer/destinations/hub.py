@@ -20,7 +20,7 @@ _WRITE_SCOPES = {"repo.write", "repo.content.write"}
 
 
 def check_write(ctx: RunContext, where: Location) -> None:
-    """The token is valid and may write to the repository, or make it; nothing is made yet.
+    """The token is valid and may write to the repository, or make it, and one that is there is as private as the spec wants; nothing is made yet.
 
     Raises:
         AccessError, InfrastructureError, SpecError
@@ -33,6 +33,7 @@ def check_write(ctx: RunContext, where: Location) -> None:
         identity = api.whoami()
         if api.repo_exists(repo_id):
             api.auth_check(repo_id, write=True)
+            _require_private(api, repo_id, where)
             return
     if not may_create(identity, repo_id.partition("/")[0]):
         raise AccessError(
@@ -53,6 +54,7 @@ def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
     api = hub_api(ctx, where.role)
     with hub_errors(where):
         api.create_repo(repo_id, private=where.private or None, exist_ok=True)
+        _require_private(api, repo_id, where)  # what was there before is not changed by that
         if branch:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         older = _manifest_there(api, repo_id, branch)
@@ -76,6 +78,14 @@ def may_create(identity: dict[str, Any], owner: str) -> bool:
     scopes = token.get("fineGrained", {}).get("scoped", ())
     granted = {scope for item in scopes if item.get("entity", {}).get("name") == owner for scope in item.get("permissions", ())}
     return bool(_WRITE_SCOPES & granted)
+
+
+def _require_private(api: Any, repo_id: str, where: Location) -> None:
+    if where.private and not api.model_info(repo_id).private:
+        raise AccessError(
+            f"{where.field}: {where.uri} is not private on the Hub, but the destination has private: true; "
+            "make the repository private on the Hub, name another repository, or set private: false."
+        )
 
 
 def _repository(where: Location) -> tuple[str, str | None]:

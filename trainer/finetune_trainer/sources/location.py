@@ -23,7 +23,7 @@ class Location:
         volume: names the mount of a claim or ConfigMap under names.VOLUMES_ROOT.
         secret: the Secret's name; empty when none is given.
         endpoint: S3 endpoint; empty means AWS.
-        private: whether a Hub repository is made private when it is created.
+        private: whether a Hub repository must be private; it is made so when it is created.
     """
 
     field: str
