@@ -450,7 +450,7 @@ ACCESS: dict[str, BadInput] = {
     "a wrong secret key": BadInput(
         _s3("s3://{bucket}/bot", AWS_SECRET_ACCESS_KEY="wrong"), _ACCESS, ("destinations[0].uri", "AWS_SECRET_ACCESS_KEY"), "s3"
     ),
-    "no keys at all": BadInput(_s3_without_keys, _ACCESS, ("spec.outputs.destinations[0].uri", "credentials"), "s3"),
+    "no keys at all": BadInput(_s3_without_keys, _ACCESS, ("spec.outputs.destinations[0].uri", "no credentials were given"), "s3"),
     "a dataset that is not in its bucket": BadInput(
         _s3_source("dataset", "s3://{bucket}/nowhere.jsonl"), _DATA, ("spec.dataset.source", "does not exist; correct the key"), "s3"
     ),
@@ -467,7 +467,10 @@ ACCESS: dict[str, BadInput] = {
     "a Hub token that nobody knows": BadInput(_hub_destination("wrong"), _ACCESS, ("the Hub refused the token (401)", "HF_TOKEN"), "hub"),
     "another account's repository": BadInput(_hub_destination("write"), _ACCESS, ("may not make hf://other/bot", "HF_TOKEN"), "hub"),
     "a private model without a token": BadInput(
-        _private_hub_model, _ACCESS, ("spec.model.source", "does not exist on the Hub, or this token may not see it", "HF_TOKEN"), "hub"
+        _private_hub_model,
+        _ACCESS,
+        ("spec.model.source", "does not exist on the Hub, or is private, and no token was given", "HF_TOKEN"),
+        "hub",
     ),
     "a revision that is not there": BadInput(_hub_revision, _DATA, ("spec.model.source", "no such revision", "correct the branch"), "hub"),
     "a file that is not in its repository": BadInput(_hub_file, _DATA, ("spec.dataset.source", "no such file"), "hub"),

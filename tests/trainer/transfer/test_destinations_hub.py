@@ -246,8 +246,20 @@ def test_a_wrong_token_is_named_and_not_quoted(
 
 @pytest.mark.parametrize("call", [destinations.check_write, publish])
 def test_no_token_at_all_is_an_access_error(hub: HubServer, tmp_path: Path, call: Callable[[RunContext], Any]) -> None:
-    with refused(AccessError, FIELD, BOT, "HF_TOKEN"):
+    with refused(AccessError, FIELD, BOT, "given; set HF_TOKEN or run hf auth login", hidden=("refused the token",)):
         call(shipping(tmp_path))
+
+
+@pytest.mark.parametrize("call", [destinations.check_write, publish])
+def test_a_pod_without_a_token_is_told_which_field_names_a_secret(
+    hub: HubServer, tmp_path: Path, call: Callable[[RunContext], Any]
+) -> None:
+    ctx = context(tmp_path, run_spec("hf://acme/base", "builtin://python-docs", {"uri": BOT}), in_cluster=True)
+    write_artifacts(ctx, report_of(ctx))
+
+    mend = "given; name a Secret with HF_TOKEN in spec.outputs.destinations[0].credentials.secretName"
+    with refused(AccessError, FIELD, BOT, mend, hidden=("refused the token",)):
+        call(ctx)
 
 
 @pytest.mark.parametrize("call", [destinations.check_write, publish])

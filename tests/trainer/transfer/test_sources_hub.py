@@ -198,8 +198,25 @@ def test_a_bad_dataset_is_refused(
 def test_a_private_repository_without_a_token_looks_like_none(hub: HubServer, tmp_path: Path, call: Callable[[RunContext], Any]) -> None:
     hub.put("acme/base", MODEL_FILES, private=True)
 
-    with refused(AccessError, MODEL, "this token may not see it", "HF_TOKEN"):
+    words = ("does not exist on the Hub, or is private, and no token was given", "correct the name", "set HF_TOKEN or run hf auth login")
+    with refused(AccessError, MODEL, *words, hidden=("this token", "secretName")):
         call(reading(tmp_path, "hf://acme/base"))
+
+
+@pytest.mark.parametrize("call", [sources.check, sources.fetch_dataset])
+def test_a_pod_without_a_token_is_told_which_field_names_a_secret(
+    hub: HubServer, tmp_path: Path, call: Callable[[RunContext], Any]
+) -> None:
+    hub.put("acme/rows", {"train.jsonl": ROWS}, kind="dataset", private=True)
+
+    words = ("no token was given", "name a Secret with HF_TOKEN in spec.dataset.credentials.secretName")
+    with refused(AccessError, DATASET, *words, hidden=("this token", "hf auth login")):
+        call(context(tmp_path, run_spec(dataset="hf://acme/rows/train.jsonl"), in_cluster=True))
+
+
+def test_a_token_that_may_not_see_a_repository_is_not_called_missing(hub_laptop: HubServer, tmp_path: Path) -> None:
+    with refused(AccessError, MODEL, "or this token may not see it", "HF_TOKEN", hidden=("no token was given",)):
+        sources.check(reading(tmp_path, "hf://acme/hidden"))
 
 
 def test_a_wrong_token_is_named_and_not_quoted(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,16 +231,24 @@ def test_a_listing_that_is_public_is_no_proof_that_the_files_may_be_read(hub: Hu
     hub.put("acme/base", MODEL_FILES)
     hub.refuse = lambda _, path: 403 if "/resolve/" in path else None
 
-    with refused(AccessError, MODEL, "(403)", "HF_TOKEN"):
+    with refused(AccessError, MODEL, "the Hub refused the request (403), and no token was given", "HF_TOKEN"):
         sources.check(reading(tmp_path, "hf://acme/base"))
 
 
-def test_a_gated_repository_asks_for_its_terms_to_be_accepted() -> None:
-    where = Location(MODEL, "hf://acme/base", "model")
-    request = httpx2.Request("GET", "http://127.0.0.1/acme/base/resolve/main/config.json", headers={"Authorization": "Bearer hf_mine"})
-    answer = httpx2.Response(403, headers={"X-Error-Code": "GatedRepo"}, request=request)
+GATED: list[tuple[bool, bool, tuple[str, ...], str]] = [
+    (False, False, ("is gated; accept its terms", "a token of that account (key HF_TOKEN)"), "no token was given"),
+    (True, False, ("is gated, and no token was given; accept its terms", "name a Secret with HF_TOKEN in spec.model."), "hf auth login"),
+    (True, True, ("is gated, and no token was given; accept its terms", "set HF_TOKEN or run hf auth login"), "secretName"),
+]
 
-    with refused(AccessError, MODEL, "is gated", "accept its terms", hidden=("hf_mine",)), hub_errors(where):
+
+@pytest.mark.parametrize(("tokenless", "laptop", "words", "other"), GATED)
+def test_a_gated_repository_asks_for_its_terms_to_be_accepted(tokenless: bool, laptop: bool, words: tuple[str, ...], other: str) -> None:
+    where = Location(MODEL, "hf://acme/base", "model", laptop=laptop)
+    request = httpx2.Request("GET", "http://127.0.0.1/acme/base/resolve/main/config.json", headers={"Authorization": "Bearer hf_mine"})
+    answer = httpx2.Response(401 if tokenless else 403, headers={"X-Error-Code": "GatedRepo"}, request=request)
+
+    with refused(AccessError, MODEL, *words, hidden=("hf_mine", other)), hub_errors(where, tokenless=tokenless):
         hf_raise_for_status(answer)
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 from finetune_trainer import sources
 from finetune_trainer.context import RunContext
+from finetune_trainer.destinations import s3
 from finetune_trainer.errors import AccessError, DataError, FineTuneError, InfrastructureError, SpecError
+from finetune_trainer.sources.location import destinations
+from finetune_trainer.stages import preflight
 from support.run_contexts import CONFIG, MODEL_FILES, WEIGHTS, context, read_files, refused, run_spec
 from support.s3_server import S3Server, free_port
 
@@ -245,8 +249,58 @@ def test_an_unknown_access_key_is_an_access_error(
 
 def test_a_private_bucket_without_credentials_is_an_access_error(s3_here: S3Server, inside: Any, tmp_path: Path) -> None:
     inside.put({"rows.jsonl": ROWS})
-    with refused(AccessError, "spec.dataset.source", "correct the credentials"):
+    words = ("no credentials were given", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+    with refused(AccessError, "spec.dataset.source", *words, hidden=("is wrong", "correct the credentials", "secretName")):
         sources.check(reading(tmp_path, s3_here.endpoint, dataset=f"s3://{inside.name}/rows.jsonl"))
+
+
+def without_a_secret(folder: Path, server: S3Server, bucket: str, *parts: str) -> RunContext:
+    """A pod's run that has nothing but these parts in a bucket, and names no Secret."""
+    spec = run_spec("hf://acme/base", "builtin://python-docs", {"uri": "hf://acme/bot"})
+    places: dict[str, dict[str, Any]] = {
+        "model": {"model": {"source": f"s3://{bucket}/base", "endpoint": server.endpoint}},
+        "dataset": {"dataset": {"source": f"s3://{bucket}/rows.jsonl", "endpoint": server.endpoint}},
+        "evaluation": {"dataset": {"evaluation": {"source": f"s3://{bucket}/rows.jsonl"}, "endpoint": server.endpoint}},
+        "destination": {
+            "outputs": {"destinations": [{"uri": "hf://acme/bot"}, {"uri": f"s3://{bucket}/bot", "endpoint": server.endpoint}]}
+        },
+        "checkpoints": {"storage": {"checkpoints": {"uri": f"s3://{bucket}/c", "endpoint": server.endpoint}}},
+    }
+    for part in parts:
+        for name, changes in places[part].items():
+            spec[name] = spec.get(name, {}) | changes
+    return context(folder, spec, in_cluster=True)
+
+
+UNSIGNED: list[tuple[str, Callable[[RunContext], Any], str, str]] = [
+    ("model", lambda ctx: sources.fetch_model(ctx), "spec.model.source", "spec.model"),
+    ("dataset", lambda ctx: sources.fetch_dataset(ctx), "spec.dataset.source", "spec.dataset"),
+    ("evaluation", lambda ctx: sources.fetch_evaluation(ctx), "spec.dataset.evaluation.source", "spec.dataset"),
+    (
+        "destination",
+        lambda ctx: s3.check_write(ctx, destinations(ctx.job)[1]),
+        "spec.outputs.destinations[1].uri",
+        "spec.outputs.destinations[1]",
+    ),
+    ("checkpoints", preflight.check_mirror, "spec.storage.checkpoints.uri", "spec.storage.checkpoints"),
+]
+
+
+@pytest.mark.parametrize(("part", "call", "field", "owner"), UNSIGNED, ids=[case[0] for case in UNSIGNED])
+def test_a_pod_without_credentials_is_told_which_field_names_a_secret(
+    s3_here: S3Server, bucket: str, tmp_path: Path, part: str, call: Callable[[RunContext], Any], field: str, owner: str
+) -> None:
+    words = ("no credentials were given", f"with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in {owner}.credentials.secretName")
+    with refused(AccessError, f"{field}: s3://{bucket}/", *words, hidden=("is wrong", "AWS_PROFILE")):
+        call(without_a_secret(tmp_path, s3_here, bucket, part))
+
+
+def test_an_identity_that_a_pod_was_given_is_not_called_missing(
+    s3_laptop: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    with refused(AccessError, "spec.dataset.source", "does not know this access key", hidden=("no credentials were given",)):
+        sources.fetch_dataset(without_a_secret(tmp_path, s3_laptop, bucket, "dataset"))
 
 
 @pytest.mark.parametrize("call", [sources.check, sources.fetch_dataset])

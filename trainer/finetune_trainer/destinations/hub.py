@@ -13,7 +13,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.destinations.manifest import Publication, named_files
 from finetune_trainer.errors import AccessError
 from finetune_trainer.sources.credentials import hub_api
-from finetune_trainer.sources.hub_errors import hub_errors
+from finetune_trainer.sources.hub_errors import give_token, hub_errors
 from finetune_trainer.sources.location import Location, hub_address
 
 _WRITE_SCOPES = {"repo.write", "repo.content.write"}
@@ -28,7 +28,7 @@ def check_write(ctx: RunContext, where: Location) -> None:
     repo_id, _ = _repository(where)
     api = hub_api(ctx, where.role)
     if not api.token:
-        raise AccessError(f"{where.field}: {where.uri} needs a Hub token with write access (key HF_TOKEN), and none is given.")
+        raise AccessError(f"{where.field}: {where.uri} needs a Hub token with write access, and none was given; {give_token(where)}.")
     with hub_errors(where):
         identity = api.whoami()
         if api.repo_exists(repo_id):
@@ -52,7 +52,7 @@ def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
     """
     repo_id, branch = _repository(where)
     api = hub_api(ctx, where.role)
-    with hub_errors(where):
+    with hub_errors(where, tokenless=not api.token):
         api.create_repo(repo_id, private=where.private or None, exist_ok=True)
         _require_private(api, repo_id, where)  # what was there before is not changed by that
         if branch:

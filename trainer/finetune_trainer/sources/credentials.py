@@ -10,6 +10,7 @@ from finetune_api.credentials import HUB_KEYS, MOUNT_ROOT, S3_KEYS, secrets_by_r
 
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import AccessError
+from finetune_trainer.sources.s3_errors import mark_unsigned
 
 CONNECT_TIMEOUT_SECONDS = 3
 READ_TIMEOUT_SECONDS = 60
@@ -56,7 +57,10 @@ def s3_client(ctx: RunContext, role: str, endpoint: str, *, patient: bool = True
         region_name=keys.get("AWS_REGION") or core.get_config_variable("region") or "us-east-1",
         botocore_session=core,
     )
-    return session.client("s3", endpoint_url=endpoint or None, config=_config(session, endpoint, patient))
+    client = session.client("s3", endpoint_url=endpoint or None, config=_config(session, endpoint, patient))
+    if session.get_credentials() is None:
+        client.meta.events.register("after-call.s3", mark_unsigned)
+    return client
 
 
 def _config(session: Any, endpoint: str, patient: bool) -> Any:

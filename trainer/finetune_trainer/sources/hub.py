@@ -67,7 +67,7 @@ def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Pat
     trusted = ctx.spec.model.trust_remote_code
     loaded = wanted_files(found.files, trust_remote_code=trusted)
     wanted = wanted_files(found.files, trust_remote_code=trusted, weights=weights)
-    with hub_errors(where):
+    with hub_errors(where, tokenless=not api.token):
         folder = api.snapshot_download(
             found.address.repo_id,
             revision=found.commit,
@@ -87,7 +87,7 @@ def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str, str]:
     """
     api = hub_api(ctx, where.role)
     found = _find(api, where, dataset=True)
-    with hub_errors(where):
+    with hub_errors(where, tokenless=not api.token):
         path = api.hf_hub_download(
             found.address.repo_id, found.address.path, repo_type="dataset", revision=found.commit, cache_dir=ctx.cache / "hub"
         )
@@ -101,7 +101,7 @@ def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str, str]:
 def _find(api: Any, where: Location, *, dataset: bool, digests: bool = False) -> Snapshot:
     """Resolves the revision and requires what the job needs to be there; without `digests`, which are long for many files, names alone are sure."""
     address = hub_address(where, with_path=dataset)
-    with hub_errors(where):
+    with hub_errors(where, tokenless=not api.token):
         read = api.dataset_info if dataset else api.model_info
         info = read(address.repo_id, revision=address.revision, timeout=LOOKUP_TIMEOUT_SECONDS, files_metadata=digests)
     # A mirror of the Hub may know none: there every commit counts as other content.
@@ -117,7 +117,7 @@ def _metadata(api: Any, where: Location, found: Snapshot, name: str, *, dataset:
     from huggingface_hub import hf_hub_url
 
     url = hf_hub_url(found.address.repo_id, name, repo_type="dataset" if dataset else None, revision=found.commit, endpoint=api.endpoint)
-    with hub_errors(where):
+    with hub_errors(where, tokenless=not api.token):
         return api.get_hf_file_metadata(url=url, timeout=LOOKUP_TIMEOUT_SECONDS)
 
 

@@ -24,6 +24,7 @@ class Location:
         secret: the Secret's name; empty when none is given.
         endpoint: S3 endpoint; empty means AWS.
         private: whether a Hub repository must be private; it is made so when it is created.
+        laptop: whether it is opened with this machine's own credentials, since Secrets are a cluster's.
     """
 
     field: str
@@ -33,6 +34,12 @@ class Location:
     secret: str = ""
     endpoint: str = ""
     private: bool = False
+    laptop: bool = False
+
+    @property
+    def secret_field(self) -> str:
+        """Path of the field that names the Secret; held-out data is opened with the dataset's."""
+        return f"{self.field.rpartition('.')[0].removesuffix('.evaluation')}.credentials.secretName"
 
     @property
     def scheme(self) -> str:
@@ -58,13 +65,15 @@ class Location:
 def model(job: JobDescription) -> Location:
     """The base model."""
     spec = job.spec.model
-    return Location("spec.model.source", spec.source, credentials.MODEL, "model", spec.credentials.secret_name, spec.endpoint)
+    secret = spec.credentials.secret_name
+    return Location("spec.model.source", spec.source, credentials.MODEL, "model", secret, spec.endpoint, laptop=not job.in_cluster)
 
 
 def dataset(job: JobDescription) -> Location:
     """The training data."""
     spec = job.spec.dataset
-    return Location("spec.dataset.source", spec.source, credentials.DATASET, "dataset", spec.credentials.secret_name, spec.endpoint)
+    secret = spec.credentials.secret_name
+    return Location("spec.dataset.source", spec.source, credentials.DATASET, "dataset", secret, spec.endpoint, laptop=not job.in_cluster)
 
 
 def evaluation(job: JobDescription) -> Location | None:
@@ -79,6 +88,7 @@ def evaluation(job: JobDescription) -> Location | None:
         "evaluation",
         spec.credentials.secret_name,
         spec.endpoint,
+        laptop=not job.in_cluster,
     )
 
 
@@ -92,6 +102,7 @@ def destinations(job: JobDescription) -> tuple[Location, ...]:
             secret=item.credentials.secret_name,
             endpoint=item.endpoint,
             private=item.private,
+            laptop=not job.in_cluster,
         )
         for index, item in enumerate(job.spec.outputs.destinations)
     )

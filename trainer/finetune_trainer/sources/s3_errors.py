@@ -7,6 +7,7 @@ an infrastructure error. Messages quote error codes only, never the server's tex
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from finetune_trainer.errors import AccessError, CapacityError, DataError, FineTuneError, InfrastructureError, SpecError
 from finetune_trainer.sources.location import Location
@@ -23,6 +24,7 @@ _KEY_ERRORS = {
     "NoSuchBucket": "the bucket does not exist, or these credentials may not see it; create it or correct its name",
 }
 _REFUSED = "these credentials may not do this, or the access key or secret key is wrong; correct the credentials or the bucket's policy"
+_UNSIGNED = "FinetuneUnsigned"
 _NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -32,6 +34,11 @@ _NO_CREDENTIALS = {
     "SSOTokenLoadError",
     "UnauthorizedSSOTokenError",
 }
+
+
+def mark_unsigned(parsed: dict[str, Any], **_: Any) -> None:
+    """Notes in an answer that its request had no credentials; a client that has none calls it after each request."""
+    parsed.setdefault("ResponseMetadata", {})[_UNSIGNED] = True
 
 
 @contextmanager
@@ -63,12 +70,10 @@ def translate(error: BaseException, where: Location) -> FineTuneError:
     subject = f"{where.field}: {where.uri}"
     root = _root(error)
     if isinstance(root, ClientError):
-        return _of_response(root, subject)
+        return _of_response(root, where)
     name = type(root).__name__
     if name in _NO_CREDENTIALS:
-        return AccessError(
-            f"{subject} needs credentials, and this machine has none that work; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-        )
+        return AccessError(f"{subject} needs credentials, and this machine has none that work ({name}); {_give_credentials(where)}.")
     if name == "ParamValidationError":
         return SpecError(f"{subject} has no valid bucket name or key; write s3://bucket/key.")
     server = where.endpoint or "the S3 endpoint"
@@ -93,6 +98,12 @@ def error_code(error: BaseException) -> str:
     return str(getattr(_root(error), "response", {}).get("Error", {}).get("Code", ""))
 
 
+def _give_credentials(where: Location) -> str:
+    if where.laptop:
+        return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    return f"name a Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in {where.secret_field}"
+
+
 def _root(error: BaseException) -> BaseException:
     """The exception inside the wrappers of boto3's transfers."""
     inner = getattr(error, "last_exception", None)
@@ -101,9 +112,12 @@ def _root(error: BaseException) -> BaseException:
     return _root(inner) if inner is not None else error
 
 
-def _of_response(error: BaseException, subject: str) -> FineTuneError:
-    code = error_code(error)
-    status = int(getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+def _of_response(error: BaseException, where: Location) -> FineTuneError:
+    subject, code = f"{where.field}: {where.uri}", error_code(error)
+    answer = getattr(error, "response", {}).get("ResponseMetadata", {})
+    status = int(answer.get("HTTPStatusCode", 0))
+    if status in (401, 403) and _UNSIGNED in answer:
+        return AccessError(f"{subject}: no credentials were given, and the server asks for some ({code}); {_give_credentials(where)}.")
     if code in _KEY_ERRORS:
         return AccessError(f"{subject}: {_KEY_ERRORS[code]} ({code}).")
     if status in (401, 403):
