@@ -137,6 +137,14 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         Symptom("is gated; accept its terms on the Hub and use a token of that account (key HF_TOKEN).", "The model's owner asks for consent.", "Accept the terms with the account of the token."),
         Symptom("does not exist on the Hub, or this token may not see it", "The Hub does not tell a stranger whether a private repository exists.", "Correct the name, or give a token that may see it."),
     ),
+    "Certificates": (
+        Symptom("put its authority's certificate into the trainer's image", "S3 or the Hub has a certificate of a private authority, or a proxy puts its own in its place.", "[security.md](security.md#a-private-certificate-authority) says how."),
+        Symptom("to a file with its authority's certificate.", "The same, on a laptop.", "Export the variable; the file is in PEM form."),
+        Symptom("is for another name; write the name that it is for, or give the server a certificate for this one.", "The endpoint is written as an address or a short name.", "Write the name that is in the certificate."),
+        Symptom("has expired or is not valid yet; renew it, or set this machine's clock.", "Nobody renewed it, or the clock is wrong.", "Renew it, or set the clock."),
+        Symptom("which is no readable file of certificates in PEM form; correct it.", "The file is missing from the image or the machine, or is something else.", "Correct the path."),
+        Symptom("answers without TLS; write ", "The endpoint says https, but the server speaks plain HTTP at that port.", "Correct the endpoint."),
+    ),
     "A run that was stopped": (
         Symptom("is passed over: ", "A checkpoint was not finished, or its files are not what its seal says.", "Nothing: the one before it is used."),
         Symptom("The model or the data has changed since the checkpoint of step", "A source has other content under the same name.", "Nothing, if that was meant; else pin a revision."),

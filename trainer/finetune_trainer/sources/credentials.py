@@ -11,6 +11,7 @@ from finetune_api.credentials import HUB_KEYS, MOUNT_ROOT, S3_KEYS, secrets_by_r
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import AccessError
 from finetune_trainer.sources.s3_errors import mark_unsigned
+from finetune_trainer.sources.tls_errors import unreadable_authorities
 
 CONNECT_TIMEOUT_SECONDS = 3
 READ_TIMEOUT_SECONDS = 60
@@ -97,12 +98,16 @@ def hub_api(ctx: RunContext, role: str) -> Any:
     """A huggingface_hub client for a role; HF_ENDPOINT chooses the server.
 
     Raises:
-        AccessError: the Secret is missing, or lacks HF_TOKEN.
+        AccessError: the Secret is missing, or lacks HF_TOKEN; or SSL_CERT_FILE names no file of certificates.
     """
     from huggingface_hub import HfApi, get_session
 
+    try:
+        session = get_session()
+    except OSError as error:  # it reads the file of authorities
+        raise unreadable_authorities("SSL_CERT_FILE") from error
     # The library sets no limit of its own: a server that stops answering would hang the run for ever.
-    get_session().timeout = (CONNECT_TIMEOUT_SECONDS, *[HUB_TIMEOUT_SECONDS] * 3)
+    session.timeout = (CONNECT_TIMEOUT_SECONDS, *[HUB_TIMEOUT_SECONDS] * 3)
     return HfApi(token=hub_token(ctx, role), library_name="finetune-operator")
 
 

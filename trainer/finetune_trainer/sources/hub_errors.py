@@ -1,7 +1,7 @@
 """Turns what huggingface_hub raises into one sentence of the typed hierarchy. Used by sources/hub.py and destinations/hub.py.
 
-A repository that does not exist is an access error (the Hub hides private ones from strangers), a missing revision or file a data error, a
-Hub that can't be reached an infrastructure error. Messages never quote the server's text.
+A repository that does not exist is an access error (the Hub hides private ones from strangers), and so is a certificate that is not trusted;
+a missing revision or file is a data error, a Hub that can't be reached an infrastructure error. Messages never quote the server's text.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from finetune_trainer.errors import AccessError, DataError, FineTuneError, InfrastructureError, SpecError
 from finetune_trainer.sources.location import Location
 from finetune_trainer.sources.s3_errors import disk_error
+from finetune_trainer.sources.tls_errors import tls_error
 
 
 @contextmanager
@@ -57,9 +58,9 @@ def translate(error: BaseException, where: Location, *, tokenless: bool = False)
 
     subject = f"{where.field}: {where.uri}"
     status = getattr(getattr(error, "response", None), "status_code", 0)
-    refused = _without_token(error, status, where) if tokenless else None
-    if refused is not None:
-        return refused
+    unknown = _without_token(error, status, where) if tokenless else None
+    if unknown is not None:
+        return unknown
     if isinstance(error, GatedRepoError):
         return AccessError(f"{subject} is gated; accept its terms on the Hub and use a token of that account (key HF_TOKEN).")
     if isinstance(error, RevisionNotFoundError):
@@ -78,6 +79,9 @@ def translate(error: BaseException, where: Location, *, tokenless: bool = False)
         return DataError(f"{subject} has no such file or revision; correct it.")
     if status:
         return InfrastructureError(f"{subject}: the Hub answered {status}; try again later.")
+    refused = tls_error(error, where, hub_host(), "SSL_CERT_FILE")
+    if refused is not None:
+        return refused
     return InfrastructureError(
         f"{subject}: the Hub at {hub_host()} could not be reached ({type(error).__name__}); check HF_ENDPOINT and the network."
     )

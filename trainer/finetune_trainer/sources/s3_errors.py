@@ -1,7 +1,7 @@
 """Turns what boto3 raises into one sentence of the typed hierarchy. Used by sources/, destinations/ and mirror.py.
 
-A bucket that does not exist is an access error (a stranger is told no more), a missing object a data error, a server that is out of reach
-an infrastructure error. Messages quote error codes only, never the server's text: it may echo keys.
+A bucket that does not exist is an access error (a stranger is told no more), and so is a certificate that is not trusted; a missing object is
+a data error, a server that is out of reach an infrastructure error. Messages quote error codes only, never the server's text: it may echo keys.
 """
 
 import errno
@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune_trainer.errors import AccessError, CapacityError, DataError, FineTuneError, InfrastructureError, SpecError
 from finetune_trainer.sources.location import Location
+from finetune_trainer.sources.tls_errors import tls_error
 
 _KEY_ERRORS = {
     "InvalidAccessKeyId": "the server does not know this access key; correct AWS_ACCESS_KEY_ID",
@@ -77,6 +78,9 @@ def translate(error: BaseException, where: Location) -> FineTuneError:
     if name == "ParamValidationError":
         return SpecError(f"{subject} has no valid bucket name or key; write s3://bucket/key.")
     server = where.endpoint or "the S3 endpoint"
+    refused = tls_error(error, where, server, "AWS_CA_BUNDLE")
+    if refused is not None:
+        return refused
     return InfrastructureError(f"{subject} could not be reached at {server} ({name}); check the endpoint and the network.")
 
 
