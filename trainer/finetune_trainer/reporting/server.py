@@ -3,6 +3,7 @@
 Started by pipeline.py in a cluster only. The operator reads /progress; whoever scrapes pods reads /metrics.
 """
 
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,17 @@ class _Server(ThreadingMixIn, WSGIServer):
         """Whoever asked has gone: no traceback for that."""
 
 
+class _DualStack(_Server):
+    """On an IPv6 address, `::` takes IPv4's too."""
+
+    address_family = socket.AF_INET6
+
+    def server_bind(self) -> None:
+        """Asks for both, whatever the kernel's default is."""
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+
 class _Quiet(WSGIRequestHandler):
     timeout = _IDLE_SECONDS
 
@@ -75,8 +87,13 @@ class _Quiet(WSGIRequestHandler):
 
 @contextmanager
 def serving(endpoint: Endpoint, address: str, port: int) -> Iterator[int]:
-    """Serves within the block and yields the port (useful for port 0)."""
-    server = make_server(address, port, endpoint.answer, server_class=_Server, handler_class=_Quiet)
+    """Serves within the block and yields the port (useful for port 0).
+
+    Raises:
+        OSError: the port is taken, or this machine has no such address.
+    """
+    kind = _DualStack if ":" in address else _Server
+    server = make_server(address, port, endpoint.answer, server_class=kind, handler_class=_Quiet)
     thread = threading.Thread(target=server.serve_forever, args=(_POLL_SECONDS,), daemon=True)
     thread.start()
     try:

@@ -18,6 +18,8 @@ from finetune_trainer.reporting.server import Endpoint, serving
 from finetune_trainer.termination_signal import Terminated, stopping_at_once
 
 ENV_TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"  # for trying it outside a pod
+# Every interface of the pod's own network namespace: the operator asks from another pod. The second for a kernel without IPv6.
+_EVERYWHERE = ("::", "0.0.0.0")  # noqa: S104
 
 
 @contextmanager
@@ -58,11 +60,14 @@ def reporting(job: JobDescription, *, serve: bool = True) -> Iterator[RunReporte
 def _serve(reporter: RunReporter, stack: ExitStack) -> None:
     endpoint = Endpoint()
     reporter.on_change = endpoint.update
-    try:
-        # Every interface of the pod's own network namespace: the operator asks from another pod.
-        stack.enter_context(serving(endpoint, "0.0.0.0", names.PROGRESS_PORT))  # noqa: S104
-    except OSError as error:
-        reporter.note(f"No /progress and /metrics: port {names.PROGRESS_PORT} can't be opened ({error.strerror}).")
+    for address in _EVERYWHERE:
+        try:
+            stack.enter_context(serving(endpoint, address, names.PROGRESS_PORT))
+        except OSError as error:
+            problem = error.strerror
+        else:
+            return
+    reporter.note(f"No /progress and /metrics: port {names.PROGRESS_PORT} can't be opened ({problem}).")
 
 
 def _writer(path: Path) -> Callable[[str], None]:
