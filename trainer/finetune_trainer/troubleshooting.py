@@ -93,7 +93,8 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
     "A model that will not load: what it depends on": (
         Symptom("brings Python code of its own (auto_map in config.json); set spec.model.trustRemoteCode to true if you trust it.", "The architecture is not part of transformers.", "Read that code; if you trust it, set `model.trustRemoteCode: true`."),
         Symptom("spec.lora.targetModules: LoRA on … trains what is no linear layer", "A mixture of experts keeps its experts in tensors that are no layers; LoRA reaches them, but no scheme quantizes them.", "Name the attention's layers alone where they are half of the weights, or set `quantization.scheme: none`."),
-        Symptom("finds no GPU in this pod; ", "The node's driver is older than PyTorch's CUDA, or the device plugin gave no GPU.", "Renew the driver, check the device plugin."),
+        Symptom("finds no GPU in this pod; ", "The node's driver is older than PyTorch's CUDA, or the device plugin gave no GPU.", "Renew the driver (CUDA 13 needs the 580 series or newer), check the device plugin."),
+        Symptom("but PyTorch is built for ", "The GPU is of a generation that PyTorch's CUDA has left behind, such as V100, or newer than PyTorch.", "Choose a node whose GPU has compute capability 7.5 or newer; a laptop may train on the CPU."),
         Symptom("of this model's linear weights, less than half", "The group size of the scheme does not divide the layers' input sizes.", "Take the scheme and group size that the sentence names."),
         Symptom("is quantized already (", "LoRA and quantization-aware training need the original weights.", "Set `model.source` to the model that it was made from."),
         Symptom("has values that are not finite (NaN or infinite), with which nothing can be trained", "The model's file is damaged, or was saved from a training that diverged.", "Download it again, or choose another one."),

@@ -1,5 +1,6 @@
 """What a GPU changes, as far as a machine without one can tell: a pod that was promised one and sees none, and a model that leaves it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from finetune_trainer import pipeline, sources
 from finetune_trainer.errors import CapacityError
+from finetune_trainer.memory.gpus import GPU_BYTES
 from finetune_trainer.plan import Plan
 from finetune_trainer.qat.prepare import exact_layers, mode_of, plain_name
 from finetune_trainer.qat.scales import fit_scales
@@ -41,9 +43,57 @@ def test_a_laptop_takes_what_it_has(tmp_path: Path) -> None:
     load.require_gpu(context(tmp_path, run_spec(resources={"gpus": 1})))
 
 
-def test_a_pod_that_sees_its_gpu_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    load.require_gpu(context(tmp_path, run_spec(resources={"gpus": 1}), in_cluster=True))
+CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # what torch 2.13.0+cu130 is built for
+GPUS: list[tuple[str, tuple[int, int], tuple[str, ...], bool]] = [
+    ("Tesla T4", (7, 5), CUDA_13, True),
+    ("NVIDIA A100-SXM4-80GB", (8, 0), CUDA_13, True),
+    ("NVIDIA L4, which runs what is built for an earlier GPU of its generation", (8, 9), CUDA_13, True),
+    ("NVIDIA H200", (9, 0), CUDA_13, True),
+    ("a later generation, where there is code to translate for it", (13, 0), (*CUDA_13, "compute_120"), True),
+    ("a later generation, where there is none", (13, 0), CUDA_13, False),
+    ("Tesla V100-SXM2-16GB", (7, 0), CUDA_13, False),
+    ("Tesla V100-SXM2-16GB, with an older PyTorch", (7, 0), ("sm_70", "sm_90a"), True),
+    ("one of another maker", (9, 0), ("gfx90a",), True),
+    ("one that PyTorch says nothing of", (9, 0), (), True),
+]
+
+
+def with_gpu(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], built: tuple[str, ...] = CUDA_13) -> None:
+    """A machine with this GPU, as far as PyTorch says."""
+    for function, answer in (
+        ("is_available", True),
+        ("get_device_name", name),
+        ("get_device_capability", capability),
+        ("get_arch_list", list(built)),
+    ):
+        monkeypatch.setattr(torch.cuda, function, lambda *_, said=answer: said)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+
+@pytest.mark.parametrize(("name", "capability", "built", "runs"), GPUS, ids=[case[0] for case in GPUS])
+@pytest.mark.parametrize("in_cluster", [True, False])
+def test_a_gpu_is_used_where_pytorch_is_built_for_it_and_refused_where_it_is_not(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capability: tuple[int, int],
+    built: tuple[str, ...],
+    runs: bool,
+    in_cluster: bool,
+) -> None:
+    with_gpu(monkeypatch, name, capability, built)
+    ctx = context(tmp_path, run_spec(resources={"gpus": 1}), in_cluster=in_cluster)
+    if runs:
+        return load.require_gpu(ctx)
+    mend = "scheduling.nodeSelector" if in_cluster else "CUDA_VISIBLE_DEVICES"
+    with refused(CapacityError, f"{name} has compute capability {capability[0]}.{capability[1]}", "sm_75, sm_80", "CUDA 13.0", mend):
+        load.require_gpu(ctx)
+    return None
+
+
+def test_the_table_of_gpus_has_none_that_the_image_can_not_use() -> None:
+    assert len(GPU_BYTES) >= 9
+    assert [name for name in GPU_BYTES if re.search(r"v100|p100|p40?$|k80|m60", name)] == []
 
 
 def test_a_model_on_a_gpu_leaves_it_with_all_that_it_keeps_there(monkeypatch: pytest.MonkeyPatch) -> None:

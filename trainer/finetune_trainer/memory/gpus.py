@@ -1,5 +1,6 @@
 """The memory of common GPUs by the names that Kubernetes nodes carry, for `resources.gpuType` and `finetune estimate --gpu`.
 
+None is older than compute capability 7.5: the image's PyTorch, for CUDA 13, has no code for a V100.
 Whole MiB as nvidia-smi reports them, from public listings; **none of them has been measured here**.
 """
 
@@ -7,7 +8,6 @@ MIB = 2**20
 
 GPU_BYTES: dict[str, int] = {
     "nvidia-tesla-t4": 15_360 * MIB,
-    "nvidia-tesla-v100": 16_384 * MIB,
     "nvidia-a10g": 23_028 * MIB,
     "nvidia-l4": 23_034 * MIB,
     "nvidia-tesla-a100": 40_960 * MIB,

@@ -40,19 +40,49 @@ class Loaded:
 
 
 def require_gpu(ctx: RunContext) -> None:
-    """Refuses a pod that asked for a GPU and sees none, before anything is loaded: on its CPU it would train for weeks. A laptop takes what it has.
+    """Refuses, before anything is loaded, a pod that asked for a GPU and sees none: on its CPU it would train for weeks; and anywhere a GPU that PyTorch has no code for.
+
+    A laptop without a GPU takes what it has. The look at the GPU's generation has not yet run on a GPU.
 
     Raises:
-        CapacityError: the driver is too old for PyTorch's CUDA, or the device plugin gave no GPU.
+        CapacityError: the driver is too old for PyTorch's CUDA, the device plugin gave no GPU, or it is one that PyTorch is not built for.
     """
+    if torch.cuda.is_available():
+        _require_code_for_gpu(ctx)
+        return
     wanted = ctx.spec.resources.gpus
-    if not ctx.job.in_cluster or wanted == 0 or torch.cuda.is_available():
+    if not ctx.job.in_cluster or wanted == 0:
         return
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
     raise CapacityError(
         f"spec.resources.gpus is {wanted}, but PyTorch, which is built for {built}, finds no GPU in this pod; "
         "give the node a newer NVIDIA driver and check its device plugin, or set resources.gpus to 0."
     )
+
+
+def _require_code_for_gpu(ctx: RunContext) -> None:
+    built = [architecture for architecture in torch.cuda.get_arch_list() if architecture.startswith(("sm_", "compute_"))]
+    if not built:  # a PyTorch for another maker's GPUs
+        return
+    capability = torch.cuda.get_device_capability()
+    if any(_runs(architecture, capability) for architecture in built):
+        return
+    mend = (
+        "choose a node that has such a GPU (scheduling.nodeSelector)"
+        if ctx.job.in_cluster
+        else "take such a GPU, or train on the CPU with CUDA_VISIBLE_DEVICES set to nothing"
+    )
+    raise CapacityError(
+        f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, but PyTorch is built for "
+        f"{', '.join(built)} (CUDA {torch.version.cuda}); {mend}."
+    )
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture, such as sm_90a, runs on a GPU: of its generation where it is compiled, of any later one where it is to be translated."""
+    kind, _, number = architecture.partition("_")
+    least = divmod(int(number.rstrip("af")), 10)
+    return least <= capability and (kind == "compute" or least[0] == capability[0])
 
 
 def tokenizer_of(ctx: RunContext, folder: Path) -> PreTrainedTokenizerBase:
