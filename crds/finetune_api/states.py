@@ -104,7 +104,7 @@ STATES: dict[str, State] = {
     Reason.NOT_ALLOWED: State(_PENDING, "the image or service account is not on the administrator's list", "remove it, or ask for it to be allowed"),
     Reason.NAME_TAKEN: State(_PENDING, "a Job of this run's name belongs to somebody else, and is never touched", "delete it, or set runPolicy.rerun"),
     REASONS[ExitCode.DATA]: State(_FAILED, "the dataset or the model's files are wrong", "mend the file and line that the message names, then set runPolicy.rerun"),
-    REASONS[ExitCode.ACCESS]: State(_FAILED, "credentials are missing, wrong or not allowed", "mend the Secret, then set runPolicy.rerun"),
+    REASONS[ExitCode.ACCESS]: State(_FAILED, "credentials are missing, wrong or not allowed", "do what the sentence says, then set runPolicy.rerun"),
     REASONS[ExitCode.CAPACITY]: State(_FAILED, "the node can't do it: memory, disk, no GPU, no kernel for the scheme", "ask for more, or for less"),
     REASONS[ExitCode.PROOF]: State(_FAILED, "the exported model is not the trained one; nothing was published", "report it"),
     REASONS[ExitCode.QUALITY]: State(_FAILED, "the shipped model lost more than quality.maxLossIncreasePercent, or is significantly worse than PTQ or the base model", "do what the sentence says, or set quality.onFailure to Warn"),
