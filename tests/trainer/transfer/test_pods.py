@@ -13,6 +13,7 @@ from finetune_trainer.destinations import s3
 from finetune_trainer.errors import InfrastructureError, NotPublishedError
 from finetune_trainer.mirror import DEFAULT_FOLDER
 from finetune_trainer.reporting import reporter, session
+from finetune_trainer.stages import publish
 from support.run_contexts import read_files
 from support.s3_server import S3Server
 from support.tiny_model import save_tiny_model, sums, write_jsonl
@@ -65,6 +66,7 @@ def test_what_was_trained_and_not_published_costs_the_next_pod_no_step(pod: Any,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(s3, "publish", refuse)
+        patch.setattr(publish, "PAUSES_SECONDS", ())
         with pytest.raises(NotPublishedError, match="is away"):
             pod()
     assert pod.steps == list(range(1, STEPS + 1))

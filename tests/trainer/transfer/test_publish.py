@@ -77,6 +77,70 @@ def test_every_failure_is_named(s3_laptop: S3Server, bucket: str, tmp_path: Path
         publish.run(ctx, report_of(ctx))
 
 
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What was waited for, without waiting."""
+    waited: list[float] = []
+    monkeypatch.setattr(publish, "sleep", waited.append)
+    return waited
+
+
+def in_a_pod(folder: Path, s3: S3Server, hub: HubServer, bucket: str, mount: Any, monkeypatch: pytest.MonkeyPatch) -> RunContext:
+    """A finished run in a pod, with two destinations."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    mount("destination-0", AWS_ACCESS_KEY_ID=s3.access_key, AWS_SECRET_ACCESS_KEY=s3.secret_key)
+    mount("destination-1", HF_TOKEN=hub.token)
+    places = (
+        {"uri": f"s3://{bucket}/bot", "endpoint": s3.endpoint, "credentials": {"secretName": "keys"}},
+        {"uri": "hf://acme/bot", "credentials": {"secretName": "hub"}},
+    )
+    ctx = context(folder, run_spec("hf://acme/base", "builtin://python-docs", *places), in_cluster=True)
+    write_artifacts(ctx, report_of(ctx))
+    return ctx
+
+
+def test_a_pod_waits_for_a_service_that_is_away_for_minutes(
+    s3_laptop: S3Server,
+    hub_laptop: HubServer,
+    bucket: str,
+    mount: Any,
+    pauses: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ctx = in_a_pod(tmp_path, s3_laptop, hub_laptop, bucket, mount, monkeypatch)
+    hub_laptop.refuse = lambda _, path: 500 if "/commit/" in path and len(pauses) < 3 else None
+
+    published = publish.run(ctx, report_of(ctx))
+
+    assert [(item.kind, item.uri.partition("://")[0]) for item in published] == [
+        (kind, scheme) for scheme in ("s3", "hf") for kind in ("adapter", "quantized")
+    ]
+    assert pauses == [5, 15, 45]
+    assert sum("Published to s3" in note for note in notes(ctx)) == 1
+    assert sum("the Hub answered 500" in note and "Trying again in" in note for note in notes(ctx)) == 3
+
+
+def test_a_pod_does_not_wait_for_ever_and_not_for_what_is_refused(
+    s3_laptop: S3Server,
+    hub_laptop: HubServer,
+    bucket: str,
+    mount: Any,
+    pauses: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ctx = in_a_pod(tmp_path, s3_laptop, hub_laptop, bucket, mount, monkeypatch)
+    hub_laptop.refuse = lambda _, path: 403 if "/commit/" in path else None
+    with refused(NotPublishedError, "destinations[1].uri"):
+        publish.run(ctx, report_of(ctx))
+    assert pauses == []
+    hub_laptop.refuse = lambda _, path: 500 if "/commit/" in path else None
+    with refused(NotPublishedError, "destinations[1].uri", "the Hub answered 500"):
+        publish.run(ctx, report_of(ctx))
+    assert pauses == list(publish.PAUSES_SECONDS)
+
+
 def test_trained_and_not_published_has_an_exit_code_of_its_own() -> None:
     assert NotPublishedError.exit_code is ExitCode.NOT_PUBLISHED
     assert int(NotPublishedError.exit_code) == 17
