@@ -1,10 +1,12 @@
 """Reads JSON Lines and checks every row: its form, its columns, their types. Pure, without torch. Every mistake names its line.
 
-Called by preflight (before anything expensive) and by stages/data.py; rendering.py makes text of the rows.
+Called by preflight (before anything expensive) and by stages/data.py; rendering.py makes text of the rows. One row at a time is in memory: all are
+checked first, and read again by whoever goes through them.
 """
 
+import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,14 +33,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Dataset:
-    """All rows of one file, of one form."""
+    """All rows of one file, of one form; going through them reads the file."""
 
     form: Form
-    rows: tuple[Row, ...]
+    path: Path
+    name: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Row]:
+        return _checked(self.path, self.name, self.form)
 
 
 def read_rows(path: Path, name: str, wanted: str = "auto") -> Dataset:
-    """Reads and checks every line.
+    """Reads and checks every line, and keeps none.
 
     Args:
         path: a JSON Lines file.
@@ -48,37 +58,48 @@ def read_rows(path: Path, name: str, wanted: str = "auto") -> Dataset:
     Raises:
         DataError: empty, not UTF-8, a line that is not a JSON object, or a column that is missing or of the wrong type.
     """
-    values = list(_parse_lines(path, name))
-    if not values:
+    first = next(_parse_lines(path, name), None)
+    if first is None:
         raise DataError(f"{name} is empty; a dataset needs at least one row of JSON.")
-    form = _detect(values[0], name) if wanted == "auto" else _form(wanted)
-    for row in values:
+    form = _detect(first, name) if wanted == "auto" else _form(wanted)
+    return Dataset(form, path, name, sum(1 for _ in _checked(path, name, form)))
+
+
+def _checked(path: Path, name: str, form: Form) -> Iterator[Row]:
+    for row in _parse_lines(path, name):
         _check(row, form, name)
-    return Dataset(form, tuple(values))
+        yield row
 
 
-def _parse_lines(path: Path, name: str) -> Iterable[Row]:
+def _parse_lines(path: Path, name: str) -> Iterator[Row]:
+    with path.open("rb") as file:  # not as text, which is decoded in blocks: a mistake would have no line
+        for number, line in enumerate(file, start=1):
+            text = _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, number, name)
+            if text.strip():
+                yield Row(number, _parse(text, number, name))
+
+
+def _decoded(line: bytes, number: int, name: str) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return line.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8 JSON Lines.") from error
-    # Not splitlines(): a JSON string may hold U+2028 and other separators that are no line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}, line {number} is not JSON ({error}); a dataset holds one JSON object a line.") from error
-        if "\\ud" in line.lower() and not _is_text(value):
-            raise DataError(
-                f"{name}, line {number} holds half of a surrogate pair (\\ud...), which is no text; save the row as UTF-8 again."
-            )
-        if not isinstance(value, dict):
-            raise DataError(
-                f'{name}, line {number} is a JSON {type(value).__name__}, but a row is an object such as {{"prompt": ..., "completion": ...}}.'
-            )
-        yield Row(number, value)
+        raise DataError(
+            f"{name}, line {number} is not UTF-8 text (byte {error.start} of the line); save it as UTF-8 JSON Lines."
+        ) from error
+
+
+def _parse(line: str, number: int, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}, line {number} is not JSON ({error}); a dataset holds one JSON object a line.") from error
+    if "\\ud" in line.lower() and not _is_text(value):
+        raise DataError(f"{name}, line {number} holds half of a surrogate pair (\\ud...), which is no text; save the row as UTF-8 again.")
+    if not isinstance(value, dict):
+        raise DataError(
+            f'{name}, line {number} is a JSON {type(value).__name__}, but a row is an object such as {{"prompt": ..., "completion": ...}}.'
+        )
+    return value
 
 
 def _is_text(value: Any) -> bool:

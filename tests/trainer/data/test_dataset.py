@@ -1,6 +1,7 @@
 """Reading JSON Lines: the four forms are told apart, and every mistake is refused with the line that has it."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def second_line(folder: Path, line: str, first: str = GOOD) -> str:
 def test_each_form_is_detected_from_its_columns(form: str, tmp_path: Path) -> None:
     found = read(tmp_path, json.dumps(ROWS[form]))
     assert found.form == form
-    assert found.rows[0].values == ROWS[form]
+    assert [row.values for row in found] == [ROWS[form]]
 
 
 @pytest.mark.parametrize("form", ROWS)
@@ -63,7 +64,7 @@ def test_prompt_and_completion_may_be_messages(tmp_path: Path) -> None:
 
 def test_an_instruction_may_have_an_input_or_null(tmp_path: Path) -> None:
     rows = [ROWS["instruction"] | {"input": value} for value in ("to Anna", None)]
-    assert len(read(tmp_path, "\n".join(map(json.dumps, rows))).rows) == 2
+    assert len(read(tmp_path, "\n".join(map(json.dumps, rows)))) == 2
 
 
 def test_other_columns_do_no_harm(tmp_path: Path) -> None:
@@ -71,29 +72,29 @@ def test_other_columns_do_no_harm(tmp_path: Path) -> None:
 
 
 def test_blank_lines_are_left_out_and_counted(tmp_path: Path) -> None:
-    assert [row.line for row in read(tmp_path, f"\n{GOOD}\n  \n{GOOD}\n\n").rows] == [2, 4]
+    assert [row.line for row in read(tmp_path, f"\n{GOOD}\n  \n{GOOD}\n\n")] == [2, 4]
 
 
 def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
-    assert [row.line for row in read(tmp_path, b"\xef\xbb\xbf" + f"{GOOD}\r\n{GOOD}\r\n".encode()).rows] == [1, 2]
+    assert [row.line for row in read(tmp_path, b"\xef\xbb\xbf" + f"{GOOD}\r\n{GOOD}\r\n".encode())] == [1, 2]
 
 
 def test_a_last_line_without_an_end_is_read(tmp_path: Path) -> None:
-    assert len(read(tmp_path, f"{GOOD}\n{GOOD}").rows) == 2
+    assert len(read(tmp_path, f"{GOOD}\n{GOOD}")) == 2
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c"])
 def test_a_separator_inside_a_string_ends_no_line(separator: str, tmp_path: Path) -> None:
     row = {"text": f"one{separator}two"}
     text = json.dumps(row, ensure_ascii=separator in "\x0b\x0c")
-    assert read(tmp_path, text).rows[0].values == row
+    assert [found.values for found in read(tmp_path, text)] == [row]
 
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=("Cs",))), min_size=1, max_size=5), ascii_only=st.booleans())
 def test_any_text_comes_back_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, texts: list[str], ascii_only: bool) -> None:
     lines = "\n".join(json.dumps({"text": text}, ensure_ascii=ascii_only) for text in texts)
     found = read(tmp_path_factory.mktemp("rows"), lines)
-    assert [row.values["text"] for row in found.rows] == texts
+    assert [row.values["text"] for row in found] == texts
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\n", b"\xef\xbb\xbf"])
@@ -102,8 +103,25 @@ def test_an_empty_file_is_refused(content: str | bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", GOOD.encode("utf-16"), b'{"text": "caf\xe9"}'])
-def test_a_file_that_is_not_utf8_is_refused_with_the_byte(content: bytes, tmp_path: Path) -> None:
-    assert "is not UTF-8 text (byte " in refusal(tmp_path, content)
+def test_a_file_that_is_not_utf8_is_refused_with_line_and_byte(content: bytes, tmp_path: Path) -> None:
+    assert "line 1 is not UTF-8 text (byte " in refusal(tmp_path, content)
+    assert "line 3 is not UTF-8 text (byte " in refusal(tmp_path, f"{GOOD}\n{GOOD}\n".encode() + content)
+
+
+def test_rows_can_be_gone_through_again(tmp_path: Path) -> None:
+    found = read(tmp_path, f"{GOOD}\n{GOOD}")
+    assert list(found) == list(found) != []
+
+
+def test_a_large_file_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps({"text": "x" * 1000}) + "\n") * 5000)
+    tracemalloc.start()
+    try:
+        assert sum(len(row.values["text"]) for row in read_rows(path, "rows.jsonl")) == 5_000_000
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("line", ["{", "{'prompt': 1}", '{"a": 1} {"a": 2}', "prompt,completion", "[" * 100_000])
@@ -126,7 +144,8 @@ def test_half_of_a_surrogate_pair_is_named(line: str, tmp_path: Path) -> None:
 
 
 def test_a_whole_surrogate_pair_is_text(tmp_path: Path) -> None:
-    assert read(tmp_path, '{"text": "\\ud83d\\ude00 \\\\ud800"}').rows[0].values["text"] == "\U0001f600 \\ud800"
+    [row] = read(tmp_path, '{"text": "\\ud83d\\ude00 \\\\ud800"}')
+    assert row.values["text"] == "\U0001f600 \\ud800"
 
 
 def test_a_first_row_of_no_form_is_refused_with_what_it_has(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Rows become tokens: labels only on what is trained, rows that are cut off are dropped and counted, the split and the digest are exact."""
 
+import tracemalloc
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,10 @@ from typing import Any
 import pytest
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import DataError
+from finetune_trainer.example import IGNORED, Example
 from finetune_trainer.rendering import Segment
 from finetune_trainer.stages import data
-from finetune_trainer.stages.data import IGNORED, Data, Example, split, tokenize
+from finetune_trainer.stages.data import Data, split, tokenize
 from finetune_trainer.stages.evaluate import pad
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -59,7 +62,7 @@ def with_bos(*, chat: bool) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def text_of(ids: tuple[int, ...]) -> str:
+def text_of(ids: Sequence[int]) -> str:
     return TOKENIZER.decode(list(ids))
 
 
@@ -82,7 +85,7 @@ def test_a_limit_that_has_no_step_to_compare_with_is_refused(tmp_path: Path) -> 
 
 def test_prompts_have_no_labels_and_completions_have_their_own_tokens() -> None:
     found = tokenize([Segment("ask", trained=False), Segment("tell", trained=True)], TOKENIZER, 100, bos=False)
-    assert found.labels[:3] == (IGNORED,) * 3
+    assert found.labels[:3].tolist() == [IGNORED] * 3
     assert found.labels[3:] == found.input_ids[3:]
     assert text_of(found.input_ids) == "asktell"
 
@@ -113,12 +116,27 @@ def test_a_token_across_the_border_of_prompt_and_completion_is_split_there() -> 
         return {"input_ids": [ord(letter) for letter in text.replace("ab", "Ω")]}
 
     found = tokenize([Segment("xa", trained=False), Segment("bc", trained=True)], joining, 100, bos=False)  # type: ignore[arg-type]
-    assert found.input_ids == tuple(map(ord, "xabc"))
-    assert found.labels == (IGNORED, IGNORED, ord("b"), ord("c"))
+    assert found == Example(map(ord, "xabc"), (IGNORED, IGNORED, ord("b"), ord("c")))
 
 
 def test_trained_tokens_leave_out_the_first_which_nothing_predicts() -> None:
     assert Example((1, 2, 3), (1, IGNORED, 3)).trained_tokens == 1
+
+
+def test_a_token_takes_four_bytes_and_so_does_its_label() -> None:
+    ids = list(range(1000, 2000))
+    tracemalloc.start()
+    try:
+        kept = [Example(ids, ids) for _ in range(1000)]
+        assert tracemalloc.get_traced_memory()[0] < 9 * 1000 * len(kept)
+    finally:
+        tracemalloc.stop()
+
+
+def test_examples_of_the_same_tokens_and_labels_are_equal() -> None:
+    assert {Example((1, 2), (IGNORED, 2)), Example([1, 2], [IGNORED, 2])} == {Example((1, 2), (IGNORED, 2))}
+    assert Example((1, 2), (IGNORED, 2)) != Example((1, 2), (1, 2))
+    assert repr(Example((1, 2), (IGNORED, 2))) == "Example([1, 2], [-100, 2])"
 
 
 def test_padding_is_masked_and_never_trained() -> None:
@@ -184,7 +202,7 @@ def test_any_other_token_or_label_is_another_digest(
 @given(examples=EXAMPLES)
 def test_the_border_between_rows_is_part_of_the_digest(examples: list[Example]) -> None:
     assume(len(examples) > 1)
-    joined = Example(examples[0].input_ids + examples[1].input_ids, examples[0].labels + examples[1].labels)
+    joined = Example([*examples[0].input_ids, *examples[1].input_ids], [*examples[0].labels, *examples[1].labels])
     assert made([joined, *examples[2:]], []).digest != made(examples, []).digest
 
 
@@ -271,13 +289,13 @@ def test_held_out_data_of_its_own_is_not_trained_on(tmp_path: Path) -> None:
 def test_a_beginning_token_is_added_where_no_template_brings_it(tmp_path: Path) -> None:
     tokenizer = with_bos(chat=False)
     found = run(tmp_path, sums(4), tokenizer)
-    assert {item.input_ids[:2].count(tokenizer.bos_token_id) for item in found.train} == {1}
+    assert {item.input_ids[:2].tolist().count(tokenizer.bos_token_id) for item in found.train} == {1}
 
 
 def test_a_beginning_token_is_not_added_to_what_a_template_has_rendered(tmp_path: Path) -> None:
     tokenizer = with_bos(chat=True)
     found = run(tmp_path, sums(4), tokenizer)
-    assert {item.input_ids[:2].count(tokenizer.bos_token_id) for item in found.train} == {1}
+    assert {item.input_ids[:2].tolist().count(tokenizer.bos_token_id) for item in found.train} == {1}
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -22,25 +22,12 @@ from finetune_trainer import dataset, rendering, sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.dataset import Dataset, Form
 from finetune_trainer.errors import DataError
+from finetune_trainer.example import IGNORED, Example
 from finetune_trainer.failures import first_line
 from finetune_trainer.plan import plan
 from finetune_trainer.rendering import Messages, Render, Segment, TemplateError
 
-IGNORED = -100
 _SPARE_POSITIONS = 2
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids, and labels of the same length: the token itself where it is trained, -100 elsewhere."""
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens that count in the loss; the first has no prediction."""
-        return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ def make(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
         ctx.reporter.note(
             f"{dropped} rows were dropped: nothing of their completion fits into training.maxLength ({ctx.spec.training.max_length} tokens)."
         )
-    shown = rendering.preview(rendering.render(rows.rows[0], rows.form, _template(tokenizer), _eos(tokenizer), spec.source))
+    shown = rendering.preview(rendering.render(next(iter(rows)), rows.form, _template(tokenizer), _eos(tokenizer), spec.source))
     identities = {"dataset": fetched.identify(), "heldOut": evaluation.identify() if evaluation else ""}
     return Data(train, held_out, dropped, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", identities, shown)
 
@@ -162,7 +149,7 @@ def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, ma
         tokens = whole[len(input_ids) :] if fits else tokenizer(segment.text, add_special_tokens=False)["input_ids"]
         input_ids += tokens
         labels += tokens if segment.trained else [IGNORED] * len(tokens)
-    return Example(tuple(input_ids[:max_length]), tuple(labels[:max_length]))
+    return Example(input_ids[:max_length], labels[:max_length])
 
 
 def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[tuple[Example, ...], int]:
@@ -173,13 +160,12 @@ def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase
         bos = adds_bos and not rendering.is_conversation(row, rows.form, has_template=template is not None)
         return tokenize(rendering.render(row, rows.form, template, eos, name), tokenizer, max_length, bos=bos)
 
-    made = [example(row) for row in rows.rows]
-    kept = tuple(example for example in made if example.trained_tokens)
+    kept = tuple(made for made in map(example, rows) if made.trained_tokens)
     if not kept:
         raise DataError(
             f"{name}: no row has a completion that fits into training.maxLength ({max_length} tokens); raise it or shorten the prompts."
         )
-    return kept, len(made) - len(kept)
+    return kept, len(rows) - len(kept)
 
 
 def _learned_positions(model: PreTrainedModel) -> int | None:

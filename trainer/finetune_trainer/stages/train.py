@@ -172,9 +172,11 @@ def _trainer(ctx: RunContext, loaded: Loaded, data: Data, steps: Plan, phases: P
     trainer = _PhasedTrainer(
         model=loaded.model,
         args=_arguments(ctx, steps, on_gpu=loaded.model.device.type == "cuda"),
-        train_dataset=HfDataset.from_list([{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in data.train]),
+        train_dataset=HfDataset.from_dict(
+            {"row": range(len(data.train))}
+        ),  # trl takes no other kind, and the tokens need not lie in it again
         processing_class=copy.deepcopy(loaded.tokenizer),  # trl gives it a token to pad with, and the shipped one none
-        data_collator=lambda items: pad([Example(tuple(item["input_ids"]), tuple(item["labels"])) for item in items], pad_token_id),
+        data_collator=lambda items: pad([data.train[item["row"]] for item in items], pad_token_id),
         callbacks=[phases],
     )
     trainer.phases = phases
