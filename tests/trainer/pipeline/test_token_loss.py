@@ -1,11 +1,12 @@
-"""The chunked loss is the dense formula, in value and gradient, whatever the chunks; and it knows what architectures do to their logits."""
+"""The chunked loss is the dense formula, in value and gradient, whatever the chunks, in the memory of one; and it knows what architectures do to their logits."""
 
 import pytest
 import torch
 from finetune_trainer import token_loss
+from finetune_trainer.memory.tracking import LiveBytes
 from finetune_trainer.stages.data import Example
 from finetune_trainer.stages.evaluate import pad
-from finetune_trainer.token_loss import IGNORED, Prediction, output_head, predict, summed_loss, token_losses
+from finetune_trainer.token_loss import IGNORED, Head, Prediction, output_head, predict, summed_loss, token_losses
 from support.tiny_model import tiny_llama
 from torch.nn import functional as F
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
@@ -49,6 +50,45 @@ def test_without_a_teacher_it_is_cross_entropy() -> None:
     losses, greedy = token_losses(head, Prediction(hidden, labels))
     torch.testing.assert_close(losses, dense.detach(), rtol=1e-12, atol=1e-12)
     assert torch.equal(greedy, head(hidden).argmax(-1))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens `counting_head` was asked for, in each call; a piece is of seven."""
+    monkeypatch.setattr(token_loss, "_LOGITS_AT_ONCE", 7 * VOCABULARY)
+    return []
+
+
+def counting_head(asked: list[int]) -> Head:
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        asked.append(len(hidden))
+        return head(hidden)
+
+    return counted
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_neither_model_is_projected_for_more_tokens_than_a_piece_has(taught: bool, asked: list[int]) -> None:
+    hidden, labels = drawn(TOKENS, FEATURES, seed=2).requires_grad_(), torch.arange(TOKENS)
+    teacher = drawn(TOKENS, FEATURES, seed=3) if taught else None
+    summed_loss(counting_head(asked), Prediction(hidden, labels), teacher, 0.5).backward()
+    pieces = [size for size in (7, 7, 7, 2) for _ in range(1 + taught)]
+    assert asked == [1, *pieces]  # the first asks for the size of the vocabulary
+
+
+def test_losses_of_each_token_are_measured_piece_by_piece(asked: list[int]) -> None:
+    token_losses(counting_head(asked), Prediction(drawn(TOKENS, FEATURES, seed=2), torch.arange(TOKENS)))
+    assert asked == [1, 7, 7, 7, 2]
+
+
+def test_all_that_a_taught_loss_needs_at_once_is_less_than_one_models_logits() -> None:
+    tokens, vocabulary = 2000, 50_000
+    project = torch.ones(FEATURES, vocabulary)
+    hidden, teacher, labels = torch.ones(tokens, FEATURES, requires_grad=True), torch.ones(tokens, FEATURES), torch.arange(tokens)
+    with LiveBytes() as tracker:
+        summed_loss(lambda item: item @ project, Prediction(hidden, labels), teacher, 0.5).backward()
+    assert 0 < tracker.peak < tokens * vocabulary * project.element_size()
+    assert hidden.grad is not None
 
 
 def test_a_teacher_that_is_the_student_leaves_no_divergence() -> None:
