@@ -28,7 +28,7 @@ from support.exact_models import SCHEMES, WIDE
 from support.run_contexts import RecordingReporter
 from support.tiny_jobs import STEPS, description, finetune, run, tiny_job
 from support.tiny_model import save_tiny_gemma3, save_tiny_model, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where `run` trains
 BOTH = {"outputs": {"artifacts": ["adapter", "quantized"]}}
@@ -351,11 +351,13 @@ def test_each_epoch_reads_the_rows_in_the_order_of_their_lengths_whatever_the_mi
 
 @pytest.mark.parametrize("scheme", ["none", "int8-int4"])
 def test_a_step_that_is_cut_learns_what_a_whole_one_does(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"instruction": "please " * (index % 5), "output": f"yes, {index % 3}"} for index in range(24)]
+    """Also of a model whose forward pass does not say that it takes how many tokens the whole step has."""
+    rows = [{"instruction": "please " * (index % 5), "output": "yes" + ", indeed" * (index % 4)} for index in range(24)]
     found = []
-    for tokens in (1, 10**6):
+    for tokens, takes_count in ((10**6, True), (1, True), (10**6, False), (1, False)):
         monkeypatch.setattr(plan, "MICRO_BATCH_TOKENS", tokens)
-        job = tiny_job(tmp_path / str(tokens), {"quantization": {"scheme": scheme}}, rows)
-        found.append(run(job, tmp_path / str(tokens) / "work"))
-    assert found[0]["training"]["lastLoss"] == pytest.approx(found[1]["training"]["lastLoss"], rel=1e-3)
-    assert found[0]["losses"]["tuned"] == pytest.approx(found[1]["losses"]["tuned"], rel=1e-3)
+        monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", takes_count, raising=False)
+        folder = tmp_path / f"{tokens}-{takes_count}"
+        found.append(run(tiny_job(folder, {"quantization": {"scheme": scheme}}, rows), folder / "work"))
+    for name, part in (("lastLoss", "training"), ("tuned", "losses")):
+        assert [report[part][name] for report in found] == [pytest.approx(found[0][part][name], rel=1e-3)] * len(found)
