@@ -43,8 +43,8 @@ def lora_opt(*, seed: int = 0, **changes: Any) -> PeftModel:
     return _with_adapter(base, "all-linear", 4, seed)
 
 
-def tiny_mixture() -> PreTrainedModel:
-    """A tiny Qwen3 mixture of experts: attention of linear layers, and experts in tensors of their own."""
+def tiny_mixture(**changes: Any) -> PreTrainedModel:
+    """A tiny Qwen3 mixture of experts: attention of linear layers, and experts in tensors of their own; `changes` go to Qwen3MoeConfig."""
     settings: dict[str, Any] = {
         "vocab_size": 260,
         "hidden_size": 64,
@@ -62,7 +62,7 @@ def tiny_mixture() -> PreTrainedModel:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**(settings | changes)))
 
 
 def _with_adapter(base: PreTrainedModel, targets: str, rank: int, seed: int) -> PeftModel:

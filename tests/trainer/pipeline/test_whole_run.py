@@ -21,13 +21,15 @@ from finetune_trainer.reporting.session import ENV_TERMINATION_LOG
 from finetune_trainer.row_order import order_of
 from finetune_trainer.stages import convert, train, verify
 from finetune_trainer.stages.data import Data
+from finetune_trainer.stages.evaluate import pad
 from finetune_trainer.stages.train import Trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support.exact_models import SCHEMES, WIDE
+from support.exact_models import SCHEMES, WIDE, tiny_mixture
 from support.run_contexts import RecordingReporter
 from support.tiny_jobs import STEPS, description, finetune, run, tiny_job
-from support.tiny_model import save_tiny_gemma3, save_tiny_model, write_jsonl
+from support.tiny_model import save_tiny_gemma3, save_tiny_model, tiny_tokenizer, write_jsonl
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where `run` trains
@@ -242,6 +244,32 @@ def test_without_a_scheme_only_the_adapter_is_made(tmp_path: Path) -> None:
     assert report["qat"] is None
     assert report["losses"]["tuned"] < report["losses"]["base"]
     assert not (tmp_path / "work" / "model-torchao").exists()
+
+
+def test_a_mixture_learns_from_its_rows_alone_and_keeps_its_switches_of_the_routers_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switches = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
+    tiny_mixture(**switches).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    base, learn, seen = AutoModelForCausalLM.from_pretrained(tmp_path / "model").to(DEVICE), train.run, []
+
+    def noted(ctx: RunContext, loaded: Any, data: Data) -> Trained:
+        batch = {name: values.to(DEVICE) for name, values in pad(data.train, 0).items()}
+        with torch.no_grad():
+            logits = base(batch["input_ids"], batch["attention_mask"], output_router_logits=False).logits
+        seen.append(cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()))
+        seen.append(learn(ctx, loaded, data))
+        return seen[1]
+
+    monkeypatch.setattr(train, "run", noted)
+    changes = {"lora": {"targetModules": "q_proj,v_proj"}, "quantization": {"scheme": "none"}, "training": {"batchSize": 32}}
+    run(tiny_job(tmp_path, changes), tmp_path / "work")
+    plain, trained = seen
+    assert trained.plan.steps == 1
+    assert trained.final_loss == pytest.approx(float(plain), rel=1e-5)
+    config = trained.model.get_base_model().config
+    assert {name: getattr(config, name) for name in switches} == switches
 
 
 def test_qat_from_the_first_step_has_no_reference_losses(tmp_path: Path) -> None:
