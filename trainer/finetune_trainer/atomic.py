@@ -30,12 +30,13 @@ def folder(target: Path) -> Iterator[Path]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Replaces a file's content in one step."""
+    """Replaces a file's content in one step; on return it is on the disk under its name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
     partial.replace(target)
+    sync(target.parent)
 
 
 def sync_tree(folder: Path) -> None:

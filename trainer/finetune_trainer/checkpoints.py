@@ -45,8 +45,7 @@ def seal(folder: Path, train_digest: str, facts: dict[str, Any]) -> None:
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL]
     files = {str(path.relative_to(folder)): _digest(path) for path in paths}
     atomic.write_text(folder / SEAL, json.dumps({"trainDigest": train_digest, "facts": facts, "files": files}, indent=1))
-    for written in (folder, folder.parent):
-        atomic.sync(written)
+    atomic.sync(folder.parent)
 
 
 def newest(outputs: Path, train_digest: str, warn: Callable[[str], None]) -> Checkpoint | None:

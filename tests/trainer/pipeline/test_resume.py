@@ -18,6 +18,7 @@ from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.reporting.reporter import RunReporter
 from finetune_trainer.stages import evaluate, verify
 from safetensors.torch import load_file
+from support.power_loss import recorded_disk
 from support.tiny_jobs import STEPS, finetune, run, tiny_job
 from support.tiny_model import save_tiny_model, sums, write_jsonl
 
@@ -299,6 +300,18 @@ def test_a_finished_model_of_another_base_is_not_published_again(tmp_path: Path)
     assert first["identities"]["model"] != second["identities"]["model"]
     assert first["identities"] | {"model": ""} == second["identities"] | {"model": ""}
     assert first["losses"]["base"] != second["losses"]["base"]
+
+
+def test_whatever_a_seal_or_the_report_speaks_of_is_on_the_disk_before_it(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with recorded_disk() as disk:
+        run(tiny_job(tmp_path, {"outputs": {"artifacts": ["adapter", "quantized"]}}), work)
+    seals = [path for path in disk.unsynced if path.name == checkpoints.SEAL]
+    assert len(seals) == STEPS
+    assert not any(disk.unsynced[path] for path in seals)
+    weights = [work / name for name in (ADAPTER, "model-torchao/model.safetensors", "proof/reference.safetensors")]
+    assert all(path.is_file() for path in weights)
+    assert not [path for path in disk.unsynced[work / "report.json"] if path.parent in {item.parent for item in weights}]
 
 
 def test_a_second_run_in_the_same_working_directory_is_refused_and_disturbs_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from finetune_trainer import atomic
+from support.power_loss import recorded_disk
 from support.run_contexts import read_files, write_files
 
 
@@ -96,13 +97,24 @@ def test_a_file_that_broke_off_keeps_its_older_content(tmp_path: Path, monkeypat
     assert target.read_text() == "old"
 
 
-def test_a_file_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, synced = tmp_path / "seal.json", []
+def test_a_file_is_on_the_disk_before_its_name_is_and_the_name_behind_it(tmp_path: Path) -> None:
+    target = tmp_path / "seal.json"
 
-    def note(path: Path) -> None:
-        synced.append((path.read_text(), target.exists()))
+    with recorded_disk() as disk:
+        atomic.write_text(target, "new")
 
-    monkeypatch.setattr(atomic, "sync", note)
-    atomic.write_text(target, "new")
+    assert disk.unsynced == {target: set()}
+    assert disk.kept_since(target) == {tmp_path}
 
-    assert synced == [("new", False)]
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_folder_is_on_the_disk_before_its_name_is_and_the_name_behind_it(older: bool, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    if older:
+        write_files(target, {"a": b"old"})
+
+    with recorded_disk() as disk, atomic.folder(target) as partial:
+        write_files(partial, {"a": b"1", "nested/deep/b": b"2", "nested/c": b"3"})
+
+    assert disk.unsynced[target] == set()
+    assert tmp_path in disk.kept_since(target)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from finetune_trainer import checkpoints
 from finetune_trainer.checkpoints import SEAL, Checkpoint
+from support.power_loss import recorded_disk
 from support.run_contexts import read_files, write_files
 
 OURS, OTHERS = "a" * 64, "b" * 64
@@ -41,6 +42,14 @@ def test_sealing_again_keeps_a_checkpoint_complete(tmp_path: Path) -> None:
     checkpoints.seal(folder, OURS, {})
 
     assert checkpoints.is_complete(folder)
+
+
+def test_every_file_is_on_the_disk_before_the_seal_and_the_names_behind_it(tmp_path: Path) -> None:
+    with recorded_disk() as disk:
+        folder = sealed(tmp_path, 20)
+
+    assert disk.unsynced == {folder / SEAL: set()}
+    assert disk.kept_since(folder / SEAL) == {folder, tmp_path}
 
 
 def test_the_most_steps_win_by_number(tmp_path: Path) -> None:
