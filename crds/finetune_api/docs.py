@@ -67,9 +67,26 @@ a run.
 """
 
 
+_STATUS_TAIL = """
+## Where preflight runs
+
+A job that wants a GPU is first checked by a Job without one. Its pod tolerates what the training's pod tolerates, and has the same volumes.
+
+- **Without a claim** it runs on any node of the architecture, operating system, region, zone and host that `scheduling.nodeSelector` names; other labels, such as a
+  GPU's, are not asked for.
+- **With a claim** (`storage.workspace`, `storage.cache`, a `pvc://` source, or `storage.workspace.storageClassName`) the whole `nodeSelector` holds: a StorageClass with
+  `volumeBindingMode: WaitForFirstConsumer` makes the volume where the first pod runs, and that pod is preflight's. Where an autoscaler makes the GPU nodes, this may start one.
+
+A selector that leaves the zone open, or none, leaves it open to preflight as well: if the GPU nodes are in some zones only, the new volume of a claim may lie in another, and
+the training waits as `Unschedulable` with `volume node affinity conflict`. Then name the zone or the GPU nodes' label in `scheduling.nodeSelector`, or set
+`runPolicy.preflight: Skip`; a claim whose volume is in the wrong zone already must be made anew.
+"""
+
+
 def status_markdown() -> str:
     """The page of all states."""
-    return _STATUS_HEAD + "".join(f"| {reason} | {state.seen} | {state.means} | {state.action} |\n" for reason, state in STATES.items())
+    rows = (f"| {reason} | {state.seen} | {state.means} | {state.action} |\n" for reason, state in STATES.items())
+    return _STATUS_HEAD + "".join(rows) + _STATUS_TAIL
 
 
 def _spec_rows() -> Iterator[str]:

@@ -8,12 +8,13 @@ from pydantic import ByteSize, TypeAdapter
 
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Subject
-from finetune_operator.volumes import build_volumes
+from finetune_operator.volumes import build_volumes, mounts_a_claim
 
 GRACE_SECONDS = 120
 PREFLIGHT_TTL_SECONDS = 3600
 _PREFLIGHT_CPU, _PREFLIGHT_MEMORY = "250m", "1Gi"
-_ARCHITECTURE = ("kubernetes.io/arch", "kubernetes.io/os")
+_WHERE = ("kubernetes.io/arch", "kubernetes.io/os", "kubernetes.io/hostname")
+_ZONES = "topology.kubernetes.io/"  # and regions
 _BYTES = TypeAdapter(ByteSize)
 _UID = 65532
 _HOME_CACHE = f"{names.HOME_DIR}/.cache"
@@ -33,14 +34,13 @@ def build_job(subject: Subject, settings: Settings) -> Json:
 
 
 def build_preflight_job(subject: Subject, settings: Settings) -> Json:
-    """The preflight Job, which goes before the training Job: the same pod without GPUs, on any node of the same architecture. It is small, so that its TTL may stand from the start."""
+    """The preflight Job, which goes before the training Job: the same pod without GPUs. It is small, so that its TTL may stand from the start."""
     spec = subject.spec
     labels = build_labels(subject) | {"app.kubernetes.io/component": "preflight"}
-    anywhere = {name: value for name, value in spec.scheduling.node_selector.items() if name in _ARCHITECTURE}
     small = spec.model_copy(
         update={
             "resources": spec.resources.model_copy(update={"gpus": 0}),
-            "scheduling": spec.scheduling.model_copy(update={"node_selector": anywhere, "runtime_class_name": ""}),
+            "scheduling": spec.scheduling.model_copy(update={"node_selector": _preflight_nodes(spec), "runtime_class_name": ""}),
         }
     )
     pod = _pod_spec(subject, small, settings)
@@ -50,6 +50,15 @@ def build_preflight_job(subject: Subject, settings: Settings) -> Json:
     job = _job(subject, names.preflight_job_name(subject.run.job_name), labels, pod)
     job["spec"]["ttlSecondsAfterFinished"] = PREFLIGHT_TTL_SECONDS
     return job
+
+
+def _preflight_nodes(spec: FineTuneJobSpec) -> dict[str, str]:
+    """Labels of the nodes that preflight may run on: it needs no GPU node, but a claim has to stay within reach of the training."""
+    selector = spec.scheduling.node_selector
+    if mounts_a_claim(spec):
+        # A claim of a StorageClass with WaitForFirstConsumer gets its volume where its first pod runs, and no pod elsewhere can mount it then.
+        return selector
+    return {name: value for name, value in selector.items() if name in _WHERE or name.startswith(_ZONES)}
 
 
 def _job(subject: Subject, name: str, labels: dict[str, str], pod: Json) -> Json:

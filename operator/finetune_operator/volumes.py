@@ -28,6 +28,12 @@ def build_volumes(spec: FineTuneJobSpec, job_name: str, train_digest: str) -> tu
     return volumes + claims.volumes, mounts
 
 
+def mounts_a_claim(spec: FineTuneJobSpec) -> bool:
+    """Whether the trainer's pod mounts a claim, be it one of its own: only some nodes can mount its volume."""
+    volumes, _ = build_volumes(spec, "", "")
+    return any(volume.keys() & {"persistentVolumeClaim", "ephemeral"} for volume in volumes)
+
+
 class _Claims:
     """Gives each claim one volume, however many mounts it has: a kubelet mounts a claim once in a pod."""
 

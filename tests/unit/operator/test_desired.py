@@ -270,15 +270,17 @@ def test_a_live_edit_changes_neither_the_jobs_name_nor_its_labels() -> None:
     assert before["metadata"] == after["metadata"]
 
 
-def test_the_preflight_job_is_the_training_job_without_gpus_on_any_node_of_its_architecture() -> None:
-    wanted = merged(FULL_SPEC, {"scheduling": {"nodeSelector": {"kubernetes.io/arch": "amd64"}}})
-    training, preflight = job_of(wanted), build_preflight_job(subject_of(wanted), SETTINGS)
+def preflight_pod_of(changes: Json, settings: Settings = SETTINGS) -> Json:
+    return dict(build_preflight_job(subject_of(changes), settings)["spec"]["template"]["spec"])
+
+
+def test_the_preflight_job_is_the_training_job_without_gpus() -> None:
+    training, preflight = job_of(FULL_SPEC), build_preflight_job(subject_of(FULL_SPEC), SETTINGS)
     pod, container = preflight["spec"]["template"]["spec"], preflight["spec"]["template"]["spec"]["containers"][0]
     assert preflight["metadata"]["name"] == training["metadata"]["name"] + "-pre"
     assert preflight["spec"]["ttlSecondsAfterFinished"] == PREFLIGHT_TTL_SECONDS
     assert container["args"] == ["preflight"]
     assert container["resources"] == {"requests": {"cpu": "250m", "memory": "1Gi"}, "limits": {"memory": "64Gi"}}
-    assert pod["nodeSelector"] == {"kubernetes.io/arch": "amd64"}
     assert "runtimeClassName" not in pod
     same = training["spec"]["template"]["spec"]
     assert (pod["volumes"], pod["securityContext"], container["env"]) == (
@@ -286,6 +288,34 @@ def test_the_preflight_job_is_the_training_job_without_gpus_on_any_node_of_its_a
         same["securityContext"],
         same["containers"][0]["env"],
     )
+
+
+SELECTOR = {
+    "kubernetes.io/arch": "amd64",
+    "kubernetes.io/hostname": "gpu-7",
+    "topology.kubernetes.io/zone": "eu-1b",
+    "nvidia.com/gpu.product": "H100",
+}
+
+
+def test_without_a_claim_preflight_runs_on_any_node_of_the_architecture_and_the_place() -> None:
+    wanted = {key: value for key, value in SELECTOR.items() if key != "nvidia.com/gpu.product"}
+    assert preflight_pod_of({"scheduling": {"nodeSelector": SELECTOR}})["nodeSelector"] == wanted
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"storage": {"workspace": {"persistentVolumeClaim": "work"}}},
+        {"storage": {"cache": {"persistentVolumeClaim": "models"}}},
+        {"model": {"source": "pvc://models/llama"}},
+        {"dataset": {"source": "pvc://rows/train.jsonl"}},
+        {"dataset": {"evaluation": {"source": "pvc://rows/held-out.jsonl"}}},
+        {"storage": {"workspace": {"storageClassName": "local-nvme"}}},
+    ],
+)
+def test_a_claim_is_bound_where_preflight_runs_so_it_runs_where_the_training_may(claim: Json) -> None:
+    assert preflight_pod_of({**claim, "scheduling": {"nodeSelector": SELECTOR}})["nodeSelector"] == SELECTOR
 
 
 def test_preflight_asks_for_no_more_memory_than_the_job_may_have() -> None:
