@@ -77,6 +77,8 @@ A job that wants a GPU is first checked by a Job without one. Its pod tolerates 
 - **With a claim** (`storage.workspace`, `storage.cache`, a `pvc://` source, or `storage.workspace.storageClassName`) the whole `nodeSelector` holds: a StorageClass with
   `volumeBindingMode: WaitForFirstConsumer` makes the volume where the first pod runs, and that pod is preflight's. Where an autoscaler makes the GPU nodes, this may start one.
 
+A `scheduling.runtimeClassName` such as a sandbox's holds for preflight too; only those of GPU nodes (the chart's `trainer.gpuRuntimeClasses`) are left out.
+
 A selector that leaves the zone open, or none, leaves it open to preflight as well: if the GPU nodes are in some zones only, the new volume of a claim may lie in another, and
 the training waits as `Unschedulable` with `volume node affinity conflict`. Then name the zone or the GPU nodes' label in `scheduling.nodeSelector`, or set
 `runPolicy.preflight: Skip`; a claim whose volume is in the wrong zone already must be made anew.

@@ -40,7 +40,7 @@ def build_preflight_job(subject: Subject, settings: Settings) -> Json:
     small = spec.model_copy(
         update={
             "resources": spec.resources.model_copy(update={"gpus": 0}),
-            "scheduling": spec.scheduling.model_copy(update={"node_selector": _preflight_nodes(spec), "runtime_class_name": ""}),
+            "scheduling": spec.scheduling.model_copy(update=_preflight_scheduling(spec, settings)),
         }
     )
     pod = _pod_spec(subject, small, settings)
@@ -50,6 +50,12 @@ def build_preflight_job(subject: Subject, settings: Settings) -> Json:
     job = _job(subject, names.preflight_job_name(subject.run.job_name), labels, pod)
     job["spec"]["ttlSecondsAfterFinished"] = PREFLIGHT_TTL_SECONDS
     return job
+
+
+def _preflight_scheduling(spec: FineTuneJobSpec, settings: Settings) -> Json:
+    # A model's own code may run in preflight too, so that a sandbox is kept; a GPU's runtime would fail on a node without one.
+    runtime = spec.scheduling.runtime_class_name
+    return {"node_selector": _preflight_nodes(spec), "runtime_class_name": "" if runtime in settings.gpu_runtime_classes else runtime}
 
 
 def _preflight_nodes(spec: FineTuneJobSpec) -> dict[str, str]:

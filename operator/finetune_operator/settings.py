@@ -17,6 +17,8 @@ class Settings(BaseSettings):
     """Image of training pods whose spec names none."""
     trainer_env: dict[str, str] = {}
     """Environment of every training pod, such as HF_ENDPOINT. Never credentials."""
+    gpu_runtime_classes: tuple[str, ...] = ("nvidia", "nvidia-cdi", "nvidia-legacy")
+    """RuntimeClasses that only GPU nodes have, and that are no sandbox: preflight, which may run elsewhere, leaves them out. Those of NVIDIA's GPU operator."""
     namespaces: tuple[str, ...] = ()
     """Namespaces that are watched. Empty: all."""
     allowed_images: tuple[str, ...] = ()

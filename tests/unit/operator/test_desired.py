@@ -290,6 +290,21 @@ def test_the_preflight_job_is_the_training_job_without_gpus() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("gvisor", True), ("kata", True), ("kata-qemu-nvidia-gpu", True), ("nvidia", False), ("nvidia-cdi", False), ("nvidia-legacy", False)],
+)
+def test_preflight_stays_in_the_sandbox_that_the_job_asks_for_and_needs_no_gpu_runtime(name: str, kept: bool) -> None:
+    pod = preflight_pod_of({"scheduling": {"runtimeClassName": name}, "model": {"trustRemoteCode": True}})
+    assert pod.get("runtimeClassName") == (name if kept else None)
+
+
+def test_the_administrator_says_which_runtime_classes_need_a_gpu_node() -> None:
+    settings = Settings(gpu_runtime_classes=("gpu",))
+    assert "runtimeClassName" not in preflight_pod_of({"scheduling": {"runtimeClassName": "gpu"}}, settings)
+    assert preflight_pod_of({"scheduling": {"runtimeClassName": "nvidia"}}, settings)["runtimeClassName"] == "nvidia"
+
+
 SELECTOR = {
     "kubernetes.io/arch": "amd64",
     "kubernetes.io/hostname": "gpu-7",

@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from finetune_operator import main
 from finetune_operator.settings import Settings
 
-DEPLOYMENT = Path(__file__).parents[3] / "charts" / "finetune-operator" / "templates" / "deployment.yaml"
+CHART = Path(__file__).parents[3] / "charts" / "finetune-operator"
+DEPLOYMENT = CHART / "templates" / "deployment.yaml"
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 PREFIX = "FINETUNE_OPERATOR_"
 
 
@@ -26,6 +29,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("namespaces", "[]", ()),
         ("allowed_images", '["registry.example.com/*"]', ("registry.example.com/*",)),
         ("allowed_service_accounts", '["trainer-*"]', ("trainer-*",)),
+        ("gpu_runtime_classes", '["gpu"]', ("gpu",)),
         ("resync_seconds", "15", 15.0),
         ("concurrency", "2", 2),
         ("health_port", "0", 0),
@@ -62,6 +66,10 @@ def test_every_variable_that_the_chart_sets_is_a_setting() -> None:
     names = set(re.findall(rf"\bname: ({PREFIX}[A-Z_]+)", DEPLOYMENT.read_text()))
     assert names
     assert names <= {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+
+
+def test_the_chart_and_an_operator_without_it_name_the_same_gpu_runtime_classes() -> None:
+    assert tuple(VALUES["trainer"]["gpuRuntimeClasses"]) == Settings().gpu_runtime_classes
 
 
 @pytest.mark.parametrize(
