@@ -7,6 +7,7 @@
   is routed to an operator, and taking it off would mend nothing.
 """
 
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -84,10 +85,15 @@ async def serving(heartbeat: Heartbeat, registry: CollectorRegistry, port: int) 
     )
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
-    # Every interface of the pod's own network namespace: the kubelet asks from outside of it.
-    site = web.TCPSite(runner, "0.0.0.0", port)  # noqa: S104
-    await site.start()
+    await web.SockSite(runner, _listening(port)).start()
     try:
         yield int(runner.addresses[0][1])
     finally:
         await runner.cleanup()
+
+
+def _listening(port: int) -> socket.socket:
+    """A socket on every interface of the pod's own network namespace, since the kubelet asks from outside of it: at its IPv6 address where the cluster has no other."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))

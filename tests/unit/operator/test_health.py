@@ -1,5 +1,7 @@
 """health.py: /healthz says whether the resync still comes round, /readyz whether it was ever complete."""
 
+import socket
+
 import aiohttp
 import pytest
 from finetune_operator.health import Heartbeat, serving
@@ -16,13 +18,28 @@ class Clock:
         return self.now
 
 
-async def answer_of(heartbeat: Heartbeat, path: str = "/healthz", registry: CollectorRegistry | None = None) -> tuple[int, str]:
+async def answer_of(
+    heartbeat: Heartbeat, path: str = "/healthz", registry: CollectorRegistry | None = None, host: str = "127.0.0.1"
+) -> tuple[int, str]:
     async with (
         serving(heartbeat, registry or CollectorRegistry(), 0) as port,
         aiohttp.ClientSession(trust_env=False) as session,
-        session.get(f"http://127.0.0.1:{port}{path}") as response,
+        session.get(f"http://{host}:{port}{path}") as response,
     ):
         return response.status, await response.text()
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", pytest.param("[::1]", marks=pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this kernel has no IPv6"))],
+)
+async def test_it_answers_on_ipv4_and_on_ipv6(host: str) -> None:
+    assert await answer_of(Heartbeat(Clock(), 60), host=host) == (200, "ok\n")
+
+
+async def test_where_the_kernel_has_no_ipv6_it_answers_on_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    assert await answer_of(Heartbeat(Clock(), 60)) == (200, "ok\n")
 
 
 async def test_a_fresh_operator_is_healthy() -> None:
