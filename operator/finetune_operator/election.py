@@ -28,19 +28,22 @@ class LeadershipLostError(Exception):
     """The Lease could not be renewed in time, or another one has it: this process must stop acting."""
 
 
-async def lead(api: client.ApiClient, namespace: str, name: str, identity: str, work: Callable[[], Awaitable[None]]) -> None:
+async def lead(
+    api: client.ApiClient, namespace: str, name: str, identity: str, follow: Callable[[], None], work: Callable[[], Awaitable[None]]
+) -> None:
     """Waits for the Lease, works, and gives the Lease back.
 
     Args:
         namespace: namespace of the Lease.
         name: name of the Lease.
         identity: name under which it is held; empty for one of this process alone.
+        follow: called whenever another holder of the Lease is seen.
         work: runs as long as the operator may; it is cancelled when the Lease is lost.
 
     Raises:
         LeadershipLostError: the Lease was lost; the process should end and be restarted.
     """
-    lock = PatientLock(name, namespace, identity or f"{socket.gethostname()}-{secrets.token_hex(4)}", api)
+    lock = PatientLock(name, namespace, identity or f"{socket.gethostname()}-{secrets.token_hex(4)}", api, follow)
     leading = asyncio.Event()
 
     async def begin() -> None:
@@ -74,7 +77,15 @@ async def _during(election: asyncio.Task[None], lock: LeaseLock, work: Awaitable
 
 
 class PatientLock(LeaseLock):  # type: ignore[misc] # the client carries no types
-    """A Lease whose API server may be away for a while: a request without an answer counts as refused, and is tried again."""
+    """A Lease whose API server may be away for a while: a request without an answer counts as refused, and is tried again.
+
+    Args:
+        follow: called whenever another holder is seen.
+    """
+
+    def __init__(self, name: str, namespace: str, identity: str, api: client.ApiClient, follow: Callable[[], None]) -> None:
+        super().__init__(name, namespace, identity, api)
+        self._follow = follow
 
     async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
         """Reads the Lease: (whether there is one, the record or the error)."""
@@ -82,6 +93,9 @@ class PatientLock(LeaseLock):  # type: ignore[misc] # the client carries no type
             found: tuple[bool, Any] = await super().get(name, namespace)
         except UNANSWERED as error:
             return False, ApiException(status=0, reason=f"{type(error).__name__}: {error}")
+        is_there, record = found
+        if is_there and record.holder_identity not in (None, self.identity):
+            self._follow()
         return found
 
     async def create(self, name: str, namespace: str, election_record: Any) -> bool:

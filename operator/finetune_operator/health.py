@@ -2,9 +2,10 @@
 
 - /healthz, for the liveness probe: whether the event loop answers and the resync still comes round. That the API server answers is not asked:
   a restart would not mend it.
-- /readyz: whether the first list of all FineTuneJobs is done. An operator that waits for the Lease is ready: a rollout waits for the new pod to
-  be ready before it stops the old one, which holds the Lease until then. Once ready it stays so, also when the API server goes away: nothing
-  is routed to an operator, and taking it off would mend nothing.
+- /readyz: whether the first list of all FineTuneJobs is done. An operator that waits for the Lease is ready once it has seen that another one holds
+  it: a rollout waits for the new pod to be ready before it stops the old one, which holds the Lease until then. One that never reached the API
+  server has seen nothing, so that an install that waits for it fails. Once ready it stays so, also when the API server goes away: nothing is routed
+  to an operator, and taking it off would mend nothing.
 """
 
 import socket
@@ -35,7 +36,12 @@ class Heartbeat:
         self._limit_seconds = ROUNDS * resync_seconds + SLACK_SECONDS
         self._last: float | None = None
         self._has_lease = has_lease
+        self._is_following = False
         self._is_synced = False
+
+    def follow(self) -> None:
+        """Notes that another operator was seen to hold the Lease."""
+        self._is_following = True
 
     def lead(self) -> None:
         """Notes that this operator holds the Lease, or needs none."""
@@ -60,7 +66,11 @@ class Heartbeat:
     def readiness(self) -> Answer:
         """The answer of /readyz."""
         if not self._has_lease:
-            return 200, "waiting for the Lease\n"
+            return (
+                (200, "waiting for the Lease\n")
+                if self._is_following
+                else (503, "the Lease is not taken, and no other holder of it was seen\n")
+            )
         return (200, "ok\n") if self._is_synced else (503, "the first list of all FineTuneJobs is not done\n")
 
 

@@ -52,7 +52,7 @@ async def run(settings: Settings) -> None:
         await stack.enter_async_context(serving(heartbeat, metrics.registry, settings.health_port))
         if settings.lease_namespace:
             lease = (settings.lease_namespace, settings.lease_name, settings.lease_identity)
-            await lead(cluster.api, *lease, lambda: operate(cluster, settings, heartbeat, metrics))
+            await lead(cluster.api, *lease, heartbeat.follow, lambda: operate(cluster, settings, heartbeat, metrics))
         else:
             await operate(cluster, settings, heartbeat, metrics)
 

@@ -107,7 +107,8 @@ The operator serves `/healthz`, `/readyz` and `/metrics` (Prometheus) on one por
 `--set podMonitor.enabled=true` makes a PodMonitor, and `podMonitor.labels` gives it the labels that your Prometheus selects by.
 
 - `/healthz` fails when the operator no longer comes round to listing the FineTuneJobs; the liveness probe restarts it then.
-- `/readyz` answers 200 from the first complete list on, whatever becomes of the API server, and while an operator waits for the Lease.
+- `/readyz` answers 200 from the first complete list on, whatever becomes of the API server, and while an operator waits for a Lease that it has seen another one
+  hold. Before that it says what is missing: `helm install --wait` fails when the API server can't be reached.
 - With several replicas only the one that has the Lease works; the others show `process_*` and zeros, and no FineTuneJobs.
 - Not counted among the requests: the watches, which kopf makes, and the Lease's, which the Kubernetes client's election makes.
 - The FineTuneJobs are counted when they are listed: every `resyncSeconds`, or less often where that would take more than a twentieth of the time.

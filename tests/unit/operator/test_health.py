@@ -96,8 +96,10 @@ def test_an_operator_stays_ready_when_the_resync_no_longer_succeeds() -> None:
     assert heartbeat.readiness()[0] == 200
 
 
-async def test_an_operator_that_waits_for_the_lease_is_ready_and_says_so_until_it_leads() -> None:
+async def test_an_operator_that_waits_for_the_lease_is_ready_once_it_has_seen_another_holder_and_says_so_until_it_leads() -> None:
     heartbeat = Heartbeat(Clock(), 60, has_lease=False)
+    assert await answer_of(heartbeat, "/readyz") == (503, "the Lease is not taken, and no other holder of it was seen\n")
+    heartbeat.follow()
     assert await answer_of(heartbeat, "/readyz") == (200, "waiting for the Lease\n")
     heartbeat.lead()
     assert heartbeat.readiness()[0] == 503

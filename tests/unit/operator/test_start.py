@@ -1,14 +1,18 @@
 """The start of main.py: an API server that is not ready yet is waited for, whatever it says."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import cast
 
 import aiohttp
 import pytest
+import yaml
 from finetune_operator import main
 from finetune_operator.cache import Kind
 from finetune_operator.cluster import ApiError, Cluster, Listing
 from finetune_operator.settings import Settings
+from support.s3_server import free_port
 
 
 class Unready:
@@ -83,3 +87,34 @@ async def test_where_no_namespace_may_be_listed_one_is_waited_for(
     settings = Settings(trainer_image="trainer", namespaces=("a", "b"))
     assert await main._served_namespaces(cast("Cluster", cluster), settings) == ("b",)
     assert any("none of a, b may be listed" in record.message for record in caplog.records)
+
+
+def write_kubeconfig(path: Path, server: str) -> None:
+    named = {"name": "nowhere"}
+    config = {
+        "clusters": [named | {"cluster": {"server": server}}],
+        "users": [named | {"user": {"token": "x"}}],
+        "contexts": [named | {"context": {"cluster": "nowhere", "user": "nowhere"}}],
+        "current-context": "nowhere",
+    }
+    path.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **config}))
+
+
+async def test_an_operator_whose_api_server_never_answers_is_alive_and_never_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asyncio.Semaphore(0)
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        asked.release()
+
+    server, port = await asyncio.start_server(hang_up, "127.0.0.1", 0), free_port("127.0.0.1")
+    write_kubeconfig(tmp_path / "config", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    monkeypatch.setattr("kubernetes.aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+    running = asyncio.create_task(main.run(Settings(lease_namespace="system", health_port=port)))
+    async with server, asyncio.timeout(20), aiohttp.ClientSession(trust_env=False) as session:
+        for _ in range(2):  # the second time, the first was taken in
+            await asked.acquire()
+        answers = [(await session.get(f"http://127.0.0.1:{port}{path}")).status for path in ("/healthz", "/readyz")]
+        running.cancel()
+        await asyncio.wait({running})
+    assert answers == [200, 503]
