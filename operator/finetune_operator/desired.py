@@ -30,7 +30,8 @@ _PLACES = {
 
 def build_job(subject: Subject, settings: Settings) -> Json:
     """The training Job of the run that the spec asks for. It has no TTL: that comes after the terminal status is stored."""
-    return _job(subject, subject.run.job_name, build_labels(subject), _pod_spec(subject, subject.spec, settings))
+    labels = build_labels(subject)
+    return _job(subject, subject.run.job_name, labels, _pod_template(labels, _pod_spec(subject, subject.spec, settings), settings))
 
 
 def build_preflight_job(subject: Subject, settings: Settings) -> Json:
@@ -47,7 +48,7 @@ def build_preflight_job(subject: Subject, settings: Settings) -> Json:
     container = pod["containers"][0]
     container["args"] = ["preflight"]
     container["resources"]["requests"] = {"cpu": _PREFLIGHT_CPU, "memory": _smaller(_PREFLIGHT_MEMORY, spec.resources.memory)}
-    job = _job(subject, names.preflight_job_name(subject.run.job_name), labels, pod)
+    job = _job(subject, names.preflight_job_name(subject.run.job_name), labels, _pod_template(labels, pod, settings))
     job["spec"]["ttlSecondsAfterFinished"] = PREFLIGHT_TTL_SECONDS
     return job
 
@@ -67,7 +68,7 @@ def _preflight_nodes(spec: FineTuneJobSpec) -> dict[str, str]:
     return {name: value for name, value in selector.items() if name in _WHERE or name.startswith(_ZONES)}
 
 
-def _job(subject: Subject, name: str, labels: dict[str, str], pod: Json) -> Json:
+def _job(subject: Subject, name: str, labels: dict[str, str], template: Json) -> Json:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -83,7 +84,7 @@ def _job(subject: Subject, name: str, labels: dict[str, str], pod: Json) -> Json
             "parallelism": 1,
             "podReplacementPolicy": "Failed",  # a new pod only when the old one is wholly gone: never two trainers
             "podFailurePolicy": {"rules": build_failure_rules()},
-            "template": {"metadata": {"labels": labels}, "spec": pod},
+            "template": template,
         },
     }
 
@@ -142,6 +143,14 @@ def _owner_reference(subject: Subject) -> Json:
         "controller": True,
         "blockOwnerDeletion": False,
     }
+
+
+def _pod_template(labels: dict[str, str], pod: Json, settings: Settings) -> Json:
+    # The operator finds its pods by its own labels: the administrator's can't replace them.
+    metadata: Json = {"labels": {**settings.trainer_pod_labels, **labels}}
+    if settings.trainer_pod_annotations:
+        metadata["annotations"] = dict(settings.trainer_pod_annotations)
+    return {"metadata": metadata, "spec": pod}
 
 
 def _pod_spec(subject: Subject, spec: FineTuneJobSpec, settings: Settings) -> Json:

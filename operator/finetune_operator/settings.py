@@ -17,6 +17,10 @@ class Settings(BaseSettings):
     """Image of training pods whose spec names none."""
     trainer_env: dict[str, str] = {}
     """Environment of every training pod, such as HF_ENDPOINT. Never credentials."""
+    trainer_pod_labels: dict[str, str] = {}
+    """Labels of every training and preflight pod beside the operator's own, which win."""
+    trainer_pod_annotations: dict[str, str] = {}
+    """Annotations of every training and preflight pod."""
     gpu_runtime_classes: tuple[str, ...] = ("nvidia", "nvidia-cdi", "nvidia-legacy")
     """RuntimeClasses that only GPU nodes have, and that are no sandbox: preflight, which may run elsewhere, leaves them out. Those of NVIDIA's GPU operator."""
     namespaces: tuple[str, ...] = ()

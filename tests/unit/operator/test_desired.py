@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Subject, read_subject
 from support.simulated_cluster import SETTINGS, build_finetunejob, matches_rule, merged
 
+Build = Callable[[Subject, Settings], Json]
 GOLDEN = Path(__file__).parent / "golden"
 FULL_SPEC: Json = {
     "model": {"source": "pvc://models/llama", "dtype": "bfloat16", "credentials": {"secretName": "model-keys"}},
@@ -231,6 +233,25 @@ def test_the_administrators_environment_never_hides_the_description() -> None:
     environment = environment_of({}, settings)
     assert environment[names.ENV_JOB] != "{}"
     assert environment["HF_ENDPOINT"] == "https://hub.example.com"
+
+
+MESH = Settings(
+    trainer_pod_labels={"sidecar.istio.io/inject": "false", names.LABEL_JOB: "stolen", "app.kubernetes.io/name": "web"},
+    trainer_pod_annotations={"karpenter.sh/do-not-disrupt": "true"},
+)
+
+
+@pytest.mark.parametrize("build", [build_job, build_preflight_job])
+def test_the_administrators_labels_and_annotations_are_on_every_pod_and_hide_none_of_the_operators(build: Build) -> None:
+    plain, job = build(subject_of({}), SETTINGS), build(subject_of({}), MESH)
+    template = job["spec"]["template"]["metadata"]
+    assert template["labels"] == {"sidecar.istio.io/inject": "false", **plain["spec"]["template"]["metadata"]["labels"]}
+    assert template["annotations"] == {"karpenter.sh/do-not-disrupt": "true"}
+    assert job["metadata"] == plain["metadata"]
+
+
+def test_a_pod_has_no_annotations_unless_the_administrator_wants_some() -> None:
+    assert "annotations" not in job_of({})["spec"]["template"]["metadata"]
 
 
 def test_the_operators_image_is_taken_when_the_spec_names_none() -> None:
