@@ -60,7 +60,7 @@ def _case(case: int) -> tuple[str, tuple[int, int, bool]]:
 def _row(case: int) -> dict[str, Any]:
     """Both sides. The measured one comes first: what the estimate leaves behind would serve it."""
     from finetune_trainer.reporting.quiet import quiet_bars, quiet_libraries
-    from finetune_trainer.reporting.report import versions
+    from finetune_trainer.results.report import versions
 
     quiet_libraries()
     quiet_bars()
@@ -104,13 +104,16 @@ def _estimated(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> d
 def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that each phase's peak lies above what the process had before; those of the model and of the conversion's peak."""
     import torch
-    from finetune_trainer import adapter  # noqa: F401 what _prepared imports counts as there before
-    from finetune_trainer.memory import heap
+    from finetune_trainer import (
+        adapter,  # noqa: F401 what _prepared imports counts as there before
+        heap,
+    )
+    from finetune_trainer.batch import pad
+    from finetune_trainer.example import Example
+    from finetune_trainer.held_out import TOKENS_AT_ONCE, measure
     from finetune_trainer.qat.prepare import free_codes, mode_of, set_fake_quantization
     from finetune_trainer.qat.rounding import TOKENS, choose_rounding, rows_to_round_by
     from finetune_trainer.stages import convert, load  # noqa: F401
-    from finetune_trainer.stages.data import Example
-    from finetune_trainer.stages.evaluate import TOKENS_AT_ONCE, measure, pad
     from finetune_trainer.teacher import adapter_values, in_place, teacher_hidden
     from finetune_trainer.token_loss import output_head, predict, summed_loss
     from transformers import AutoTokenizer
@@ -185,8 +188,8 @@ def _prepared(folder: Path, *, checkpointed: bool) -> Any:
     """The model as stages/load.py and stages/train.py make it, what is quantized of it, and its optimizer."""
     import torch
     from finetune_trainer.adapter import add_adapter
+    from finetune_trainer.base_model import load_base
     from finetune_trainer.qat.prepare import follow_optimizer, prepare
-    from finetune_trainer.stages.load import load_base
     from trl.trainer.utils import add_fused_lm_head
 
     model = add_adapter(load_base(folder, "float32", trust_remote_code=False), _spec().lora).train()

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from finetune_api.spec import LoraSpec, QuantizationSpec
 from finetune_trainer.adapter import add_adapter
+from finetune_trainer.batch import pad
+from finetune_trainer.held_out import HeldOut, measure
 from finetune_trainer.qat.prepare import exact_layers, follow_optimizer, mode_of, prepare, set_fake_quantization
 from finetune_trainer.qat.quantizers import WeightQuantizer
 from finetune_trainer.qat.quantizers.integers import SymmetricGrid
@@ -25,7 +27,6 @@ from finetune_trainer.qat.rounding import choose_rounding, rows_to_round_by
 from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.row_order import micro_batches
 from finetune_trainer.schedule import rate_factor
-from finetune_trainer.stages.evaluate import HeldOut, measure, pad
 from finetune_trainer.teacher import Adapter, adapter_values, in_place, teacher_hidden
 from finetune_trainer.token_loss import output_head, predict, summed_loss
 from peft import PeftModel

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from finetune_trainer import rendering
 from finetune_trainer.dataset import Row
-from finetune_trainer.stages.data import Example, tokenize
+from finetune_trainer.example import Example
+from finetune_trainer.stages.data import tokenize
 from transformers import PreTrainedTokenizerBase
 
 LONGEST_TOKENS = 112

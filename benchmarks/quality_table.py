@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_trainer.stages.evaluate import Interval, RowLosses, difference, is_significant, mean_loss
+from finetune_trainer.held_out import RowLosses, mean_loss
+from finetune_trainer.stages.evaluate import Interval, difference, is_significant
 
 _RESAMPLES = 1000
 PTQ = ("largest", "least squares", "rounding")

@@ -32,7 +32,7 @@ _FORKS.set_forkserver_preload(
             f"finetune_trainer.stages.{name}"
             for name in ("data", "load", "train", "evaluate", "convert", "verify", "verify_folder", "publish")
         ),
-        *(f"finetune_trainer.{name}" for name in ("reporting.report", "reporting.summary", "destinations.s3", "destinations.restore")),
+        *(f"finetune_trainer.{name}" for name in ("results.report", "results.summary", "destinations.s3", "destinations.restore")),
         "transformers.models.llama.modeling_llama",
         "boto3",
     ]

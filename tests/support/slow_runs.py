@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from finetune_trainer.reporting.hints import Measured
+from finetune_trainer.results.hints import Measured
 
 QUICK = Measured(
     stages={"Loading": 10.0, "Training": 200.0, "Evaluating": 5.0},

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from finetune_trainer.context import RunContext
+from finetune_trainer.held_out import mean_loss, measure
 from finetune_trainer.stages import data, load
-from finetune_trainer.stages.evaluate import mean_loss, measure
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.run_contexts import RecordingReporter

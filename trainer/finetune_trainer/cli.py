@@ -48,7 +48,7 @@ def run(job: Job = None, workdir: Workdir = None, cache: Cache = None) -> None:
     workdir, cache = _folders(description, workdir, cache)
     from finetune_trainer import pipeline
     from finetune_trainer.memory.shrink import OutOfMemory, start_anew
-    from finetune_trainer.reporting.summary import print_summary
+    from finetune_trainer.results.summary import print_summary
 
     try:
         with _debug_log(workdir):
@@ -64,7 +64,7 @@ def preflight(job: Job = None, workdir: Workdir = None, cache: Cache = None) -> 
     description = _description(job)
     workdir, cache = _folders(description, workdir, cache)
     from finetune_trainer import pipeline
-    from finetune_trainer.reporting.summary import print_preflight
+    from finetune_trainer.results.summary import print_preflight
 
     with _debug_log(workdir):
         found = pipeline.preflight(description, workdir, cache)
@@ -85,7 +85,7 @@ def estimate(
     from finetune_trainer.memory.report import tell
     from finetune_trainer.reporting.quiet import quiet_bars
     from finetune_trainer.reporting.reporter import RunReporter
-    from finetune_trainer.reporting.summary import print_estimate
+    from finetune_trainer.results.summary import print_estimate
 
     quiet_bars()
     print_estimate(tell(RunContext(description, Path(), cache, RunReporter(description.train_digest)), gpu))

@@ -16,14 +16,14 @@ from finetune_trainer import checkpoints
 from finetune_trainer.checkpoints import Checkpoint
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import DataError, FineTuneError
+from finetune_trainer.example import Example
+from finetune_trainer.held_out import HeldOut, mean_loss, measure
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.plan import Plan
 from finetune_trainer.qat.prepare import follow_optimizer, free_codes, mode_of, set_fake_quantization
 from finetune_trainer.qat.rounding import choose_rounding, gains_from_a_choice
 from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.reporting.progress import ProgressMeter
-from finetune_trainer.stages.data import Example
-from finetune_trainer.stages.evaluate import HeldOut, mean_loss, measure
 from finetune_trainer.switch import Switch
 from finetune_trainer.teacher import Adapter, adapter_values, in_place
 from finetune_trainer.termination_signal import stopping_at_once

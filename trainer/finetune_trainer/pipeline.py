@@ -106,9 +106,9 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     # Here, not above: what preflight refuses needs no torch. The backend first: unsloth patches what the stages import.
     backend = backends.take(ctx)
     from finetune_trainer.adapter import save_adapter
-    from finetune_trainer.reporting.hints import hints
-    from finetune_trainer.reporting.measured import measured
-    from finetune_trainer.reporting.report import build_report
+    from finetune_trainer.results.hints import hints
+    from finetune_trainer.results.measured import measured
+    from finetune_trainer.results.report import build_report
     from finetune_trainer.stages import convert, data, evaluate, load, train, verify
 
     quiet_bars()
@@ -221,7 +221,7 @@ def remove_mirror(ctx: RunContext) -> None:
 
 
 def _tell(reporter: RunReporter, report: dict[str, Any], spec: QualitySpec) -> None:
-    from finetune_trainer.reporting.report import qat, quality
+    from finetune_trainer.results.report import qat, quality
 
     resolved = {name: report["sources"][name] for name in ("model", "dataset")}
     shortfall = quality_gate.shortfall(spec, report["losses"])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune_trainer import atomic
-from finetune_trainer.stages.evaluate import HeldOut
+from finetune_trainer.held_out import HeldOut
 from finetune_trainer.teacher import Adapter
 
 FILE = "switch.safetensors"

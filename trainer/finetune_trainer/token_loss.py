@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from finetune_trainer.stages.data import IGNORED
+from finetune_trainer.example import IGNORED
 
 _LOGITS_AT_ONCE = 2**23  # 32 MB in float32
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_trainer.batch import pad
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import DataError
 from finetune_trainer.example import IGNORED, Example
 from finetune_trainer.rendering import Segment
 from finetune_trainer.stages import data
 from finetune_trainer.stages.data import Data, split, tokenize
-from finetune_trainer.stages.evaluate import pad
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.exact_models import lora_opt

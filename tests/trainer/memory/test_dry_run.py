@@ -6,6 +6,7 @@ import pytest
 import torch
 from finetune_api.spec import FineTuneJobSpec, LoraSpec, QuantizationSpec
 from finetune_trainer.adapter import add_adapter
+from finetune_trainer.example import Example
 from finetune_trainer.memory import dry_run
 from finetune_trainer.memory.dry_run import (
     HeldOutBatch,
@@ -24,7 +25,6 @@ from finetune_trainer.plan import Plan
 from finetune_trainer.qat.linear import weight_codes
 from finetune_trainer.qat.prepare import exact_layers, mode_of, prepare
 from finetune_trainer.qat.rounding import choose_rounding
-from finetune_trainer.stages.data import Example
 from peft import PeftModel
 from support.run_contexts import run_spec
 from support.tiny_model import tiny_llama

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_trainer.memory import heap
+from finetune_trainer import heap
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 MIB = 2**20
 _HOLES = """
 from pathlib import Path
-from finetune_trainer.memory import heap
+from finetune_trainer import heap
 def resident():
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:")).split()[1]) / 1024
 MIB = 2**20

@@ -14,7 +14,7 @@ from support.tiny_model import tiny_llama
 CODE = """
 import sys
 from pathlib import Path
-from finetune_trainer.stages.load import load_base
+from finetune_trainer.base_model import load_base
 
 def resident(name):
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)).split()[1]) * 1024

@@ -11,10 +11,10 @@ from finetune_api import names, termination
 from finetune_api.exits import ExitCode
 from finetune_api.status import Stage
 from finetune_api.termination import TerminationMessage
-from finetune_trainer import pipeline
+from finetune_trainer import base_model, pipeline
 from finetune_trainer.errors import CapacityError
 from finetune_trainer.reporting.session import ENV_TERMINATION_LOG
-from finetune_trainer.stages import load, rehearse
+from finetune_trainer.stages import rehearse
 from support.run_contexts import context, notes, refused, run_spec
 from support.tiny_jobs import STEPS, description, finetune, tiny_job
 from support.tiny_model import sums, tiny_tokenizer
@@ -39,7 +39,7 @@ def huge_model(folder: Path) -> int:
     config.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     header, end = {}, 0
-    for name, parameter in load.empty_base(folder, trust_remote_code=False).named_parameters():
+    for name, parameter in base_model.empty_base(folder, trust_remote_code=False).named_parameters():
         size = parameter.numel() * 2
         header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + size]}
         end += size
@@ -87,7 +87,7 @@ def test_a_pod_that_can_not_hold_the_training_is_never_asked_for(tmp_path: Path,
     (tmp_path / "huge").mkdir()
     huge_model(tmp_path / "huge")
     ctx = context(tmp_path, run_spec(resources=resources), in_cluster=True)
-    config = load.empty_base(tmp_path / "huge", trust_remote_code=False).config
+    config = base_model.empty_base(tmp_path / "huge", trust_remote_code=False).config
     rows = SimpleNamespace(train=[SimpleNamespace(input_ids=range(64))], held_out=[])
     with refused(CapacityError, told):
         rehearse._require_fit(ctx, config, rows)

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 from finetune_api.spec import QualitySpec
+from finetune_trainer.held_out import HeldOut
 from finetune_trainer.quality_gate import shortfall
-from finetune_trainer.stages.evaluate import HeldOut, agreement, difference, is_significant, recovered
+from finetune_trainer.stages.evaluate import agreement, difference, is_significant, recovered
 
 MEASURED = {"base": 3.0, "tuned": 2.0, "ptq": 2.5, "quantized": 2.1, "shipped_over_ptq": [-0.5, -0.3], "shipped_over_base": [-1.0, -0.8]}
 

@@ -14,11 +14,11 @@ from finetune_api.progress import ProgressReport
 from finetune_api.status import Progress, Stage
 from finetune_trainer.errors import DataError
 from finetune_trainer.failures import classify
-from finetune_trainer.reporting import hints
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.reporting.reporter import LogScreen, RunReporter, TerminalScreen
 from finetune_trainer.reporting.server import Endpoint, serving
 from finetune_trainer.reporting.session import ENV_TERMINATION_LOG, reporting
+from finetune_trainer.results import hints
 from support.run_contexts import context, run_spec
 from support.tiny_jobs import finetune, run, tiny_job
 

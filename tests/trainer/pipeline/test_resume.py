@@ -13,9 +13,9 @@ import pytest
 import torch
 from finetune_trainer import checkpoints, destinations, phases, pipeline, plan
 from finetune_trainer.errors import Checkpointed, InfrastructureError, NotPublishedError
-from finetune_trainer.reporting import summary
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.reporting.reporter import RunReporter
+from finetune_trainer.results import summary
 from finetune_trainer.stages import evaluate, verify
 from safetensors.torch import load_file
 from support.power_loss import recorded_disk

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from finetune_trainer import token_loss
+from finetune_trainer.batch import pad
+from finetune_trainer.example import IGNORED, Example
 from finetune_trainer.memory.tracking import LiveBytes
-from finetune_trainer.stages.data import Example
-from finetune_trainer.stages.evaluate import pad
-from finetune_trainer.token_loss import IGNORED, Head, Prediction, output_head, predict, summed_loss, token_losses
+from finetune_trainer.token_loss import Head, Prediction, output_head, predict, summed_loss, token_losses
 from support.tiny_model import tiny_llama
 from torch.nn import functional as F
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM

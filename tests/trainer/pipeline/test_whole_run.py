@@ -12,16 +12,16 @@ import torch
 from finetune_api.exits import ExitCode
 from finetune_api.termination import parse
 from finetune_trainer import phases, plan
+from finetune_trainer.batch import pad
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import ProofError
 from finetune_trainer.qat.kernels import REFERENCE, kernel_of, reference_arithmetic
 from finetune_trainer.qat.prepare import exact_layers
-from finetune_trainer.reporting.report import quality
 from finetune_trainer.reporting.session import ENV_TERMINATION_LOG
+from finetune_trainer.results.report import quality
 from finetune_trainer.row_order import order_of
 from finetune_trainer.stages import convert, train, verify
 from finetune_trainer.stages.data import Data
-from finetune_trainer.stages.evaluate import pad
 from finetune_trainer.stages.train import Trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file

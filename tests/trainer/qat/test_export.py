@@ -15,10 +15,10 @@ from finetune_trainer.qat import export
 from finetune_trainer.qat.export import exported_tensor, plain_model, tensor_digest, trained_digests, weight_digests
 from finetune_trainer.qat.kernels import reference_arithmetic
 from finetune_trainer.qat.linear import base_linear, fake_quantized_weight, merged_weight
-from finetune_trainer.qat.prepare import exact_layers, prepare
+from finetune_trainer.qat.prepare import exact_layers, prepare, training_logits
 from finetune_trainer.qat.schemes import SCHEMES as TABLE
 from finetune_trainer.qat.tensors import QUANTIZED, dense
-from finetune_trainer.stages.convert import reference_batch, training_logits
+from finetune_trainer.stages.convert import reference_batch
 from peft import PeftModel
 from safetensors import safe_open
 from support.exact_models import DTYPES, KERNELS, SCHEMES, WIDE, exact_layer, exact_model, lora_model, lora_opt, quantization

@@ -7,8 +7,9 @@ import torch
 from finetune_api.spec import Scheme
 from finetune_trainer.qat.export import plain_model
 from finetune_trainer.qat.kernels import REFERENCE, kernel_errors, kernel_of, quantized_layers, reference_arithmetic
+from finetune_trainer.qat.prepare import training_logits
 from finetune_trainer.qat.schemes import SCHEMES as TABLE
-from finetune_trainer.stages.convert import reference_batch, training_logits
+from finetune_trainer.stages.convert import reference_batch
 from support.exact_models import DTYPES, KERNELS, exact_model
 from transformers import PreTrainedModel
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_trainer.stages.data import Example
+from finetune_trainer.example import Example
 from support.tiny_model import save_tiny_model, tiny_llama
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from finetune_api.spec import Scheme
+from finetune_trainer.example import Example
 from finetune_trainer.qat import rounding
 from finetune_trainer.qat.export import plain_model, trained_digests, weight_digests
 from finetune_trainer.qat.linear import adapted_weight, base_linear, fake_quantized_weight, merged_weight, weight_codes
 from finetune_trainer.qat.prepare import exact_layers, set_fake_quantization
 from finetune_trainer.qat.rounding import choose_rounding, compensated, rows_to_round_by
 from finetune_trainer.qat.scales import fit_scales
-from finetune_trainer.stages.data import Example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel

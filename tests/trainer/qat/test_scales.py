@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetune_trainer.held_out import HeldOut
 from finetune_trainer.qat.linear import fake_quantized_weight, merged_weight
 from finetune_trainer.qat.prepare import exact_layers, set_fake_quantization
 from finetune_trainer.qat.scales import fit_scales
-from finetune_trainer.stages.evaluate import HeldOut
 from finetune_trainer.switch import Switch
 from finetune_trainer.teacher import adapter_values, in_place, teacher_hidden
 from support.exact_models import exact_model, logits_of, lora_model, set_factors, token_ids

@@ -1,7 +1,7 @@
 """Hints about slow runs: only from what was measured, only where it is large, and never for a run that was not slow."""
 
 import pytest
-from finetune_trainer.reporting.hints import CPU_SECONDS, KINDS, LARGE_SHARE, LEAST_SECONDS, Measured, hints
+from finetune_trainer.results.hints import CPU_SECONDS, KINDS, LARGE_SHARE, LEAST_SECONDS, Measured, hints
 from hypothesis import given
 from hypothesis import strategies as st
 from support.slow_runs import CASES, QUICK

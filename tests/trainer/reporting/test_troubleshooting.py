@@ -8,7 +8,7 @@ import finetune_trainer
 import pytest
 from finetune_trainer import errors
 from finetune_trainer.errors import FineTuneError
-from finetune_trainer.reporting.hints import hints
+from finetune_trainer.results.hints import hints
 from finetune_trainer.troubleshooting import DOCS_FILE, TOPICS, Symptom, markdown
 from support.slow_runs import CASES
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from finetune_trainer import sources
+from finetune_trainer import base_model, sources
 from finetune_trainer.errors import CapacityError, SpecError
 from finetune_trainer.sources import builtin
 from finetune_trainer.sources.python_docs import instruction_rows
@@ -72,7 +72,7 @@ def test_a_check_converts_nothing(tmp_path: Path) -> None:
 def test_what_says_which_model_it_is_comes_without_the_weights_and_is_the_same(tmp_path: Path) -> None:
     described = sources.fetch_model(context(tmp_path, run_spec()), weights=False)
 
-    model = load.empty_base(described.path, trust_remote_code=False)
+    model = base_model.empty_base(described.path, trust_remote_code=False)
     assert model.num_parameters() == 134515008
     assert load.load_tokenizer(described.path, trust_remote_code=False).chat_template
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

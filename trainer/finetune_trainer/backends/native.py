@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from finetune_trainer import adapter
 from finetune_trainer.backends import Name
-from finetune_trainer.stages.load import load_base as load_base
+from finetune_trainer.base_model import load_base as load_base
 
 NAME: Name = "native"
 

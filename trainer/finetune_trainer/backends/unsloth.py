@@ -19,10 +19,9 @@ from finetune_api.spec import LoraSpec, Scheme
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from finetune_trainer import adapter
+from finetune_trainer import adapter, base_model
 from finetune_trainer.backends import Name
-from finetune_trainer.memory.fit import training_dtype
-from finetune_trainer.stages import load
+from finetune_trainer.base_model import training_dtype
 
 NAME: Name = "unsloth"
 
@@ -33,8 +32,8 @@ def load_base(folder: Path, dtype: str, *, trust_remote_code: bool) -> PreTraine
     Raises:
         DataError: no such architecture, a damaged file, or weights that are missing.
     """
-    load.check_weights(folder, trust_remote_code=trust_remote_code)  # FastLanguageModel says nothing about weights that are missing
-    with load.refusing(folder), redirect_stdout(StringIO()):
+    base_model.check_weights(folder, trust_remote_code=trust_remote_code)  # FastLanguageModel says nothing about weights that are missing
+    with base_model.refusing(folder), redirect_stdout(StringIO()):
         model, _ = FastLanguageModel.from_pretrained(
             str(folder),
             dtype=training_dtype(dtype, on_gpu=torch.cuda.is_available()),

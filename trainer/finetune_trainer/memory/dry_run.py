@@ -205,7 +205,7 @@ def run(model: PeftModel, step: Step) -> None:
 
 @torch.no_grad()
 def evaluate(model: PeftModel, batch: HeldOutBatch) -> None:
-    """The batch itself, as stages/evaluate.py measures it, or as rounding.py runs it, with empty memory for what it computes before each layer."""
+    """The batch itself, as held_out.py measures it, or as rounding.py runs it, with empty memory for what it computes before each layer."""
     base = model.get_base_model()
     input_ids, mask = _batch(batch.rows, batch.tokens, padded=batch.rows > 1)
     if batch.rounding:

@@ -10,8 +10,9 @@ import torch
 from finetune_api.spec import FineTuneJobSpec
 from transformers import PreTrainedConfig
 
+from finetune_trainer import heap
+from finetune_trainer.base_model import training_dtype
 from finetune_trainer.errors import CapacityError
-from finetune_trainer.memory import heap
 from finetune_trainer.memory.capacity import gpu_room, process_room, quantity_bytes
 from finetune_trainer.memory.dry_run import UntraceableError, empty_model
 from finetune_trainer.memory.estimate import PROCESS_BYTES, Estimate, Kind, Lengths, Needed, fits, gigabytes, largest, needed_by
@@ -54,11 +55,6 @@ def promised_pod(spec: FineTuneJobSpec) -> Place:
     known = GPU_BYTES.get(wanted.gpu_type)
     room = None if known is None else known - CONTEXT_BYTES
     return Place(room, True, f"resources.gpuType {wanted.gpu_type}", "a resources.gpuType with more")
-
-
-def training_dtype(dtype: str, *, on_gpu: bool) -> torch.dtype:
-    """The dtype of the weights: what `model.dtype` says, or bfloat16 on a GPU and float32 on a CPU."""
-    return {"auto": torch.bfloat16 if on_gpu else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
 def fitted(spec: FineTuneJobSpec, config: PreTrainedConfig, plan: Plan, lengths: Lengths, place: Place) -> tuple[Plan, Estimate | None]:

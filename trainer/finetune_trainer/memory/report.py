@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
-from finetune_trainer import sources
+from finetune_trainer import base_model, sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import CapacityError, SpecError
 from finetune_trainer.memory import fit
@@ -16,7 +16,6 @@ from finetune_trainer.memory.estimate import Estimate, Lengths, largest
 from finetune_trainer.memory.fit import Place
 from finetune_trainer.memory.gpus import CONTEXT_BYTES, GPU_BYTES
 from finetune_trainer.plan import plan
-from finetune_trainer.stages import load
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def tell(ctx: RunContext, gpu: str | None) -> Told:
     if gpu is not None and gpu not in GPU_BYTES:
         raise SpecError(f"--gpu is {gpu}, which is not in the table; known are {', '.join(GPU_BYTES)}.")
     fetched = sources.fetch_model(ctx, weights=False)
-    base = load.empty_base(fetched.path, trust_remote_code=ctx.spec.model.trust_remote_code)
+    base = base_model.empty_base(fetched.path, trust_remote_code=ctx.spec.model.trust_remote_code)
     gpus = {name: size for name, size in GPU_BYTES.items() if gpu in (None, name)}
     places = [Place(size - CONTEXT_BYTES, True, name, "") for name, size in gpus.items()]
     if gpu is None:

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
+from finetune_trainer import heap
 from finetune_trainer.errors import DataError
-from finetune_trainer.memory import heap
 from finetune_trainer.qat.linear import ExactLinear, base_linear, fake_quantized_weight, merged_weight, weight_codes
 from finetune_trainer.qat.prepare import exact_layers, group_size_of, merged_layers, plain_name
 from finetune_trainer.qat.schemes import SCHEMES

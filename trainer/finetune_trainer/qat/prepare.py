@@ -161,7 +161,7 @@ def require_effect(model: PeftModel, input_ids: torch.Tensor) -> None:
         ProofError: fake quantization changes nothing.
         SpecError: the same call in training mode gives other logits.
     """
-    plain, quantized, again = (_training_logits(model, input_ids, fake_quant=enabled) for enabled in (False, True, True))
+    plain, quantized, again = (training_logits(model, input_ids, fake_quant=enabled) for enabled in (False, True, True))
     if not torch.allclose(quantized, again, rtol=0, atol=0, equal_nan=True):  # NaN is the loss's business, not a random number
         raise SpecError(
             "spec.model.source: this model gives other logits at every call in training mode, even with its dropout switched off, so no exported "
@@ -197,12 +197,15 @@ def _switch_off_dropout(base: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _training_logits(model: PeftModel, input_ids: torch.Tensor, *, fake_quant: bool) -> torch.Tensor:
+def training_logits(
+    model: PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, fake_quant: bool = True
+) -> torch.Tensor:
+    """Full logits in training mode, without autocast: with fake quantization what the exported model must compute."""
     before = model.training
     model.train()
     try:
         with fake_quantization(model, enabled=fake_quant):
-            logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+            logits: torch.Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     finally:
         model.train(before)
     return logits

@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from finetune_trainer.batch import pad
+from finetune_trainer.example import Example
 from finetune_trainer.qat.linear import ExactLinear, Nudge, adapted_weight, base_linear
 from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization
 from finetune_trainer.qat.scales import fit_layer, fit_scales
-from finetune_trainer.stages.data import Example
-from finetune_trainer.stages.evaluate import pad
 
 TOKENS = 4096
 """Tokens of the rows that the choice is made from, at most; one row, if it is longer."""

@@ -1,1 +1,1 @@
-"""How a run speaks: to a terminal or a log, to the operator, to the kubelet, and in report.json."""
+"""How a run speaks while it goes: to a terminal or a log, to the operator, to the kubelet."""

@@ -16,12 +16,11 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from finetune_trainer import atomic
+from finetune_trainer import atomic, heap
 from finetune_trainer.canonical import sort_metadata
 from finetune_trainer.context import RunContext
-from finetune_trainer.memory import heap
 from finetune_trainer.qat.export import free_weight, plain_model, trained_digests
-from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization, free_codes, mode_of
+from finetune_trainer.qat.prepare import drop_caches, exact_layers, free_codes, mode_of, training_logits
 from finetune_trainer.sources.model_files import companions
 from finetune_trainer.stages.train import Trained
 
@@ -116,16 +115,3 @@ def reference_batch(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, _TOKENS * 3 // 4 :] = 0
     return input_ids, attention_mask
-
-
-@torch.no_grad()
-def training_logits(model: PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Full logits in training mode, fake quantization on, final adapter, no autocast."""
-    before = model.training
-    model.train()
-    try:
-        with fake_quantization(model, enabled=True):
-            logits: torch.Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    finally:
-        model.train(before)
-    return logits

@@ -1,29 +1,20 @@
 """Evaluate: what base, tuned, PTQ and quantized model do on the held-out rows, all on the same tokens, and how sure their differences are.
 
-`measure` also serves phases.py, which measures twice at the switch. Never changes a weight or the random state.
+What one model does is measured in held_out.py; here the models are held against each other.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from finetune_api.spec import Artifact
 from peft import PeftModel
 
 from finetune_trainer.context import RunContext
-from finetune_trainer.errors import QualityError
-from finetune_trainer.qat.prepare import fake_quantization
-from finetune_trainer.row_order import micro_batches
-from finetune_trainer.stages.data import IGNORED, Data, Example
-from finetune_trainer.token_loss import output_head, predict, token_losses
-
-if TYPE_CHECKING:
-    from finetune_trainer.switch import Switch
+from finetune_trainer.held_out import HeldOut, RowLosses, mean_loss, measure
+from finetune_trainer.stages.data import Data
+from finetune_trainer.switch import Switch
 
 NOTHING_HELD_OUT = "No held-out data: no loss is measured (dataset.evaluation)."
-TOKENS_AT_ONCE = 2048
 _RESAMPLES = 1000
 _FEWEST_ROWS = 6
 
@@ -68,24 +59,7 @@ class Losses:
     adapter_over_base: Interval | None = None
 
 
-RowLosses = list[tuple[float, int]]
-"""(summed loss in nats, trained tokens) of each held-out example, in order."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What one model does on the held-out examples.
-
-    Attributes:
-        rows: the losses.
-        greedy: the most likely token at each trained place, example after example.
-    """
-
-    rows: RowLosses
-    greedy: list[int]
-
-
-def run(ctx: RunContext, model: PeftModel, data: Data, switch: "Switch | None", *, quantized: bool, keep_codes: bool) -> Losses:
+def run(ctx: RunContext, model: PeftModel, data: Data, switch: Switch | None, *, quantized: bool, keep_codes: bool) -> Losses:
     """Measures what is still to be measured after training.
 
     Args:
@@ -125,11 +99,6 @@ def run(ctx: RunContext, model: PeftModel, data: Data, switch: "Switch | None", 
     )
 
 
-def mean_loss(rows: RowLosses) -> float:
-    """Mean loss per trained token, in nats."""
-    return sum(total for total, _ in rows) / sum(count for _, count in rows)
-
-
 def recovered(tuned: RowLosses, ptq: RowLosses, shipped: RowLosses, seed: int) -> float | None:
     """(PTQ - shipped) / (PTQ - tuned); None where PTQ's damage is not significant."""
     if not is_significant(difference(ptq, tuned, seed)):
@@ -167,58 +136,3 @@ def difference(one: RowLosses, other: RowLosses, seed: int) -> Interval | None:
     resampled = (torch.randint(len(one), (len(one),), generator=generator) for _ in range(_RESAMPLES))
     means = torch.stack([apart[drawn].sum() / tokens[drawn].sum() for drawn in resampled])
     return [float(means.quantile(0.025)), float(means.quantile(0.975))]
-
-
-@torch.no_grad()
-def measure(model: PeftModel, examples: Sequence[Example], *, fake_quant: bool, keep_codes: bool = True) -> HeldOut:
-    """The loss of each example, and the most likely token wherever one is trained.
-
-    Args:
-        keep_codes: quantize each weight once for all batches (one byte a weight), or once for each; the result is the same.
-
-    Raises:
-        QualityError: a loss is not finite, so that nothing could be compared with it.
-    """
-    before = model.training
-    model.eval()
-    results: dict[int, tuple[float, list[int]]] = {}
-    try:
-        with fake_quantization(model, enabled=fake_quant, keep_codes=keep_codes):
-            for batch in micro_batches([len(example.input_ids) for example in examples], TOKENS_AT_ONCE):
-                results |= dict(zip(batch, _measure_batch(model, [examples[index] for index in batch]), strict=True))
-    finally:
-        model.train(before)
-    ordered = [results[index] for index in range(len(examples))]
-    _require_finite([total for total, _ in ordered])
-    rows = [(total, example.trained_tokens) for (total, _), example in zip(ordered, examples, strict=True)]
-    return HeldOut(rows, [token for _, tokens in ordered for token in tokens])
-
-
-def _require_finite(losses: Sequence[float]) -> None:
-    for number, loss in enumerate(losses, start=1):
-        if not math.isfinite(loss):
-            raise QualityError(
-                f"The loss of held-out row {number} of {len(losses)} is {loss}, so the model computes no numbers there; nothing was published. "
-                "Lower training.learningRate, set model.dtype to float32, or take another base model."
-            )
-
-
-def pad(examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels [rows, longest], padded on the right; padding is never trained."""
-    longest = max(len(example.input_ids) for example in examples)
-    filled = [(len(example.input_ids), longest - len(example.input_ids), example) for example in examples]
-    batch = {
-        "input_ids": [[*example.input_ids, *([pad_token_id] * missing)] for _, missing, example in filled],
-        "attention_mask": [[1] * length + [0] * missing for length, missing, _ in filled],
-        "labels": [[*example.labels, *([IGNORED] * missing)] for _, missing, example in filled],
-    }
-    return {name: torch.tensor(values, device=device) for name, values in batch.items()}
-
-
-def _measure_batch(model: PeftModel, examples: Sequence[Example]) -> list[tuple[float, list[int]]]:
-    """(summed loss, most likely tokens) of each example."""
-    base = model.get_base_model()
-    predicted = predict(base, **pad(examples, 0, model.device))
-    losses, tokens = token_losses(output_head(base), predicted)
-    counts = [example.trained_tokens for example in examples]
-    return [(float(loss.sum()), row.tolist()) for loss, row in zip(losses.split(counts), tokens.split(counts), strict=True)]

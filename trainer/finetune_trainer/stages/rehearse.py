@@ -11,7 +11,7 @@ from finetune_api.spec import Scheme
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
-from finetune_trainer import backends, sources
+from finetune_trainer import backends, base_model, sources
 from finetune_trainer.adapter import add_adapter
 from finetune_trainer.context import RunContext
 from finetune_trainer.memory import fit
@@ -53,7 +53,7 @@ def run(ctx: RunContext) -> Rehearsed:
     _note_unchecked(ctx)
     described = sources.fetch_model(ctx, weights=False)
     tokenizer = load.tokenizer_of(ctx, described.path)
-    base = load.empty_base(described.path, trust_remote_code=ctx.spec.model.trust_remote_code)
+    base = base_model.empty_base(described.path, trust_remote_code=ctx.spec.model.trust_remote_code)
     parameters = base.num_parameters()
     with torch.device("meta"):
         model = add_adapter(base, ctx.spec.lora)
@@ -66,7 +66,7 @@ def run(ctx: RunContext) -> Rehearsed:
     # Before the weights: what fits nowhere need not be downloaded, and may not even be mapped.
     steps, needed = _require_fit(ctx, base.config, rows)
     if sources.keeps_weights(ctx):
-        load.check_weights(sources.fetch_model(ctx).path, trust_remote_code=ctx.spec.model.trust_remote_code)
+        base_model.check_weights(sources.fetch_model(ctx).path, trust_remote_code=ctx.spec.model.trust_remote_code)
     return Rehearsed(described.resolved, parameters, adapted, rows, steps, needed)
 
 

@@ -20,9 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from finetune_trainer import checkpoints, finished
+from finetune_trainer.batch import pad
 from finetune_trainer.checkpoints import Checkpoint
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import Checkpointed
+from finetune_trainer.example import IGNORED, Example
 from finetune_trainer.failures import first_line, is_out_of_memory
 from finetune_trainer.memory import fit, shrink
 from finetune_trainer.memory.estimate import Estimate, Lengths
@@ -34,8 +36,7 @@ from finetune_trainer.qat.rounding import rows_to_round_by
 from finetune_trainer.qat.roundtrip import require_roundtrip
 from finetune_trainer.row_order import GroupedByLength, micro_batches
 from finetune_trainer.schedule import ADAPT_PEAK, rate_factor
-from finetune_trainer.stages.data import IGNORED, Data, Example, require_known_tokens
-from finetune_trainer.stages.evaluate import pad
+from finetune_trainer.stages.data import Data, require_known_tokens
 from finetune_trainer.stages.load import Loaded
 from finetune_trainer.switch import Switch
 from finetune_trainer.teacher import teacher_hidden

@@ -1,4 +1,4 @@
-"""What one attempt measured, for reporting/hints.py: times of the reporter, and what this machine computes with. Imports torch."""
+"""What one attempt measured, for results/hints.py: times of the reporter, and what this machine computes with. Imports torch."""
 
 import os
 
@@ -6,7 +6,7 @@ import torch
 
 from finetune_trainer import sources
 from finetune_trainer.context import RunContext
-from finetune_trainer.reporting.hints import Measured
+from finetune_trainer.results.hints import Measured
 from finetune_trainer.stages.train import Trained
 
 
