@@ -21,7 +21,8 @@ from support.s3_server import S3Server
 from support.tiny_model import tiny_tokenizer
 
 OWNED = "owned"  # what malicious code would write
-CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+TURNS = '"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+CHAT = f"{{{TURNS}}}\n"
 
 
 @dataclass(frozen=True)
@@ -332,6 +333,29 @@ DATA: dict[str, BadInput] = {
     ),
     "a conversation without an answer": BadInput(
         _data('{"messages": [{"role": "user", "content": "a"}]}\n'), _DATA, ("line 1", "no assistant turn", "add one or drop the row")
+    ),
+    "a turn without text": BadInput(
+        _data('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}\n'),
+        _DATA,
+        ("bad.jsonl, line 1", "messages[1] must be", "with a text as content"),
+    ),
+    "arguments that are no object": BadInput(
+        _data('{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]}\n'),
+        _DATA,
+        ("bad.jsonl, line 1", "messages[0]: the arguments of a call of f", "must be an object"),
+    ),
+    "tools that are one text": BadInput(
+        _data(f'{CHAT}{{{TURNS}, "tools": "search"}}\n'), _DATA, ("bad.jsonl, line 2", "'tools' must be a list of functions")
+    ),
+    "a row that brings a template of its own": BadInput(
+        _data(f'{CHAT}{{{TURNS}, "chat_template_kwargs": {{"chat_template": "x"}}}}\n'),
+        _DATA,
+        ("bad.jsonl, line 2", "'chat_template_kwargs' may not set chat_template", "remove it"),
+    ),
+    "tools that the model's template leaves out": BadInput(
+        _data(f'{CHAT}{{{TURNS}, "tools": [{{"name": "f"}}]}}\n'),
+        _DATA,
+        ("bad.jsonl, line 2", "makes no use of the row's tools", "remove them"),
     ),
     "rows that are all too long": BadInput(
         _data('{"instruction": "%s", "output": "b"}\n' % ("a" * 200)), _DATA, ("bad.jsonl", "training.maxLength (64 tokens)", "raise it")

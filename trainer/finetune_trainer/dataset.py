@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune_trainer import conversation
+from finetune_trainer.conversation import RowError
 from finetune_trainer.errors import DataError
 
 Form = Literal["chat", "prompt-completion", "instruction", "text"]
@@ -21,11 +23,17 @@ _COLUMNS: dict[Form, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
     "text": ("text",),
 }
+_MORE_COLUMNS: dict[Form, tuple[str, ...]] = {
+    "chat": (conversation.TOOLS, conversation.VARIABLES),
+    "prompt-completion": (conversation.TOOLS, conversation.VARIABLES),
+    "instruction": ("input",),
+    "text": (),
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the dataset that has been checked."""
+    """One line of the dataset that has been checked, a conversation in the form that templates read."""
 
     line: int
     values: dict[str, Any]
@@ -33,12 +41,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Dataset:
-    """All rows of one file, of one form; going through them reads the file."""
+    """All rows of one file, of one form; going through them reads the file.
+
+    Attributes:
+        unread: columns that some rows have, and that nothing is made of.
+    """
 
     form: Form
     path: Path
     name: str
     count: int
+    unread: tuple[str, ...]
 
     def __len__(self) -> int:
         return self.count
@@ -62,13 +75,16 @@ def read_rows(path: Path, name: str, wanted: str = "auto") -> Dataset:
     if first is None:
         raise DataError(f"{name} is empty; a dataset needs at least one row of JSON.")
     form = _detect(first, name) if wanted == "auto" else _form(wanted)
-    return Dataset(form, path, name, sum(1 for _ in _checked(path, name, form)))
+    count, columns = 0, set[str]()
+    for row in _checked(path, name, form):
+        count += 1
+        columns.update(row.values)
+    return Dataset(form, path, name, count, tuple(sorted(columns.difference(_COLUMNS[form], _MORE_COLUMNS[form]))))
 
 
 def _checked(path: Path, name: str, form: Form) -> Iterator[Row]:
     for row in _parse_lines(path, name):
-        _check(row, form, name)
-        yield row
+        yield Row(row.line, _check(row, form, name))
 
 
 def _parse_lines(path: Path, name: str) -> Iterator[Row]:
@@ -124,35 +140,33 @@ def _form(wanted: str) -> Form:
     return next(form for form in _COLUMNS if form == wanted)
 
 
-def _check(row: Row, form: Form, name: str) -> None:
+def _check(row: Row, form: Form, name: str) -> dict[str, Any]:
+    """The row's values, its conversation in the form that templates read."""
     for column in _COLUMNS[form]:
         if column not in row.values:
             found = ", ".join(sorted(row.values)) or "no columns"
             raise DataError(
                 f"{name}, line {row.line} has no column {column!r} (found: {found}), but the dataset's form is {form}; add it or set dataset.format."
             )
-    if form == "chat":
-        _check_messages(row.values["messages"], row, name, "messages")
-    elif form == "prompt-completion" and isinstance(row.values["prompt"], list):
-        _check_messages(row.values["prompt"], row, name, "prompt")
-        _check_messages(row.values["completion"], row, name, "completion")
-    else:
-        _check_strings(row, (*_COLUMNS[form], *(("input",) if row.values.get("input") is not None and form == "instruction" else ())), name)
-
-
-def _check_strings(row: Row, columns: tuple[str, ...], name: str) -> None:
-    for column in columns:
-        if not isinstance(row.values[column], str):
-            raise DataError(f"{name}, line {row.line}: column {column!r} is {type(row.values[column]).__name__}, but a string is expected.")
-
-
-def _check_messages(messages: Any, row: Row, name: str, column: str) -> None:
-    def well_formed(item: Any) -> bool:
-        return isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-
-    if not isinstance(messages, list) or not messages or not all(well_formed(item) for item in messages):
-        raise DataError(f'{name}, line {row.line}: {column!r} must be a list of {{"role": ..., "content": ...}} with text contents.')
-    if column != "prompt" and not any(item["role"] == "assistant" for item in messages):
-        raise DataError(
-            f"{name}, line {row.line}: {column!r} has no assistant turn, so there is nothing to learn from it; add one or drop the row."
+    try:
+        if form == "chat" or (form == "prompt-completion" and isinstance(row.values["prompt"], list)):
+            return _check_conversation(row.values, form)
+        _check_strings(
+            row.values, (*_COLUMNS[form], *(("input",) if row.values.get("input") is not None and form == "instruction" else ()))
         )
+    except RowError as error:
+        raise DataError(f"{name}, line {row.line}: {error}") from error
+    return row.values
+
+
+def _check_strings(values: dict[str, Any], columns: tuple[str, ...]) -> None:
+    for column in columns:
+        if not isinstance(values[column], str):
+            raise RowError(f"column {column!r} is {type(values[column]).__name__}, but a string is expected.")
+
+
+def _check_conversation(values: dict[str, Any], form: Form) -> dict[str, Any]:
+    parsed, learnt = conversation.parse(values, _COLUMNS[form]), _COLUMNS[form][-1]
+    if not any(turn["role"] == "assistant" for turn in parsed[learnt]):
+        raise RowError(f"{learnt!r} has no assistant turn, so there is nothing to learn from it; add one or drop the row.")
+    return parsed

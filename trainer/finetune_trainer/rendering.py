@@ -3,14 +3,21 @@
 Called by stages/data.py. Loss on completions only: prompts, and what a chat template puts around an answer, are never trained.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
+from finetune_trainer.conversation import TOOLS, VARIABLES, Messages, RowError
 from finetune_trainer.dataset import Form, Row
 from finetune_trainer.errors import DataError
 
-Messages = list[dict[str, str]]
-Render = Callable[[Messages, bool], str]
+
+class Render(Protocol):
+    """A chat template."""
+
+    def __call__(self, messages: Messages, generation_prompt: bool, /, **variables: Any) -> str:
+        """The text of the messages, with a generation prompt or without; tools are one of the variables."""
 
 
 class TemplateError(ValueError):
@@ -31,13 +38,12 @@ def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -
     Args:
         row: a checked row.
         form: its form.
-        template: renders messages (with a generation prompt or without) as the model's chat template does, and raises TemplateError for
-            what that refuses; None when the model has none.
+        template: renders messages as the model's chat template does, and raises TemplateError for what that refuses; None when the model has none.
         eos: the end-of-sequence token, which is always trained.
         name: how messages call the dataset.
 
     Raises:
-        DataError: chat rows for a model without a chat template, or a conversation that the template refuses or rewrites.
+        DataError: chat rows for a model without a chat template, or a conversation that the template refuses, rewrites or leaves a part of out.
     """
     if form == "text":
         return [Segment(row.values["text"] + eos, trained=True)]
@@ -48,7 +54,9 @@ def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -
             f"{name} holds conversations, but the model has no chat template; use an instruction-tuned model, or prompt and completion columns."
         )
     try:
-        return _conversation(row, form, template, eos, name)
+        return _conversation(row, form, template, eos)
+    except RowError as error:
+        raise DataError(f"{name}, line {row.line}: {error}") from error
     except TemplateError as error:
         raise DataError(
             f"{name}, line {row.line}: the model's chat template refuses the conversation ({error}); change its turns."
@@ -87,28 +95,50 @@ def _messages(row: Row, form: Form) -> tuple[Messages, int]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": row.values["output"]}], 0
 
 
-def _conversation(row: Row, form: Form, template: Render, eos: str, name: str) -> list[Segment]:
+def _conversation(row: Row, form: Form, template: Render, eos: str) -> list[Segment]:
     """Every assistant turn is trained, up to and with its end-of-sequence token; what the template adds around it is not.
 
     Where the template ends no turn with that token, a turn is trained with all that the template puts behind it, and the row's last one ends with
     the token: in the midst of a conversation it would be a text that the template never makes.
     """
     messages, given = _messages(row, form)
+    variables = row.values.get(VARIABLES, {}) | ({TOOLS: row.values[TOOLS]} if TOOLS in row.values else {})
     learnt = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= given]
+    _require_use(messages[: learnt[-1] + 1], variables, template)
+    shown = partial(template, **variables)
     segments: list[Segment] = []
     done = ""
     for index in learnt:
-        asked, answered = _question_and_answer(messages, index, template)
+        asked, answered = _question_and_answer(messages, index, shown)
         if not asked.startswith(done) or not answered.startswith(asked):
-            raise DataError(
-                f"{name}, line {row.line}: the model's chat template rewrites earlier turns; keep one assistant turn in each row."
-            )
+            raise RowError("the model's chat template rewrites earlier turns; keep one assistant turn in each row.")
         turn, end, rest = answered[len(asked) :].partition(eos)
         end = end or (eos if index == learnt[-1] else "")
         segments += [Segment(asked[len(done) :], trained=False), Segment(turn + end, trained=True)]
         segments += [Segment(rest, trained=False)] if rest else []
         done = answered
     return segments
+
+
+def _require_use(messages: Messages, variables: dict[str, Any], template: Render) -> None:
+    """Refuses tools and calls that the template leaves out: calls would be learnt of what is never shown, or nothing instead of a call."""
+    turns = [{"content": "", **message} for message in messages]  # what knows no calls may fail without a content, which says less
+    no_tools = {name: value for name, value in variables.items() if name != TOOLS}
+    no_calls = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in turns]
+    for part, others, other_turns in ((TOOLS, no_tools, turns), ("tool_calls", variables, no_calls)):
+        if (others, other_turns) == (variables, turns):
+            continue
+        if _renders(template, other_turns, others) == template(turns, False, **variables):
+            raise RowError(
+                f"the model's chat template makes no use of the row's {part}; choose a model that is made for tools, or remove them."
+            )
+
+
+def _renders(template: Render, messages: Messages, variables: dict[str, Any]) -> str | None:
+    try:
+        return template(messages, False, **variables)
+    except TemplateError:
+        return None
 
 
 def _question_and_answer(messages: Messages, index: int, template: Render) -> tuple[str, str]:

@@ -116,6 +116,8 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         Symptom("has no assistant turn, so there is nothing to learn from it; add one or drop the row.", "Only answers are trained.", "Add the answer, or drop the row."),
         Symptom("no row has a completion that fits into training.maxLength", "Every row is cut off before its answer begins.", "Raise `training.maxLength`, or shorten the prompts."),
         Symptom("holds conversations, but the model has no chat template", "A base model knows no turns.", "Use its instruction-tuned sibling, or prompt and completion columns."),
+        Symptom("the model's chat template makes no use of the row's …; choose a model that is made for tools, or remove them.", "The template knows no tools, or no calls, so that nothing of them would be trained.", "Train a model whose chat template renders them, or write the calls into the contents."),
+        Symptom("has columns that are not read: ", "No form of a row has a column of that name.", "Nothing, if nothing in it is to be learnt; else rename it."),
         Symptom("the model's chat template refuses the conversation", "Two turns of one role in a row, a role that it does not know; or the template itself is wrong, or does what no template may.", "Change the turns, or mend the template."),
         Symptom("use the tokenizer that belongs to the model.", "The tokenizer has more tokens than the model has embeddings.", "Take both from one place."),
         Symptom("the model's chat template rewrites earlier turns; keep one assistant turn in each row.", "Some templates drop what was thought in earlier answers, so that a conversation is not the beginning of a longer one.", "Cut each conversation into rows of one answer."),

@@ -186,23 +186,48 @@ def test_an_input_of_the_wrong_type_is_named(tmp_path: Path) -> None:
     assert "column 'input' is int" in second_line(tmp_path, line, first=json.dumps(ROWS["instruction"]))
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [],
-        "Hi",
-        None,
-        [USER, "Hello"],
-        [USER, {"role": "assistant"}],
-        [USER, {"content": "Hello"}],
-        [USER, {"role": 1, "content": "Hello"}],
-        [USER, {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]}],
-        [USER, {"role": "assistant", "content": None}],
-    ],
-)
-def test_messages_that_are_no_turns_are_named(messages: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("messages", [[], "Hi", None])
+def test_messages_that_are_no_list_are_named(messages: Any, tmp_path: Path) -> None:
     sentence = second_line(tmp_path, json.dumps({"messages": messages}), first=json.dumps(ROWS["chat"]))
     assert "'messages' must be a list of" in sentence
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "Hello",
+        {"role": "assistant"},
+        {"content": "Hello"},
+        {"role": 1, "content": "Hello"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]},
+        {"role": "assistant", "content": None},
+    ],
+)
+def test_a_message_that_is_no_turn_is_named(turn: Any, tmp_path: Path) -> None:
+    sentence = second_line(tmp_path, json.dumps({"messages": [USER, turn]}), first=json.dumps(ROWS["chat"]))
+    assert "messages[1] must be" in sentence
+
+
+@pytest.mark.parametrize("form", ["chat", "prompt-completion"])
+def test_tools_and_calls_are_read_into_the_form_of_templates(form: str, tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]}
+    turns = {"messages": [USER, call]} if form == "chat" else {"prompt": [USER], "completion": [call]}
+    [row] = read(tmp_path, json.dumps(turns | {"tools": '[{"name": "weather"}]'}))
+    assert row.values["tools"] == [{"name": "weather"}]
+    [*_, last] = row.values["messages" if form == "chat" else "completion"]
+    assert last == {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Rome"}}}]}
+
+
+def test_a_mistake_in_tools_names_the_line(tmp_path: Path) -> None:
+    sentence = second_line(tmp_path, json.dumps(ROWS["chat"] | {"tools": "weather"}), first=json.dumps(ROWS["chat"]))
+    assert "'tools' must be a list of functions" in sentence
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_columns_that_are_not_read_are_known(form: str, tmp_path: Path) -> None:
+    rows = [ROWS[form], ROWS[form] | {"system": "Be kind.", "id": 1}]
+    assert read(tmp_path, "\n".join(map(json.dumps, rows))).unread == ("id", "system")
+    assert read(tmp_path, json.dumps(ROWS[form])).unread == ()
 
 
 def test_a_conversation_without_an_assistant_turn_is_named(tmp_path: Path) -> None:

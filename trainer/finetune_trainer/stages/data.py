@@ -20,14 +20,16 @@ from transformers.utils import chat_template_utils
 
 from finetune_trainer import dataset, rendering, sources
 from finetune_trainer.context import RunContext
+from finetune_trainer.conversation import Messages
 from finetune_trainer.dataset import Dataset, Form
 from finetune_trainer.errors import DataError
 from finetune_trainer.example import IGNORED, Example
 from finetune_trainer.failures import first_line
 from finetune_trainer.plan import plan
-from finetune_trainer.rendering import Messages, Render, Segment, TemplateError
+from finetune_trainer.rendering import Render, Segment, TemplateError
 
 _SPARE_POSITIONS = 2
+_NAMED = 5  # columns, in a note
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,9 @@ def make(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
     spec = ctx.spec.dataset
     fetched, evaluation = sources.fetch_dataset(ctx), sources.fetch_evaluation(ctx)
     rows = dataset.read_rows(fetched.path, spec.source, spec.format)
-    examples, dropped = _examples(ctx, rows, tokenizer, spec.source)
+    examples, dropped = _examples(ctx, rows, tokenizer)
     if evaluation is not None:
-        held, held_dropped = _examples(
-            ctx, dataset.read_rows(evaluation.path, spec.evaluation.source, spec.format), tokenizer, spec.evaluation.source
-        )
+        held, held_dropped = _examples(ctx, dataset.read_rows(evaluation.path, spec.evaluation.source, spec.format), tokenizer)
         train, held_out, dropped = examples, held, dropped + held_dropped
     else:
         train, held_out = split(examples, spec.evaluation.percent, ctx.spec.training.seed)
@@ -152,18 +152,21 @@ def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, ma
     return Example(input_ids[:max_length], labels[:max_length])
 
 
-def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[tuple[Example, ...], int]:
+def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Example, ...], int]:
+    if rows.unread:
+        more = f" and {len(rows.unread) - _NAMED} more" if len(rows.unread) > _NAMED else ""
+        ctx.reporter.note(f"{rows.name} has columns that are not read: {', '.join(rows.unread[:_NAMED])}{more}.")
     template, eos, adds_bos = _template(tokenizer), _eos(tokenizer), _adds_bos(tokenizer)
     max_length = ctx.spec.training.max_length
 
     def example(row: dataset.Row) -> Example:
         bos = adds_bos and not rendering.is_conversation(row, rows.form, has_template=template is not None)
-        return tokenize(rendering.render(row, rows.form, template, eos, name), tokenizer, max_length, bos=bos)
+        return tokenize(rendering.render(row, rows.form, template, eos, rows.name), tokenizer, max_length, bos=bos)
 
     kept = tuple(made for made in map(example, rows) if made.trained_tokens)
     if not kept:
         raise DataError(
-            f"{name}: no row has a completion that fits into training.maxLength ({max_length} tokens); raise it or shorten the prompts."
+            f"{rows.name}: no row has a completion that fits into training.maxLength ({max_length} tokens); raise it or shorten the prompts."
         )
     return kept, len(rows) - len(kept)
 
@@ -197,10 +200,10 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> Render | None:
     if not tokenizer.chat_template:
         return None
 
-    def render(messages: Messages, generation_prompt: bool) -> str:
+    def render(messages: Messages, generation_prompt: bool, /, **variables: Any) -> str:
         try:
             with _fixed_date():
-                return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+                return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **variables))
         except RecursionError as error:
             raise TemplateError("it calls itself without end") from error
         except Exception as error:  # it is a program: a division by zero or a range without end is its own mistake too
