@@ -153,7 +153,7 @@ def test_four_bit_codes_of_bfloat16_are_those_of_float32_and_only_scales_are_cas
 @pytest.mark.parametrize("scheme", SCHEMES)
 @settings(max_examples=20, deadline=None)
 @given(**WEIGHTS)
-def test_the_exported_tensor_stands_for_what_training_used(
+def test_torchaos_tensor_stands_for_what_its_codes_do(
     dtype: torch.dtype, scheme: Scheme, rows: int, groups: int, scale: float, seed: int
 ) -> None:
     weight = random_rows(rows, groups * GROUP, scale, seed, dtype)
