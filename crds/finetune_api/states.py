@@ -92,7 +92,7 @@ STATES: dict[str, State] = {
         "look at the pod's log and node; deleting the pod makes another one that resumes",
     ),
     Reason.RETRYING: State(_PENDING, "a pod ended in a failure that may pass; the Job waits before it makes the next one", "nothing, or mend what the message names"),
-    Reason.STOPPING: State("Pending, Running", "the pod is being stopped, by a person, an eviction or a drain, and another one goes on from its checkpoint; or for good, as the message says", "nothing"),
+    Reason.STOPPING: State("Pending, Running", "the pod is being stopped, by a person, an eviction or a drain, and another one goes on from its checkpoint; or for good, as the message says; or the trainer has ended, and a sidecar keeps its pod from ending", "nothing, or [keep the sidecar out](installing.md#labels-and-annotations-of-the-pods-sidecars-autoscalers)"),
     Reason.NODE_LOST: State(
         "Running",
         "the pod's node does not answer; Kubernetes starts no other pod before it knows that this one has ended",

@@ -77,6 +77,26 @@ def node_lost_sentence(pod: Json) -> str:
     )
 
 
+def ended_sentence(pod: Json) -> tuple[str, str]:
+    """(reason, sentence) of a pod that has not ended although its trainer has."""
+    ended = f"The trainer has ended (exit code {(container_state(pod, 'terminated') or {}).get('exitCode')})"
+    others = _others_at_work(pod)
+    if not others:
+        return Reason.RUNNING, f"{ended}; waiting for its pod to say so."
+    return Reason.STOPPING, clean(
+        f"{ended}, but its pod has not, because {', '.join(others)} still runs in it: keep such sidecars out of these pods (the chart's "
+        "trainer.podLabels or trainer.podAnnotations), or make them native sidecars, which end with the trainer."
+    )
+
+
+def _others_at_work(pod: Json) -> list[str]:
+    """Containers beside the trainer's that have not ended. Native sidecars are none of them: the kubelet ends those."""
+    statuses = (pod.get("status") or {}).get("containerStatuses") or ()
+    return [
+        str(item.get("name")) for item in statuses if item.get("name") != names.CONTAINER and "terminated" not in (item.get("state") or {})
+    ]
+
+
 def ending_of(pod: Json, spec: FineTuneJobSpec) -> Ending:
     """How an ended pod ended."""
     terminated = container_state(pod, "terminated") or {}

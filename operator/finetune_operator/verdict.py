@@ -10,6 +10,7 @@ from finetune_operator.diagnosis import (
     DELETED,
     Ending,
     container_state,
+    ended_sentence,
     ending_of,
     is_node_lost,
     node_lost_sentence,
@@ -110,7 +111,9 @@ def _active(pod: Json, warnings: tuple[str, ...]) -> Verdict:
             Reason.STOPPING,
             "The pod is being stopped; the run continues from its last checkpoint in a new one.",
         )
-    if container_state(pod, "running") is not None or container_state(pod, "terminated") is not None:
+    if container_state(pod, "terminated") is not None:
+        return Verdict(Phase.RUNNING, Standing.RECONCILING, *ended_sentence(pod))
+    if container_state(pod, "running") is not None:
         return Verdict(Phase.RUNNING, Standing.RECONCILING, Reason.RUNNING, "The trainer is at work.")
     return Verdict(Phase.PENDING, Standing.RECONCILING, *waiting_sentence(pod, warnings))
 

@@ -423,6 +423,47 @@ def test_a_pod_whose_node_does_not_answer_names_the_node() -> None:
     assert "gpu-7" in status["message"]
 
 
+def with_sidecar(pod: Json, state: Json) -> Json:
+    return merged(pod, {"status": {"containerStatuses": [*pod["status"]["containerStatuses"], {"name": "istio-proxy", "state": state}]}})
+
+
+@pytest.mark.parametrize("code", [0, 16])
+def test_a_pod_that_a_sidecar_keeps_from_ending_names_the_sidecar_and_the_mend(code: int) -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    pod = with_sidecar(build_pod(job, phase="Running", state=build_ended_state(code)), RUNNING)
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    assert (status["phase"], ready_reason(status)) == ("Running", "Stopping")
+    for part in (f"The trainer has ended (exit code {code})", "istio-proxy", "trainer.podLabels", "trainer.podAnnotations"):
+        assert part in status["message"]
+
+
+def test_a_preflight_that_a_sidecar_keeps_from_ending_says_so_too() -> None:
+    raw = build_finetunejob({"runPolicy": {"preflight": "Auto"}})
+    pre = preflight_for(raw)
+    pod = with_sidecar(build_pod(pre, phase="Running", state=build_ended_state(0)), RUNNING)
+    status = status_after(raw, decide(world_of(raw, pre, pods=(pod,)), NOW, SETTINGS))
+    assert "istio-proxy" in status["message"]
+
+
+def test_a_sidecar_beside_a_trainer_at_work_is_no_news() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    pod = with_sidecar(build_pod(job, phase="Running", state=RUNNING), RUNNING)
+    assert status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))["message"] == "The trainer is at work."
+
+
+@pytest.mark.parametrize("others", [(), ({"terminated": {"exitCode": 0}},)])
+def test_a_trainer_that_has_ended_is_not_said_to_be_at_work(others: tuple[Json, ...]) -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    pod = build_pod(job, phase="Running", state=build_ended_state(0))
+    for state in others:
+        pod = with_sidecar(pod, state)
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW, SETTINGS))
+    assert (ready_reason(status), status["message"]) == ("Running", "The trainer has ended (exit code 0); waiting for its pod to say so.")
+
+
 def test_the_job_of_another_run_is_deleted_before_the_new_one_is_created() -> None:
     old = job_for(build_finetunejob({"training": {"seed": 7}}), uid="old")
     new = build_finetunejob()
