@@ -126,7 +126,7 @@ def waiting_sentence(pod: Json, warnings: tuple[str, ...]) -> tuple[str, str]:
     waiting = container_state(pod, "waiting") or {}
     reason, detail = str(waiting.get("reason") or ""), clean(str(waiting.get("message") or ""), 600)
     if reason in _IMAGE:
-        image = (pod["spec"]["containers"] or [{}])[0].get("image", "")
+        image = next((item.get("image", "") for item in pod["spec"]["containers"] or () if item.get("name") == names.CONTAINER), "")
         return Reason.IMAGE_PULL_FAILED, clean(
             f"The image {image} can't be pulled ({reason}): {detail or 'no reason given'}; correct the image or spec.pod.imagePullSecrets."
         )

@@ -326,6 +326,15 @@ def test_a_pod_that_does_not_start_says_why(pod: Json, reason: str, parts: list[
     assert all(part in status["message"] for part in parts)
 
 
+def test_an_image_that_can_not_be_pulled_is_the_trainers_also_where_a_sidecar_stands_before_it() -> None:
+    raw = build_finetunejob()
+    job = job_for(raw)
+    pod = build_pod(job, state={"waiting": {"reason": "ErrImagePull", "message": "not found"}})
+    pod["spec"] = pod["spec"] | {"containers": [{"name": "istio-proxy", "image": "proxy:1"}, *pod["spec"]["containers"]]}
+    status = status_after(raw, decide(world_of(raw, job, pods=(pod,)), NOW + timedelta(seconds=3), SETTINGS))
+    assert "The image registry.example.com/trainer:1 can't be pulled" in status["message"]
+
+
 def test_a_pod_that_waits_for_its_volume_says_what_the_events_say() -> None:
     raw = build_finetunejob()
     job = job_for(raw)
