@@ -172,8 +172,9 @@ def _pod_spec(subject: Subject, spec: FineTuneJobSpec, settings: Settings) -> Js
         "volumes": volumes,
         **_scheduling(spec.scheduling),
     }
-    if spec.pod.image_pull_secrets:
-        pod["imagePullSecrets"] = [{"name": name} for name in spec.pod.image_pull_secrets]
+    pull_secrets = dict.fromkeys((*spec.pod.image_pull_secrets, *settings.trainer_image_pull_secrets))
+    if pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in pull_secrets]
     if spec.pod.service_account_name:
         pod["serviceAccountName"] = spec.pod.service_account_name
     return pod

@@ -15,6 +15,8 @@ class Settings(BaseSettings):
 
     trainer_image: str = "finetune-trainer:0.1.0"
     """Image of training pods whose spec names none."""
+    trainer_image_pull_secrets: tuple[str, ...] = ()
+    """Secrets of the job's namespace that pull a training pod's image, behind those that the spec names."""
     trainer_env: dict[str, str] = {}
     """Environment of every training pod, such as HF_ENDPOINT. Never credentials."""
     trainer_pod_labels: dict[str, str] = {}

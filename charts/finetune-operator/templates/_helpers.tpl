@@ -14,3 +14,10 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- define "finetune-operator.rules" -}}
 {{ .Files.Get "files/operator-rules.yaml" | trim }}
 {{- end }}
+
+{{- /* The names of a list of references, as JSON. */ -}}
+{{- define "finetune-operator.names" -}}
+{{- $names := list }}
+{{- range . }}{{ $names = append $names .name }}{{ end }}
+{{- toJson $names }}
+{{- end }}

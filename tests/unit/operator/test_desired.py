@@ -254,6 +254,19 @@ def test_a_pod_has_no_annotations_unless_the_administrator_wants_some() -> None:
     assert "annotations" not in job_of({})["spec"]["template"]["metadata"]
 
 
+@pytest.mark.parametrize(
+    ("own", "administrators", "expected"),
+    [((), (), None), ((), ("company",), ["company"]), (("mine", "company"), ("company", "mirror"), ["mine", "company", "mirror"])],
+)
+@pytest.mark.parametrize("build", [build_job, build_preflight_job])
+def test_the_administrators_pull_secrets_come_behind_the_jobs_own(
+    build: Build, own: tuple[str, ...], administrators: tuple[str, ...], expected: list[str] | None
+) -> None:
+    job = build(subject_of({"pod": {"imagePullSecrets": list(own)}}), Settings(trainer_image_pull_secrets=administrators))
+    secrets = job["spec"]["template"]["spec"].get("imagePullSecrets")
+    assert (secrets and [item["name"] for item in secrets]) == expected
+
+
 def test_the_operators_image_is_taken_when_the_spec_names_none() -> None:
     assert container_of({})["image"] == SETTINGS.trainer_image
 
