@@ -183,7 +183,7 @@ def _pod_spec(subject: Subject, spec: FineTuneJobSpec, settings: Settings) -> Js
 def _container(subject: Subject, spec: FineTuneJobSpec, settings: Settings, mounts: list[Json]) -> Json:
     return {
         "name": names.CONTAINER,
-        "image": spec.pod.image or settings.trainer_image,
+        **_image(spec, settings),
         "args": ["run"],
         "env": _environment(subject, settings),
         "ports": [{"name": "progress", "containerPort": names.PROGRESS_PORT}],
@@ -197,6 +197,13 @@ def _container(subject: Subject, spec: FineTuneJobSpec, settings: Settings, moun
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
     }
+
+
+def _image(spec: FineTuneJobSpec, settings: Settings) -> Json:
+    if spec.pod.image:
+        return {"image": spec.pod.image}
+    policy = {"imagePullPolicy": settings.trainer_image_pull_policy} if settings.trainer_image_pull_policy else {}
+    return {"image": settings.trainer_image, **policy}
 
 
 def _environment(subject: Subject, settings: Settings) -> list[Json]:

@@ -15,6 +15,8 @@ class Settings(BaseSettings):
 
     trainer_image: str = "finetune-trainer:0.1.0"
     """Image of training pods whose spec names none."""
+    trainer_image_pull_policy: Literal["", "Always", "IfNotPresent", "Never"] = ""
+    """When a node pulls that image. Empty: Kubernetes' default. An image that a spec names has the default always."""
     trainer_image_pull_secrets: tuple[str, ...] = ()
     """Secrets of the job's namespace that pull a training pod's image, behind those that the spec names."""
     trainer_env: dict[str, str] = {}

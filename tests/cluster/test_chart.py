@@ -1,5 +1,6 @@
 """The Helm chart: what it renders, what it refuses, and that the API server lets the operator do no more than it must."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ import yaml
 from finetune_api import names
 from finetune_operator.permissions import JOBS, LEASE, build_rules
 from finetune_operator.settings import Settings
+from support.chart import CHART, set_json
 from support.kubernetes import Cluster
 from support.network_policy import Peer, lets_in, lets_out, selects
 
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
-CHART = ROOT / "charts" / "finetune-operator"
 CRD = ROOT / "crds" / "finetunejobs.finetune.dev.yaml"
 
 Manifest = dict[str, Any]
@@ -30,6 +31,20 @@ def render(kube: Cluster, *options: str) -> list[Manifest]:
 
 def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
     return [item for item in manifests if item["kind"] == kind]
+
+
+def operators_container(kube: Cluster, *options: str) -> Manifest:
+    (deployment,) = of_kind(render(kube, *options), "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    return dict(container)
+
+
+def settings_of(kube: Cluster, *options: str) -> Settings:
+    """What the operator reads of the chart's values."""
+    environment = operators_container(kube, *options)["env"]
+    given = {item["name"].removeprefix("FINETUNE_OPERATOR_").lower(): item["value"] for item in environment if "value" in item}
+    plain = {"trainer_image", "trainer_image_pull_policy", "lease_name", "log_level"}
+    return Settings(**{name: value if name in plain else json.loads(value) for name, value in given.items()})
 
 
 def test_the_chart_passes_helms_lint(kube: Cluster) -> None:
@@ -185,12 +200,53 @@ def test_the_network_policy_can_be_left_out(kube: Cluster) -> None:
     assert not of_kind(render(kube, "--set", "networkPolicy.enabled=false"), "NetworkPolicy")
 
 
+DIGEST = f"sha256:{'0' * 64}"
+
+
+@pytest.mark.parametrize(
+    ("options", "ending"),
+    [
+        ((), f":{yaml.safe_load((CHART / 'Chart.yaml').read_text())['appVersion']}"),
+        (("tag=2.0.0",), ":2.0.0"),
+        (("tag=2.0.0", f"digest={DIGEST}"), f"@{DIGEST}"),
+    ],
+)
+def test_both_images_follow_the_charts_version_unless_a_tag_or_a_digest_is_given(
+    kube: Cluster, options: tuple[str, ...], ending: str
+) -> None:
+    words = [word for image in ("image", "trainer.image") for option in options for word in ("--set", f"{image}.{option}")]
+    assert operators_container(kube, *words)["image"] == f"finetune-operator{ending}"
+    assert settings_of(kube, *words).trainer_image == f"finetune-trainer{ending}"
+
+
+def test_what_is_set_for_the_trainers_reaches_the_operator(kube: Cluster) -> None:
+    values = {
+        "image": {"repository": "registry.example.com/trainer", "tag": "1", "pullPolicy": "Always"},
+        "imagePullSecrets": [{"name": "registry-key"}],
+        "env": {"HF_ENDPOINT": "https://hub.example.com"},
+        "podLabels": {"sidecar.istio.io/inject": "false"},
+        "podAnnotations": {"karpenter.sh/do-not-disrupt": "true"},
+        "gpuRuntimeClasses": ["gpu"],
+    }
+    settings = settings_of(kube, *set_json({"trainer": values}))
+    assert (settings.trainer_image, settings.trainer_image_pull_policy) == ("registry.example.com/trainer:1", "Always")
+    assert settings.trainer_image_pull_secrets == ("registry-key",)
+    assert settings.trainer_env == values["env"]
+    assert (settings.trainer_pod_labels, settings.trainer_pod_annotations) == (values["podLabels"], values["podAnnotations"])
+    assert settings.gpu_runtime_classes == ("gpu",)
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
     [
         ("resyncSeconds=0", "resyncSeconds"),
         ("namespaces=ml", "namespaces"),
         ("trainer.imge=x", "imge"),
+        ("trainer.image=x", "image"),
+        ("image.digest=latest", "digest"),
+        ("trainer.image.digest=0000", "digest"),
+        ("trainer.imagePullSecrets={registry-key}", "imagePullSecrets"),
+        ("trainer.podLabels.a=b c", "podLabels"),
         ("logLevel=LOUD", "logLevel"),
         ("podMonitor.enabled=1", "podMonitor"),
         ("networkPolicy.apiServer.cidrs={api.example.com}", "cidrs"),

@@ -45,14 +45,19 @@ def system(make_namespace: Callable[[str], str]) -> str:
     return make_namespace("finetune-system")
 
 
+def image_values(reference: str) -> dict[str, str]:
+    """The chart's values of an image that the node has."""
+    repository, _, tag = reference.rpartition(":")
+    return {"repository": repository, "tag": tag, "pullPolicy": "Never"}
+
+
 @pytest.fixture(scope="session")
 def operator(kube: Cluster, images: dict[str, str], hub: HubServer, system: str, make_namespace: Callable[[str], str]) -> Iterator[str]:
     """The chart, installed as a user would, for one namespace of jobs; yields that namespace."""
     jobs = make_namespace("jobs")
-    repository, _, tag = images["operator"].rpartition(":")
     values = {
-        "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
-        "trainer": {"image": images["trainer"], "env": {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}},
+        "image": image_values(images["operator"]),
+        "trainer": {"image": image_values(images["trainer"]), "env": {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}},
         "namespaces": [jobs],
     }
     # The CRD outlives an uninstalled release, and other tests apply it with kubectl: a new release takes it over.

@@ -49,7 +49,8 @@ def set_json(values: Values) -> list[str]:
 
 def install(kube: Cluster, system: str, folder: Path, values: Values) -> InstalledChart:
     """Applies everything of the chart but CRD and Deployment, and prepares the operator to run as its service account."""
-    values = {"trainer": {"image": ACTOR}, "resyncSeconds": 5, "crds": {"install": False}, **values}
+    repository, _, tag = ACTOR.partition(":")
+    values = {"trainer": {"image": {"repository": repository, "tag": tag}}, "resyncSeconds": 5, "crds": {"install": False}, **values}
     text = kube.helm("template", RELEASE, str(CHART), "-n", system, *set_json(values)).stdout
     manifests = [item for item in yaml.safe_load_all(text) if item]
     (deployment,) = [item for item in manifests if item["kind"] == "Deployment"]

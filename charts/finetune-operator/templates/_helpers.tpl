@@ -21,3 +21,8 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- range . }}{{ $names = append $names .name }}{{ end }}
 {{- toJson $names }}
 {{- end }}
+
+{{- /* An image's reference. A digest stands alone: not every container runtime takes it behind a tag. */ -}}
+{{- define "finetune-operator.image" -}}
+{{ .image.repository }}{{ if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .image.tag | default .version }}{{ end }}
+{{- end }}

@@ -20,7 +20,7 @@ POD = {
     *("imagePullSecrets", "serviceAccountName"),
 }
 CONTAINER = {
-    *("name", "image", "args", "env", "ports", "resources", "securityContext"),
+    *("name", "image", "imagePullPolicy", "args", "env", "ports", "resources", "securityContext"),
     *("terminationMessagePath", "terminationMessagePolicy", "volumeMounts"),
 }
 

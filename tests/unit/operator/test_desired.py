@@ -271,6 +271,13 @@ def test_the_operators_image_is_taken_when_the_spec_names_none() -> None:
     assert container_of({})["image"] == SETTINGS.trainer_image
 
 
+def test_the_administrators_pull_policy_is_for_the_administrators_image() -> None:
+    settings = Settings(trainer_image_pull_policy="Always", allowed_images=("*",))
+    assert container_of({}, settings)["imagePullPolicy"] == "Always"
+    assert "imagePullPolicy" not in container_of({"pod": {"image": "registry.example.com/other:2"}}, settings)
+    assert "imagePullPolicy" not in container_of({})
+
+
 def test_the_job_has_no_ttl_before_its_end_is_stored() -> None:
     assert "ttlSecondsAfterFinished" not in job_of(FULL_SPEC)["spec"]
 

@@ -29,6 +29,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("namespaces", "[]", ()),
         ("allowed_images", '["registry.example.com/*"]', ("registry.example.com/*",)),
         ("allowed_service_accounts", '["trainer-*"]', ("trainer-*",)),
+        ("trainer_image_pull_policy", "Never", "Never"),
         ("trainer_image_pull_secrets", '["company"]', ("company",)),
         ("trainer_pod_labels", '{"sidecar.istio.io/inject": "false"}', {"sidecar.istio.io/inject": "false"}),
         ("trainer_pod_annotations", '{"karpenter.sh/do-not-disrupt": "true"}', {"karpenter.sh/do-not-disrupt": "true"}),
