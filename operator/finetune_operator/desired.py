@@ -8,7 +8,7 @@ from pydantic import ByteSize, TypeAdapter
 
 from finetune_operator.settings import Settings
 from finetune_operator.subject import Json, Subject
-from finetune_operator.volumes import build_volumes, mounts_a_claim
+from finetune_operator.volumes import CA_FILE, build_ca_bundle, build_volumes, mounts_a_claim
 
 GRACE_SECONDS = 120
 PREFLIGHT_TTL_SECONDS = 3600
@@ -26,6 +26,8 @@ _PLACES = {
     "TORCHINDUCTOR_CACHE_DIR": f"{_HOME_CACHE}/torchinductor",
     "TRITON_CACHE_DIR": f"{_HOME_CACHE}/triton",
 }
+
+_CA_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")  # boto3; the Hub's client and Python itself; requests
 
 
 def build_job(subject: Subject, settings: Settings) -> Json:
@@ -155,6 +157,9 @@ def _pod_template(labels: dict[str, str], pod: Json, settings: Settings) -> Json
 
 def _pod_spec(subject: Subject, spec: FineTuneJobSpec, settings: Settings) -> Json:
     volumes, mounts = build_volumes(spec, subject.key.name, subject.run.train_digest)
+    if settings.trainer_ca_config_map:
+        volume, mount = build_ca_bundle(settings.trainer_ca_config_map, settings.trainer_ca_key)
+        volumes, mounts = [*volumes, volume], [*mounts, mount]
     pod: Json = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -208,7 +213,8 @@ def _image(spec: FineTuneJobSpec, settings: Settings) -> Json:
 
 def _environment(subject: Subject, settings: Settings) -> list[Json]:
     description = JobDescription.of(subject.metadata, subject.spec, in_cluster=True).to_json()
-    values = {**_PLACES, **settings.trainer_env, names.ENV_JOB: description}
+    trusted = dict.fromkeys(_CA_VARIABLES, CA_FILE) if settings.trainer_ca_config_map else {}
+    values = {**_PLACES, **trusted, **settings.trainer_env, names.ENV_JOB: description}
     # The kubelet expands $(NAME) in values; $$ is how a plain dollar sign is written.
     return [{"name": name, "value": value.replace("$", "$$")} for name, value in values.items()]
 

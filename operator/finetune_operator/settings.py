@@ -21,6 +21,10 @@ class Settings(BaseSettings):
     """Secrets of the job's namespace that pull a training pod's image, behind those that the spec names."""
     trainer_env: dict[str, str] = {}
     """Environment of every training pod, such as HF_ENDPOINT. Never credentials."""
+    trainer_ca_config_map: str = ""
+    """ConfigMap of the job's namespace with the CAs that the trainer trusts, instead of those of its image. Empty: those of its image."""
+    trainer_ca_key: str = "ca.crt"
+    """Key of that ConfigMap."""
     trainer_pod_labels: dict[str, str] = {}
     """Labels of every training and preflight pod beside the operator's own, which win."""
     trainer_pod_annotations: dict[str, str] = {}

@@ -8,6 +8,9 @@ from finetune_api.spec import FineTuneJobSpec, WorkspaceSpec
 
 Json = dict[str, Any]
 
+_CA_DIR, _CA_NAME = "/var/run/finetune/ca", "ca.crt"
+CA_FILE = f"{_CA_DIR}/{_CA_NAME}"
+
 
 def build_volumes(spec: FineTuneJobSpec, job_name: str, train_digest: str) -> tuple[list[Json], list[Json]]:
     """(volumes, mounts) of the trainer's pod.
@@ -26,6 +29,15 @@ def build_volumes(spec: FineTuneJobSpec, job_name: str, train_digest: str) -> tu
         volumes += [volume] if volume else []
         mounts.append(mount)
     return volumes + claims.volumes, mounts
+
+
+def build_ca_bundle(config_map: str, key: str) -> tuple[Json, Json]:
+    """(volume, mount) of the CAs that the trainer trusts, as CA_FILE.
+
+    Not optional: clients that are told of a file that is not there say that a server can't be reached, while the kubelet waits for the ConfigMap and names it.
+    """
+    source = {"name": config_map, "defaultMode": 0o444, "items": [{"key": key, "path": _CA_NAME}]}
+    return {"name": "ca-bundle", "configMap": source}, {"name": "ca-bundle", "mountPath": _CA_DIR, "readOnly": True}
 
 
 def mounts_a_claim(spec: FineTuneJobSpec) -> bool:

@@ -43,7 +43,7 @@ def settings_of(kube: Cluster, *options: str) -> Settings:
     """What the operator reads of the chart's values."""
     environment = operators_container(kube, *options)["env"]
     given = {item["name"].removeprefix("FINETUNE_OPERATOR_").lower(): item["value"] for item in environment if "value" in item}
-    plain = {"trainer_image", "trainer_image_pull_policy", "lease_name", "log_level"}
+    plain = {"trainer_image", "trainer_image_pull_policy", "trainer_ca_config_map", "trainer_ca_key", "lease_name", "log_level"}
     return Settings(**{name: value if name in plain else json.loads(value) for name, value in given.items()})
 
 
@@ -227,6 +227,7 @@ def test_what_is_set_for_the_trainers_reaches_the_operator(kube: Cluster) -> Non
         "podLabels": {"sidecar.istio.io/inject": "false"},
         "podAnnotations": {"karpenter.sh/do-not-disrupt": "true"},
         "gpuRuntimeClasses": ["gpu"],
+        "caBundle": {"configMap": "company-ca", "key": "bundle.pem"},
     }
     settings = settings_of(kube, *set_json({"trainer": values}))
     assert (settings.trainer_image, settings.trainer_image_pull_policy) == ("registry.example.com/trainer:1", "Always")
@@ -234,6 +235,7 @@ def test_what_is_set_for_the_trainers_reaches_the_operator(kube: Cluster) -> Non
     assert settings.trainer_env == values["env"]
     assert (settings.trainer_pod_labels, settings.trainer_pod_annotations) == (values["podLabels"], values["podAnnotations"])
     assert settings.gpu_runtime_classes == ("gpu",)
+    assert (settings.trainer_ca_config_map, settings.trainer_ca_key) == ("company-ca", "bundle.pem")
 
 
 @pytest.mark.parametrize(

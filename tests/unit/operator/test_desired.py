@@ -254,6 +254,37 @@ def test_a_pod_has_no_annotations_unless_the_administrator_wants_some() -> None:
     assert "annotations" not in job_of({})["spec"]["template"]["metadata"]
 
 
+COMPANY_CA = Settings(trainer_ca_config_map="company-ca", trainer_ca_key="bundle.pem")
+
+
+@pytest.mark.parametrize("build", [build_job, build_preflight_job])
+def test_a_ca_bundle_is_mounted_and_every_client_is_told_of_it(build: Build) -> None:
+    pod = build(subject_of({}), COMPANY_CA)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (volume,) = [item for item in pod["volumes"] if "configMap" in item]
+    (mount,) = [item for item in container["volumeMounts"] if item["name"] == volume["name"]]
+    (item,) = volume["configMap"]["items"]
+    assert (volume["configMap"]["name"], item["key"], mount["readOnly"]) == ("company-ca", "bundle.pem", True)
+    told = {entry["name"] for entry in container["env"] if entry["value"] == f"{mount['mountPath']}/{item['path']}"}
+    assert told == {"AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
+
+
+def test_a_missing_ca_bundle_keeps_the_pod_from_starting() -> None:
+    """Clients that look for a file that is not there would say that a server can't be reached; the kubelet names the ConfigMap."""
+    volumes = {volume["name"]: volume for volume in pod_of({}, COMPANY_CA)["volumes"]}
+    assert "optional" not in volumes["ca-bundle"]["configMap"]
+
+
+def test_without_a_ca_bundle_no_client_is_told_of_one() -> None:
+    assert not {"AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"} & environment_of({}).keys()
+    assert "ca-bundle" not in volumes_of({})
+
+
+def test_the_administrators_environment_wins_over_the_ca_bundles() -> None:
+    settings = COMPANY_CA.model_copy(update={"trainer_env": {"AWS_CA_BUNDLE": "/etc/ssl/certs/ca-certificates.crt"}})
+    assert environment_of({}, settings)["AWS_CA_BUNDLE"] == "/etc/ssl/certs/ca-certificates.crt"
+
+
 @pytest.mark.parametrize(
     ("own", "administrators", "expected"),
     [((), (), None), ((), ("company",), ["company"]), (("mine", "company"), ("company", "mirror"), ["mine", "company", "mirror"])],

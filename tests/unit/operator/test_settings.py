@@ -33,6 +33,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("trainer_image_pull_secrets", '["company"]', ("company",)),
         ("trainer_pod_labels", '{"sidecar.istio.io/inject": "false"}', {"sidecar.istio.io/inject": "false"}),
         ("trainer_pod_annotations", '{"karpenter.sh/do-not-disrupt": "true"}', {"karpenter.sh/do-not-disrupt": "true"}),
+        ("trainer_ca_config_map", "company-ca", "company-ca"),
+        ("trainer_ca_key", "bundle.pem", "bundle.pem"),
         ("gpu_runtime_classes", '["gpu"]', ("gpu",)),
         ("resync_seconds", "15", 15.0),
         ("concurrency", "2", 2),
