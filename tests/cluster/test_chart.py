@@ -183,9 +183,14 @@ def test_nothing_else_is_let_out(kube: Cluster, peer: Peer, port: int) -> None:
     assert lets_out(policy, API_SERVER, 6443)
 
 
-def test_the_policy_for_trainers_in_the_docs_is_taken_and_selects_them(kube: Cluster, namespace: str) -> None:
+def trainers_policy() -> Manifest:
+    """The one that docs/security.md recommends."""
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "security.md").read_text(encoding="utf-8"), re.DOTALL)
-    policy = yaml.safe_load(text)
+    return dict(yaml.safe_load(text))
+
+
+def test_the_policy_for_trainers_in_the_docs_is_taken_and_selects_them(kube: Cluster, namespace: str) -> None:
+    policy = trainers_policy()
     policy["metadata"]["namespace"] = namespace
     kube.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", input=yaml.safe_dump(policy))
     (deployment,) = of_kind(render(kube), "Deployment")
@@ -194,6 +199,24 @@ def test_the_policy_for_trainers_in_the_docs_is_taken_and_selects_them(kube: Clu
     assert selects(policy["spec"]["podSelector"], trainer(ML).pod or {})
     assert lets_in(policy, pod, container, names.PROGRESS_PORT)
     assert not lets_in(policy, trainer(ML), container, names.PROGRESS_PORT)
+
+
+@pytest.mark.parametrize(
+    ("address", "is_reached"),
+    [
+        ("203.0.113.5", True),
+        ("2001:db8::5", True),
+        ("10.96.0.1", False),
+        ("172.20.0.1", False),
+        ("192.168.3.4", False),
+        ("100.64.0.9", False),
+        ("169.254.169.254", False),
+        ("fd00:ec2::254", False),
+        ("fe80::1", False),
+    ],
+)
+def test_the_policy_for_trainers_in_the_docs_lets_them_out_of_the_cluster_and_to_no_private_network(address: str, is_reached: bool) -> None:
+    assert lets_out(trainers_policy(), Peer(address), 443) is is_reached
 
 
 def test_the_network_policy_can_be_left_out(kube: Cluster) -> None:

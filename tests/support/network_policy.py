@@ -1,6 +1,6 @@
 """What a NetworkPolicy lets through, by the rules of networking.k8s.io/v1: for a network plugin that enforces none, as the test cluster's.
 
-Covers what the chart's policy uses: pod and namespace selectors, ipBlock without exceptions, numbered and named ports.
+Covers what the chart's policy and that of docs/security.md use: pod and namespace selectors, ipBlock, numbered and named ports.
 """
 
 from dataclasses import dataclass, field
@@ -54,8 +54,8 @@ def _is_to(peers: list[Json] | None, peer: Peer) -> bool:
 
 def _is_one(item: Json, peer: Peer) -> bool:
     if "ipBlock" in item:
-        assert set(item["ipBlock"]) == {"cidr"}
-        return ip_address(peer.address) in ip_network(item["ipBlock"]["cidr"])
+        address, block = ip_address(peer.address), item["ipBlock"]
+        return address in ip_network(block["cidr"]) and not any(address in ip_network(part) for part in block.get("except", ()))
     # A peer without a namespaceSelector means the policy's own namespace, which the chart never means.
     return peer.pod is not None and selects(item["podSelector"], peer.pod) and selects(item["namespaceSelector"], peer.namespace)
 
