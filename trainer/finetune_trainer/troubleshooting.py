@@ -141,7 +141,7 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         Symptom("does not exist on the Hub, or this token may not see it", "The Hub does not tell a stranger whether a private repository exists.", "Correct the name, or give a token that may see it."),
     ),
     "Certificates": (
-        Symptom("put its authority's certificate into the trainer's image", "S3 or the Hub has a certificate of a private authority, or a proxy puts its own in its place.", "[security.md](security.md#a-private-certificate-authority) says how."),
+        Symptom("put its authority's certificate into the ConfigMap of the chart's trainer.caBundle", "S3 or the Hub has a certificate of a private authority, or a proxy puts its own in its place.", "[installing.md](installing.md) says how."),
         Symptom("to a file with its authority's certificate.", "The same, on a laptop.", "Export the variable; the file is in PEM form."),
         Symptom("is for another name; write the name that it is for, or give the server a certificate for this one.", "The endpoint is written as an address or a short name.", "Write the name that is in the certificate."),
         Symptom("has expired or is not valid yet; renew it, or set this machine's clock.", "Nobody renewed it, or the clock is wrong.", "Renew it, or set the clock."),

@@ -117,14 +117,14 @@ def test_an_s3_server_of_a_private_authority_is_an_access_error(
 ) -> None:
     with serving(certificate) as endpoint:
         words = (field, f"certificate of {endpoint} is not trusted (self-signed certificate)", "AWS_CA_BUNDLE to a file with")
-        with refused(AccessError, *words, hidden=("network", "trainer.env")):
+        with refused(AccessError, *words, hidden=("network", "trainer.caBundle")):
             call(s3_run(tmp_path, endpoint))
 
 
 def test_a_pod_is_told_where_its_authorities_come_from(certificate: Path, tmp_path: Path) -> None:
     with (
         serving(certificate) as endpoint,
-        refused(AccessError, "the trainer's image", "name the file in AWS_CA_BUNDLE of the chart's trainer.env"),
+        refused(AccessError, "the chart's trainer.caBundle", "a file that AWS_CA_BUNDLE names"),
     ):
         sources.fetch_dataset(s3_run(tmp_path, endpoint, in_cluster=True))
 
@@ -189,7 +189,7 @@ def hub_at(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_hub_of_a_private_authority_is_an_access_error(
     certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[RunContext], Any], in_cluster: bool
 ) -> None:
-    mend = "name the file in SSL_CERT_FILE of the chart's trainer.env" if in_cluster else "SSL_CERT_FILE to a file with"
+    mend = "or into a file that SSL_CERT_FILE names" if in_cluster else "SSL_CERT_FILE to a file with"
     words = ("spec.model.source: hf://acme/base", "certificate of 127.0.0.1 is not trusted (self-signed certificate)", mend)
     with hub_at(certificate, monkeypatch), refused(AccessError, *words, hidden=("network", "AWS_CA_BUNDLE")):
         call(context(tmp_path, run_spec("hf://acme/base"), in_cluster=in_cluster))

@@ -66,6 +66,6 @@ def _untrusted(cause: BaseException, where: Location, server: str, variable: str
     if where.laptop:
         return f"{subject} is not trusted ({why}); set {variable} to a file with its authority's certificate."
     return (
-        f"{subject} is not trusted ({why}); put its authority's certificate into the trainer's image "
-        f"and name the file in {variable} of the chart's trainer.env."
+        f"{subject} is not trusted ({why}); put its authority's certificate into the ConfigMap of the chart's trainer.caBundle, "
+        f"or into a file that {variable} names."
     )
