@@ -29,7 +29,7 @@ from finetune_trainer.qat.prepare import exact_layers, follow_optimizer, mode_of
 from finetune_trainer.qat.quantizers import WeightQuantizer
 from finetune_trainer.qat.quantizers.float8 import MslkFloat8Activations
 from finetune_trainer.qat.schemes import SCHEMES
-from finetune_trainer.qat.tensors import activations_of, dense, reference_linear
+from finetune_trainer.qat.tensors import activations_of, dequantized, reference_linear
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -219,11 +219,11 @@ def compiled_figures(scheme: Scheme) -> dict[str, Any]:
     """Whether compiled quantizers give the same bits, and how fast both are: microseconds apart and fused."""
     info = SCHEMES[scheme]
     weight = torch.randn(8192, 2048, device="cuda", dtype=torch.bfloat16) * 0.02
-    shrink = (
+    clip_ratio = (
         torch.rand(8192, 2048 // info.quantizer(info.group_sizes[0] if info.group_sizes else None).block(2048), device="cuda") * 0.4 + 0.6
     )
     pairs: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("weights", info.quantizer(info.group_sizes[0] if info.group_sizes else None), (weight, shrink))
+        ("weights", info.quantizer(info.group_sizes[0] if info.group_sizes else None), (weight, clip_ratio))
     ]
     if info.activations:
         pairs.append(("activations", info.activations, (torch.randn(8192, 2048, device="cuda", dtype=torch.bfloat16),)))
@@ -290,7 +290,7 @@ def kernel_figures(scheme: Scheme) -> dict[str, Any]:
     trained = linear.fake_quantized_weight(layer)
     figures: dict[str, Any] = {
         "kernel": kernel_of(nn.Sequential(shipped), torch.device("cuda")),
-        "weights_equal": bool(torch.equal(dense(shipped.weight), trained)),
+        "weights_equal": bool(torch.equal(dequantized(shipped.weight), trained)),
         "bytes_per_weight": round(bytes_of(shipped.weight) / trained.numel(), 3),
     }
     if not figures["kernel"]:
@@ -308,7 +308,7 @@ def rounding_steps(x: Tensor, weight: Tensor, output: Tensor, reference: Tensor)
     """As qat/kernels.py has them for the proof."""
     quantizer = activations_of(weight)
     read = x if quantizer is None else quantizer.dequantize(quantizer.quantize(x), x.dtype)
-    size = F.linear(read.double().abs(), dense(weight).double().abs())
+    size = F.linear(read.double().abs(), dequantized(weight).double().abs())
     return round(float(((output.double() - reference.double()).abs() / (size * torch.finfo(x.dtype).eps)).max()), 3)
 
 

@@ -111,8 +111,8 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
     from finetune_trainer.batch import pad
     from finetune_trainer.example import Example
     from finetune_trainer.held_out import TOKENS_AT_ONCE, measure
+    from finetune_trainer.qat.gptq import TOKENS, calibration_rows, choose_rounding
     from finetune_trainer.qat.prepare import free_codes, mode_of, set_fake_quantization
-    from finetune_trainer.qat.rounding import TOKENS, choose_rounding, rows_to_round_by
     from finetune_trainer.stages import convert, load  # noqa: F401
     from finetune_trainer.teacher import adapter_values, in_place, teacher_hidden
     from finetune_trainer.token_loss import output_head, predict, summed_loss
@@ -155,7 +155,7 @@ def _measured(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> tu
     with _peak_of("switch", peaks, before):
         teacher = adapter_values(model)
         with in_place(model, teacher):
-            choose_rounding(model, rows_to_round_by(drawn(max(1, TOKENS // tokens))))
+            choose_rounding(model, calibration_rows(drawn(max(1, TOKENS // tokens))))
         for fake_quant in (False, True):
             measure(model, drawn(2 * max(1, TOKENS_AT_ONCE // tokens)), fake_quant=fake_quant)
     set_fake_quantization(model, enabled=True)

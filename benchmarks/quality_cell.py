@@ -20,10 +20,10 @@ from finetune_api.spec import LoraSpec, QuantizationSpec
 from finetune_trainer.adapter import add_adapter
 from finetune_trainer.batch import pad
 from finetune_trainer.held_out import HeldOut, measure
+from finetune_trainer.qat.gptq import calibration_rows, choose_rounding
 from finetune_trainer.qat.prepare import exact_layers, follow_optimizer, mode_of, prepare, set_fake_quantization
 from finetune_trainer.qat.quantizers import WeightQuantizer
 from finetune_trainer.qat.quantizers.integers import SymmetricGrid
-from finetune_trainer.qat.rounding import choose_rounding, rows_to_round_by
 from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.row_order import micro_batches
 from finetune_trainer.schedule import rate_factor
@@ -337,7 +337,7 @@ def _quantized(folder: Path, recipe: Recipe, bits: int, adapter: Adapter, data: 
 def _fit_quantizers(model: PeftModel, recipe: Recipe, data: Rows) -> None:
     """As phases.py does at the switch."""
     if recipe.rounding:
-        choose_rounding(model, rows_to_round_by(data.train))
+        choose_rounding(model, calibration_rows(data.train))
     else:
         fit_scales(model)
 

@@ -20,8 +20,8 @@ from finetune_trainer.example import Example
 from finetune_trainer.held_out import HeldOut, mean_loss, measure
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.plan import Plan
+from finetune_trainer.qat.gptq import choose_rounding, gains_from_a_choice
 from finetune_trainer.qat.prepare import follow_optimizer, free_codes, mode_of, set_fake_quantization
-from finetune_trainer.qat.rounding import choose_rounding, gains_from_a_choice
 from finetune_trainer.qat.scales import fit_scales
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.switch import Switch
@@ -34,7 +34,7 @@ class Work:
     """What a training works on.
 
     Attributes:
-        rounded_by: rows of the training data that the rounding of weights is chosen by.
+        calibration: rows of the training data that the rounding of weights is chosen by.
         inputs: digest of the base model's revision and the rows; a checkpoint of others is not resumed from.
         start: the checkpoint to go on from.
     """
@@ -42,7 +42,7 @@ class Work:
     ctx: RunContext
     model: PeftModel
     held_out: Sequence[Example]
-    rounded_by: Sequence[Example]
+    calibration: Sequence[Example]
     plan: Plan
     inputs: str
     start: Checkpoint | None
@@ -200,7 +200,7 @@ class Phases(TrainerCallback):
         model = self._work.model
         with self._work.ctx.reporter.timed("rounding"), in_place(model, adapter):
             if self._work.plan.switch_step:
-                choose_rounding(model, self._work.rounded_by)
+                choose_rounding(model, self._work.calibration)
             else:  # from the first step on, nearest values learn more (BENCHMARKS.md)
                 fit_scales(model)
 

@@ -22,9 +22,9 @@ from finetune_trainer.memory.dry_run import (
 from finetune_trainer.memory.estimate import PARTS, Kind, Lengths, needed_by
 from finetune_trainer.memory.tracking import LiveBytes
 from finetune_trainer.plan import Plan
+from finetune_trainer.qat.gptq import choose_rounding
 from finetune_trainer.qat.linear import weight_codes
 from finetune_trainer.qat.prepare import exact_layers, mode_of, prepare
-from finetune_trainer.qat.rounding import choose_rounding
 from peft import PeftModel
 from support.run_contexts import run_spec
 from support.tiny_model import tiny_llama
@@ -130,7 +130,7 @@ def test_what_quantization_keeps_is_counted_to_the_byte(scheme: str) -> None:
     kept = [part for layer in layers for part in weight_codes(layer) if isinstance(part, torch.Tensor)]
     assert len(kept) >= 2 * len(layers) > 0
     assert code_bytes(model_of(scheme=scheme)) == sum(part.nbytes for part in kept)
-    made = [part for layer in layers for part in (layer.exact.shrink, *(layer.exact.nudge or ())) if part is not None]
+    made = [part for layer in layers for part in (layer.exact.clip_ratio, *(layer.exact.rounding_offset or ())) if part is not None]
     assert factor_bytes(model_of(scheme=scheme)) == sum(part.nbytes for part in made)
     assert code_bytes(model_of(scheme="none")) == factor_bytes(model_of(scheme="none")) == 0
 

@@ -106,11 +106,11 @@ def test_a_model_on_a_gpu_leaves_it_with_all_that_it_keeps_there(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
     mode, states = mode_of(model), [layer.exact for _, layer in exact_layers(model)]
     assert any(state.cached for state in states)
-    assert any(state.shrink is not None for state in states)
+    assert any(state.clip_ratio is not None for state in states)
     assert mode.last_input._codes is not None
     convert.make_room(model)
     assert done == ["cpu", "emptied"]
-    assert all((state.cached, state.shrink, state.nudge) == (None, None, None) for state in states)
+    assert all((state.cached, state.clip_ratio, state.rounding_offset) == (None, None, None) for state in states)
     assert mode.last_input._codes is None
 
 

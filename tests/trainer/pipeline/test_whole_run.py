@@ -325,7 +325,7 @@ def test_nearest_values_are_measured_before_anything_is_chosen(tmp_path: Path, m
     measure = phases.measure
 
     def measured(model: Any, examples: Any, *, fake_quant: bool, keep_codes: bool) -> Any:
-        chosen = {layer.exact.shrink is not None and layer.exact.nudge is not None for _, layer in exact_layers(model)}
+        chosen = {layer.exact.clip_ratio is not None and layer.exact.rounding_offset is not None for _, layer in exact_layers(model)}
         assert len(chosen) == 1
         seen.append((fake_quant, *chosen))
         return measure(model, examples, fake_quant=fake_quant, keep_codes=keep_codes)
@@ -343,7 +343,7 @@ def test_the_rounding_is_chosen_once_behind_the_tuning(percent: int, times: int,
 
     def choose_rounding(model: Any, examples: Any) -> None:
         choose(model, examples)
-        calls.append(sum(layer.exact.nudge is not None for _, layer in exact_layers(model)))
+        calls.append(sum(layer.exact.rounding_offset is not None for _, layer in exact_layers(model)))
 
     monkeypatch.setattr(phases, "choose_rounding", choose_rounding)
     report = run(tiny_job(tmp_path, {"quantization": {"qatPercent": percent}, **BOTH}), tmp_path / "work")

@@ -17,7 +17,7 @@ from finetune_trainer.qat.kernels import reference_arithmetic
 from finetune_trainer.qat.linear import base_linear, fake_quantized_weight, merged_weight
 from finetune_trainer.qat.prepare import exact_layers, prepare, training_logits
 from finetune_trainer.qat.schemes import SCHEMES as TABLE
-from finetune_trainer.qat.tensors import QUANTIZED, dense
+from finetune_trainer.qat.tensors import QUANTIZED, dequantized
 from finetune_trainer.stages.convert import reference_batch
 from peft import PeftModel
 from safetensors import safe_open
@@ -197,7 +197,7 @@ def test_an_exported_tensor_dequantizes_to_the_weight_of_the_training(scheme: Sc
     model = exact_model(scheme, dtype=dtype)
     layers = list(exact_layers(model))
     assert len(layers) == 14
-    assert all(torch.equal(dense(exported_tensor(name, layer, scheme)), fake_quantized_weight(layer)) for name, layer in layers)
+    assert all(torch.equal(dequantized(exported_tensor(name, layer, scheme)), fake_quantized_weight(layer)) for name, layer in layers)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

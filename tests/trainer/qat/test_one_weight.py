@@ -10,10 +10,10 @@ import pytest
 import torch
 from finetune_api.spec import Scheme
 from finetune_trainer.qat.export import exported_tensor
-from finetune_trainer.qat.linear import ExactLoraLinear, ExactMode, ExactState, Nudge, adapted_weight
+from finetune_trainer.qat.linear import ExactLoraLinear, ExactMode, ExactState, RoundingOffset, adapted_weight
 from finetune_trainer.qat.quantizers import WeightQuantizer
 from finetune_trainer.qat.schemes import SCHEMES as TABLE
-from finetune_trainer.qat.tensors import dense
+from finetune_trainer.qat.tensors import dequantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -48,9 +48,9 @@ def quantized_weights() -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
     quantize = WeightQuantizer.quantize
 
-    def noted(self: WeightQuantizer, weight: Tensor, shrink: Tensor | None = None) -> object:
+    def noted(self: WeightQuantizer, weight: Tensor, clip_ratio: Tensor | None = None) -> object:
         seen.append(weight.clone())
-        return quantize(self, weight, shrink)
+        return quantize(self, weight, clip_ratio)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WeightQuantizer, "quantize", noted)
@@ -80,18 +80,18 @@ def test_what_is_trained_with_is_what_is_shipped_and_the_formula(
     state, quantizer = layer.exact, layer.exact.quantizer
     assert quantizer is not None
     if shrunk:
-        state.shrink = quantizer.least_squares_shrink(adapted_weight(layer))
+        state.clip_ratio = quantizer.least_squares_clip_ratio(adapted_weight(layer))
     if nudged:
         block = quantizer.block(inputs)
         units = unit / 2.0 ** torch.randint(6, 10, (rows, inputs // block), generator=drawn)
         parts = torch.randint(-128, 128, (rows, inputs), generator=drawn, dtype=torch.int8)
-        state.nudge = Nudge(parts, units)
+        state.rounding_offset = RoundingOffset(parts, units)
         merged += parts * units.repeat_interleave(block, dim=1)
     merged = merged.to(dtype)
-    formula = quantizer.dequantize(quantizer.quantize(merged, state.shrink))
+    formula = quantizer.dequantize(quantizer.quantize(merged, state.clip_ratio))
     with quantized_weights() as seen, torch.no_grad():
         output = layer(torch.eye(inputs, dtype=dtype))
-        shipped = dense(exported_tensor("layer", layer, scheme))
+        shipped = dequantized(exported_tensor("layer", layer, scheme))
     assert torch.equal(shipped, formula)
     if state.activations is None:
         assert torch.equal(output.T, formula)

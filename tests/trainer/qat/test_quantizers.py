@@ -8,7 +8,7 @@ from finetune_trainer.qat.quantizers.activations import Int8Activations
 from finetune_trainer.qat.quantizers.float8 import LEAST_LARGEST, Float8Activations, MslkFloat8Activations
 from finetune_trainer.qat.quantizers.int4 import pack, unpack
 from finetune_trainer.qat.schemes import SCHEMES as TABLE
-from finetune_trainer.qat.tensors import dense
+from finetune_trainer.qat.tensors import dequantized
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.exact_models import DTYPES, KERNELS, SCHEMES
@@ -34,9 +34,9 @@ def quantizer_of(scheme: Scheme) -> WeightQuantizer:
     return TABLE[scheme].quantizer(GROUP if TABLE[scheme].group_sizes else None)
 
 
-def fake_quantized(weight: Tensor, scheme: Scheme, shrink: Tensor | None = None) -> Tensor:
+def fake_quantized(weight: Tensor, scheme: Scheme, clip_ratio: Tensor | None = None) -> Tensor:
     quantizer = quantizer_of(scheme)
-    return quantizer.dequantize(quantizer.quantize(weight, shrink))
+    return quantizer.dequantize(quantizer.quantize(weight, clip_ratio))
 
 
 def fake_quantized_activation(quantizer: ActivationQuantizer, activation: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ def test_torchaos_tensor_stands_for_what_its_codes_do(
     exported = TABLE[scheme].tensor(codes, quantizer_of(scheme).block(weight.shape[1]))
     assert exported.shape == weight.shape
     assert exported.dtype == dtype
-    assert_bit_equal(dense(exported), quantizer_of(scheme).dequantize(codes))
-    assert dense(exported).isfinite().all()
+    assert_bit_equal(dequantized(exported), quantizer_of(scheme).dequantize(codes))
+    assert dequantized(exported).isfinite().all()
 
 
 @given(rows=st.integers(1, 5), pairs=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
@@ -252,11 +252,11 @@ def test_a_weight_that_is_not_finite_shows_in_its_scale(scheme: Scheme, bad: flo
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantizing_and_dequantizing_leave_their_input_alone(scheme: Scheme) -> None:
     quantizer, weight = quantizer_of(scheme), random_rows(4, 64, 1.0, 0, torch.float32)
-    shrink = quantizer.least_squares_shrink(weight)
-    kept = weight.clone(), shrink.clone()
-    codes = quantizer.quantize(weight, shrink)
+    clip_ratio = quantizer.least_squares_clip_ratio(weight)
+    kept = weight.clone(), clip_ratio.clone()
+    codes = quantizer.quantize(weight, clip_ratio)
     assert_bit_equal(weight, kept[0])
-    assert_bit_equal(shrink, kept[1])
+    assert_bit_equal(clip_ratio, kept[1])
     first, again = quantizer.dequantize(codes), quantizer.dequantize(codes)
     assert_bit_equal(first, again)
 
@@ -271,9 +271,9 @@ def test_an_activation_and_its_codes_are_left_alone(quantizer: ActivationQuantiz
     assert_bit_equal(first, again)
 
 
-def squared_error(weight: Tensor, scheme: Scheme, shrink: Tensor | None) -> Tensor:
+def squared_error(weight: Tensor, scheme: Scheme, clip_ratio: Tensor | None) -> Tensor:
     """For each group, [out, groups]."""
-    error = (fake_quantized(weight, scheme, shrink).double() - weight.double()).square()
+    error = (fake_quantized(weight, scheme, clip_ratio).double() - weight.double()).square()
     return error.view(weight.shape[0], -1, quantizer_of(scheme).block(weight.shape[1])).sum(dim=-1)
 
 
@@ -295,24 +295,24 @@ def test_the_least_squares_shrink_is_never_worse_than_none_in_any_group(
     dtype: torch.dtype, scheme: Scheme, rows: int, groups: int, scale: float, seed: int
 ) -> None:
     weight = random_rows(rows, groups * GROUP, scale, seed, dtype)
-    shrink = quantizer_of(scheme).least_squares_shrink(weight)
-    assert ((shrink > 0) & (shrink <= 1)).all()
-    with_shrink, without = squared_error(weight, scheme, shrink), squared_error(weight, scheme, None)
-    assert (with_shrink <= without * (1 + 1e-5)).all()
+    clip_ratio = quantizer_of(scheme).least_squares_clip_ratio(weight)
+    assert ((clip_ratio > 0) & (clip_ratio <= 1)).all()
+    clipped, without = squared_error(weight, scheme, clip_ratio), squared_error(weight, scheme, None)
+    assert (clipped <= without * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize(("scheme", "share"), [(Scheme.INT8_INT4, 0.9), (Scheme.INT4, 0.96), (Scheme.FP8_INT4, 0.98)])
 def test_the_least_squares_shrink_lowers_the_error_of_four_bits(scheme: Scheme, share: float) -> None:
     weight = random_rows(64, 256, 1.0, 0, torch.float32)[1:-1]  # the outlier's error is no rounding
-    shrink = quantizer_of(scheme).least_squares_shrink(weight)
-    assert squared_error(weight, scheme, shrink).sum() < share * squared_error(weight, scheme, None).sum()
+    clip_ratio = quantizer_of(scheme).least_squares_clip_ratio(weight)
+    assert squared_error(weight, scheme, clip_ratio).sum() < share * squared_error(weight, scheme, None).sum()
 
 
 def test_the_least_squares_shrink_does_not_depend_on_how_many_rows_are_searched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer, weight = quantizer_of(Scheme.INT4), random_rows(9, 64, 1.0, 0, torch.float32)
-    whole = quantizer.least_squares_shrink(weight)
+    whole = quantizer.least_squares_clip_ratio(weight)
     monkeypatch.setattr("finetune_trainer.qat.quantizers.weights._WEIGHTS_AT_ONCE", 2 * 64)
-    assert torch.equal(quantizer.least_squares_shrink(weight), whole)
+    assert torch.equal(quantizer.least_squares_clip_ratio(weight), whole)
 
 
 @pytest.mark.parametrize("scheme", [Scheme.INT8, Scheme.INT8_INT4, Scheme.INT4, Scheme.FP8_INT4])

@@ -31,9 +31,9 @@ def test_fitted_scales_lower_the_squared_error_of_every_layer_frozen_ones_includ
 def test_scales_stay_while_the_adapter_learns_on() -> None:
     model = exact_model()
     fit_scales(model)
-    fitted = {name: layer.exact.shrink for name, layer in exact_layers(model)}
+    fitted = {name: layer.exact.clip_ratio for name, layer in exact_layers(model)}
     set_factors(model, seed=9)
-    assert all(layer.exact.shrink is fitted[name] for name, layer in exact_layers(model))
+    assert all(layer.exact.clip_ratio is fitted[name] for name, layer in exact_layers(model))
 
 
 def test_the_teacher_is_the_model_as_it_was_not_quantized() -> None:

@@ -21,9 +21,9 @@ from trl.trainer.utils import add_fused_lm_head
 from finetune_trainer.adapter import add_adapter
 from finetune_trainer.failures import first_line, is_out_of_memory
 from finetune_trainer.memory.tracking import LiveBytes
+from finetune_trainer.qat.gptq import run_quantized, scratch_bytes
 from finetune_trainer.qat.linear import ExactLoraLinear, base_linear, weight_codes
 from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization, free_codes, mode_of, prepare
-from finetune_trainer.qat.rounding import run_quantized, scratch_bytes
 from finetune_trainer.token_loss import Prediction, output_head, summed_loss, token_losses
 
 # The second is its name in the transformers that unsloth asks for.
@@ -177,7 +177,7 @@ def code_bytes(model: PeftModel) -> int:
 
 
 def factor_bytes(model: PeftModel) -> int:
-    """Bytes of what scales.py and rounding.py have found, for every layer that is quantized.
+    """Bytes of what scales.py and gptq.py have found, for every layer that is quantized.
 
     A float32 factor for each group of weights, and where the grid is coarse an int8 shift of each weight and its float32 unit.
     """
@@ -205,7 +205,7 @@ def run(model: PeftModel, step: Step) -> None:
 
 @torch.no_grad()
 def evaluate(model: PeftModel, batch: HeldOutBatch) -> None:
-    """The batch itself, as held_out.py measures it, or as rounding.py runs it, with empty memory for what it computes before each layer."""
+    """The batch itself, as held_out.py measures it, or as gptq.py runs it, with empty memory for what it computes before each layer."""
     base = model.get_base_model()
     input_ids, mask = _batch(batch.rows, batch.tokens, padded=batch.rows > 1)
     if batch.rounding:

@@ -14,7 +14,7 @@ from finetune_trainer.example import Example
 from finetune_trainer.held_out import TOKENS_AT_ONCE
 from finetune_trainer.memory.dry_run import HeldOutBatch, Step, code_bytes, factor_bytes, peak_bytes
 from finetune_trainer.plan import Plan
-from finetune_trainer.qat.rounding import TOKENS, gains_from_a_choice
+from finetune_trainer.qat.gptq import TOKENS, gains_from_a_choice
 
 PROCESS_BYTES = 2**30  # Python, torch and the libraries before a model is loaded: 0.9 GB measured
 FILLED = 0.9  # of what there is: allocators leave fragments, and the estimate may be off by a few percent

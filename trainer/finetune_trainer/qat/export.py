@@ -23,7 +23,7 @@ from finetune_trainer.errors import DataError
 from finetune_trainer.qat.linear import ExactLinear, base_linear, fake_quantized_weight, merged_weight, weight_codes
 from finetune_trainer.qat.prepare import exact_layers, group_size_of, merged_layers, plain_name
 from finetune_trainer.qat.schemes import SCHEMES
-from finetune_trainer.qat.tensors import QUANTIZED, dense
+from finetune_trainer.qat.tensors import QUANTIZED, dequantized
 
 
 def exported_tensor(name: str, layer: ExactLinear, scheme: Scheme) -> Tensor:
@@ -80,12 +80,12 @@ def free_weight(layer: ExactLinear) -> None:
     weight = base_linear(layer).weight
     heap.forget_pages(weight)
     weight.data = weight.new_empty(0)
-    layer.exact.cached, layer.exact.nudge, layer.exact.shrink = None, None, None
+    layer.exact.cached, layer.exact.rounding_offset, layer.exact.clip_ratio = None, None, None
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
     """sha256 of every parameter's values, dequantized; equal digests are equal bits."""
-    return {name: tensor_digest(dense(parameter.detach())) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor_digest(dequantized(parameter.detach())) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def trained_digests(model: PeftModel) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchao.quantization import Float8Tensor, Int4Tensor, IntxUnpackedToInt8Tensor
 
-from finetune_trainer.qat.tensors import QUANTIZED, activations_of, dense, reference_linear
+from finetune_trainer.qat.tensors import QUANTIZED, activations_of, dequantized, reference_linear
 
 REFERENCE = "torchao's reference kernels"
 _FLOAT8_CAPABILITY, _MSLK_CAPABILITY = (8, 9), (9, 0)
@@ -81,7 +81,7 @@ def _note_error(errors: dict[str, float], name: str, layer: nn.Linear, inputs: t
     quantizer = activations_of(layer.weight)
     read = x if quantizer is None else quantizer.dequantize(quantizer.quantize(x), x.dtype)
     bias = None if layer.bias is None else layer.bias.double().abs()
-    size = F.linear(read.double().abs(), dense(layer.weight).double().abs(), bias)
+    size = F.linear(read.double().abs(), dequantized(layer.weight).double().abs(), bias)
     difference = (output.double() - reference_linear(x, layer.weight, layer.bias).double()).abs()
     steps = difference / (size * torch.finfo(x.dtype).eps).clamp(min=torch.finfo(torch.float64).tiny)
     # Of two numbers, one of them NaN, max() gives the first.

@@ -64,8 +64,8 @@ class SharedInput:
         return self._codes
 
 
-class Nudge(NamedTuple):
-    """A shift D of each weight in front of the quantizer, which decides its rounding; made by rounding.py.
+class RoundingOffset(NamedTuple):
+    """A shift D of each weight in front of the quantizer, which decides its rounding; made by gptq.py.
 
     Attributes:
         parts: int8 [out, in], in units of its group.
@@ -83,15 +83,15 @@ class ExactState:
     Attributes:
         quantizer: None for an adapted layer that export merges and does not quantize.
         activations: None where the layer reads its input as it is.
-        shrink: [out, groups], scales.py's factors for this layer; None for scales of the largest value.
-        nudge: rounding.py's choice for this layer; None where each weight goes to the nearest value of the grid.
+        clip_ratio: [out, groups], scales.py's factors for this layer; None for scales of the largest value.
+        rounding_offset: gptq.py's choice for this layer; None where each weight goes to the nearest value of the grid.
     """
 
     mode: ExactMode
     quantizer: WeightQuantizer | None
     activations: ActivationQuantizer | None
-    shrink: Tensor | None = None
-    nudge: Nudge | None = None
+    clip_ratio: Tensor | None = None
+    rounding_offset: RoundingOffset | None = None
     cached: WeightCodes | None = None
     cached_key: tuple[object, ...] = ()
 
@@ -142,12 +142,12 @@ def adapted_weight(layer: ExactLinear) -> Tensor:
 @torch.no_grad()
 def merged_weight(layer: ExactLinear) -> Tensor:
     """W + s B A + D [out, in] in the base weight's dtype: merged in float32 (float64 for a float64 model), then cast. Serves training and export."""
-    weight, nudge = base_linear(layer).weight, layer.exact.nudge
-    if nudge is None:
+    weight, rounding_offset = base_linear(layer).weight, layer.exact.rounding_offset
+    if rounding_offset is None:
         return adapted_weight(layer)
     merged = _adapted(layer)
-    grouped = merged.view(len(merged), nudge.unit.shape[1], -1)
-    grouped.addcmul_(nudge.parts.view(grouped.shape).to(merged.dtype), nudge.unit.to(merged.dtype).unsqueeze(-1))
+    grouped = merged.view(len(merged), rounding_offset.unit.shape[1], -1)
+    grouped.addcmul_(rounding_offset.parts.view(grouped.shape).to(merged.dtype), rounding_offset.unit.to(merged.dtype).unsqueeze(-1))
     return merged.to(weight.dtype)
 
 
@@ -170,7 +170,7 @@ def weight_codes(layer: ExactLinear) -> WeightCodes:
     key = (generation, *((id(item), item._version) for item in sources))
     if state.cached is not None and state.cached_key == key:
         return state.cached
-    codes = state.quantizer.quantize(merged_weight(layer), state.shrink)
+    codes = state.quantizer.quantize(merged_weight(layer), state.clip_ratio)
     keep = state.mode.keep_codes or isinstance(layer, ExactFrozenLinear)
     state.cached, state.cached_key = (codes, key) if keep else (None, ())
     return codes

@@ -19,7 +19,7 @@ from finetune_trainer.errors import ProofError
 from finetune_trainer.qat.export import exported_tensor
 from finetune_trainer.qat.linear import fake_quantized_weight
 from finetune_trainer.qat.prepare import exact_layers
-from finetune_trainer.qat.tensors import dense
+from finetune_trainer.qat.tensors import dequantized
 
 _NAME = "layer.weight"
 
@@ -37,7 +37,7 @@ def require_roundtrip(model: PeftModel, scheme: Scheme) -> None:
         raise ProofError(
             f"The export of {name} can't be read back ({type(error).__name__}); nothing was trained. Please report this."
         ) from error
-    if not torch.equal(dense(reloaded).cpu(), fake_quantized_weight(layer).cpu()):
+    if not torch.equal(dequantized(reloaded).cpu(), fake_quantized_weight(layer).cpu()):
         raise ProofError(f"The export of {name} is not what training would use; nothing was trained. Please report this.")
 
 

@@ -13,7 +13,7 @@ from finetune_trainer.qat.prepare import drop_caches, exact_layers
 def fit_scales(model: PeftModel) -> None:
     """Gives every layer that export quantizes the factors of its merged weight; training, export and proof use them from now on.
 
-    A rounding that was chosen for other scales (rounding.py) is forgotten.
+    A rounding that was chosen for other scales (gptq.py) is forgotten.
     """
     for _, layer in exact_layers(model):
         fit_layer(layer)
@@ -22,5 +22,5 @@ def fit_scales(model: PeftModel) -> None:
 
 def fit_layer(layer: ExactLinear) -> None:
     """The same for one layer; whoever calls it drops the caches."""
-    layer.exact.nudge = None
-    layer.exact.shrink = layer.exact.quantizer.least_squares_shrink(adapted_weight(layer))
+    layer.exact.rounding_offset = None
+    layer.exact.clip_ratio = layer.exact.quantizer.least_squares_clip_ratio(adapted_weight(layer))

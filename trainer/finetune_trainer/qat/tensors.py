@@ -52,7 +52,7 @@ def fp8_fp8_tensor(quantized: WeightCodes, block: int) -> Float8Tensor:
     )
 
 
-def dense(weight: Tensor) -> Tensor:
+def dequantized(weight: Tensor) -> Tensor:
     """What a shipped weight stands for [out, in]; a plain one stands for itself."""
     if isinstance(weight, Int4Tensor):  # torchao 0.18 has no dequantize for it
         codes = unpack(weight.qdata)
@@ -66,7 +66,7 @@ def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What a linear layer with a shipped weight computes, in the arithmetic of the training; needs no kernel. [..., in] to [..., out]."""
     quantizer = activations_of(weight)
     read = x if quantizer is None else quantizer.dequantize(quantizer.quantize(x), x.dtype)
-    return F.linear(read, dense(weight), bias)
+    return F.linear(read, dequantized(weight), bias)
 
 
 def activations_of(weight: Tensor) -> ActivationQuantizer | None:

@@ -31,8 +31,8 @@ from finetune_trainer.memory.estimate import Estimate, Lengths
 from finetune_trainer.mirror import Mirror
 from finetune_trainer.phases import Phases, StepDropped, Work
 from finetune_trainer.plan import Plan, plan
+from finetune_trainer.qat.gptq import calibration_rows
 from finetune_trainer.qat.prepare import Prepared, prepare, require_effect, serving_note
-from finetune_trainer.qat.rounding import rows_to_round_by
 from finetune_trainer.qat.roundtrip import require_roundtrip
 from finetune_trainer.row_order import GroupedByLength, micro_batches
 from finetune_trainer.schedule import ADAPT_PEAK, rate_factor
@@ -87,7 +87,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     _remove_others(ctx, start)
     steps, needed = _plan(ctx, loaded, data, start)
     settings = _settings_of(loaded.model.get_base_model())
-    phases = Phases(Work(ctx, loaded.model, data.held_out, rows_to_round_by(_shuffled(ctx, data)), steps, inputs, start))
+    phases = Phases(Work(ctx, loaded.model, data.held_out, calibration_rows(_shuffled(ctx, data)), steps, inputs, start))
     try:
         trainer = _trainer(ctx, loaded, data, steps, phases)
         with stopping_later(phases.stop):

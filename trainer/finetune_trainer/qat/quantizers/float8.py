@@ -35,10 +35,10 @@ class Float8Grid:
         """Smallest and largest code."""
         return -int(_LARGEST), int(_LARGEST)
 
-    def quantize(self, grouped: Tensor, shrink: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    def quantize(self, grouped: Tensor, clip_ratio: Tensor | None) -> tuple[Tensor, Tensor, None]:
         """float8_e4m3fn codes, float32 scales."""
         largest = grouped.abs().amax(dim=-1)
-        largest = largest if shrink is None else (largest * shrink).to(grouped.dtype)
+        largest = largest if clip_ratio is None else (largest * clip_ratio).to(grouped.dtype)
         scale = _torchao_scale(largest)
         return _rounded(grouped, scale.unsqueeze(-1)), scale, None
 

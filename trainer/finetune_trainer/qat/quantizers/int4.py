@@ -32,12 +32,12 @@ class ZeroPointGrid:
         """Smallest and largest code."""
         return _BOUNDS
 
-    def quantize(self, grouped: Tensor, shrink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, grouped: Tensor, clip_ratio: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """int8 codes from -8 to 7; scale and zero in the weight's dtype."""
         wide = grouped.to(torch.float32)
         lowest, highest = wide.amin(dim=-1), wide.amax(dim=-1)
-        if shrink is not None:
-            lowest, highest = lowest * shrink, highest * shrink
+        if clip_ratio is not None:
+            lowest, highest = lowest * clip_ratio, highest * clip_ratio
         scale = (highest - lowest).clamp_(min=_LEAST_RANGE).div_(2 * _HALF - 1)
         codes = (wide - lowest.unsqueeze(-1)).div_(scale.unsqueeze(-1)).round_().clamp_(0, 2 * _HALF - 1).sub_(_HALF)
         zero = lowest + scale * _HALF
@@ -67,11 +67,11 @@ class EighthsGrid:
         """Smallest and largest code."""
         return _BOUNDS
 
-    def quantize(self, grouped: Tensor, shrink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, grouped: Tensor, clip_ratio: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """int8 codes; scale in the weight's dtype, and zeros, which the tensor class wants written down."""
         wide = grouped.to(torch.float32)
         largest = wide.abs().amax(dim=-1)
-        largest = largest if shrink is None else largest * shrink
+        largest = largest if clip_ratio is None else largest * clip_ratio
         scale = largest.clamp_(min=_LEAST_RANGE).div_(_HALF)
         codes = (wide / scale.unsqueeze(-1)).round_().clamp_(-_HALF, _HALF - 1)
         return codes.to(torch.int8), scale.to(grouped.dtype), torch.zeros_like(scale, dtype=grouped.dtype)

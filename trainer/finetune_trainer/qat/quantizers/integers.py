@@ -25,13 +25,13 @@ class SymmetricGrid:
         """Smallest and largest code."""
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
-    def quantize(self, grouped: Tensor, shrink: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    def quantize(self, grouped: Tensor, clip_ratio: Tensor | None) -> tuple[Tensor, Tensor, None]:
         """int8 codes, and scales in the weight's dtype."""
         low, high = self.bounds
         # Not aminmax, nor amax of bfloat16: on a CPU both take five times as long, longer than all the rest.
         wide = torch.promote_types(grouped.dtype, torch.float32)
         largest = grouped.abs().to(wide).amax(dim=-1)
-        largest = (largest if shrink is None else largest.mul_(shrink)).to(grouped.dtype)
+        largest = (largest if clip_ratio is None else largest.mul_(clip_ratio)).to(grouped.dtype)
         scale = largest.div_((high - low) / 2).clamp_(min=torch.finfo(grouped.dtype).smallest_normal)
         rounded = (grouped * scale.reciprocal().unsqueeze(-1)).round_().clamp_(low, high)
         return rounded.to(torch.int8), scale, None

@@ -39,8 +39,8 @@ class WeightGrid(Protocol):
     def bounds(self) -> tuple[int, int]:
         """Smallest and largest code."""
 
-    def quantize(self, grouped: Tensor, shrink: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes [out, groups, group], scale and zero [out, groups] of weights [out, groups, group]; `shrink` as in WeightQuantizer."""
+    def quantize(self, grouped: Tensor, clip_ratio: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes [out, groups, group], scale and zero [out, groups] of weights [out, groups, group]; `clip_ratio` as in WeightQuantizer."""
 
     def dequantize(self, grouped: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The weights [out, groups, group] that the codes stand for."""
@@ -58,14 +58,14 @@ class WeightQuantizer:
         return self.group_size or in_features
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor, shrink: Tensor | None = None) -> WeightCodes:
+    def quantize(self, weight: Tensor, clip_ratio: Tensor | None = None) -> WeightCodes:
         """The codes and scales of a weight [out, in].
 
         Args:
-            shrink: [out, groups] in (0, 1], multiplies each group's range before its scale is made: what lies outside is clipped, what
+            clip_ratio: [out, groups] in (0, 1], multiplies each group's range before its scale is made: what lies outside is clipped, what
                 lies inside is rounded more finely. None is the range itself.
         """
-        codes, scale, zero = self.grid.quantize(self._grouped(weight), shrink)
+        codes, scale, zero = self.grid.quantize(self._grouped(weight), clip_ratio)
         return WeightCodes(codes.view(weight.shape), scale, zero, weight.dtype)
 
     @torch.no_grad()
@@ -75,8 +75,8 @@ class WeightQuantizer:
         return self.grid.dequantize(self._grouped(codes), scale, zero, dtype).view(codes.shape)
 
     @torch.no_grad()
-    def least_squares_shrink(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
-        """The shrink [out, groups], float32, that gives each group the least squared error among a fixed grid of factors; of equals the largest.
+    def least_squares_clip_ratio(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
+        """The clip_ratio [out, groups], float32, that gives each group the least squared error among a fixed grid of factors; of equals the largest.
 
         Dear (one quantization for each factor), so it is done once and its result kept; memory is that of a few rows. On an 8-bit grid no
         group gains from clipping, so all factors are 1.
@@ -87,9 +87,9 @@ class WeightQuantizer:
             importance: [in], how much the squared error of each column counts; None is the same for all.
         """
         rows = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
-        return torch.cat([self._best_shrink(part, importance) for part in weight.split(rows)])
+        return torch.cat([self._best_clip_ratio(part, importance) for part in weight.split(rows)])
 
-    def _best_shrink(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+    def _best_clip_ratio(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         best = torch.ones(weight.shape[0], weight.shape[1] // self.block(weight.shape[1]), device=weight.device)
         if not self.grid.gains_from_clipping:
             return best
@@ -100,10 +100,10 @@ class WeightQuantizer:
             least = torch.minimum(error, least)
         return best
 
-    def _squared_error(self, weight: Tensor, shrink: Tensor, importance: Tensor | None) -> Tensor:
+    def _squared_error(self, weight: Tensor, clip_ratio: Tensor, importance: Tensor | None) -> Tensor:
         """[out, groups], summed in at least float32."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        squares = self.dequantize(self.quantize(weight, shrink)).to(wide).sub_(weight).square_()
+        squares = self.dequantize(self.quantize(weight, clip_ratio)).to(wide).sub_(weight).square_()
         return self._grouped(squares if importance is None else squares.mul_(importance)).sum(dim=-1)
 
     def _grouped(self, values: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ import pytest
 import torch
 from finetune_api.spec import Scheme
 from finetune_trainer.example import Example
-from finetune_trainer.qat import rounding
+from finetune_trainer.qat import gptq
 from finetune_trainer.qat.export import plain_model, trained_digests, weight_digests
+from finetune_trainer.qat.gptq import calibration_rows, choose_rounding, compensated
 from finetune_trainer.qat.linear import adapted_weight, base_linear, fake_quantized_weight, merged_weight, weight_codes
 from finetune_trainer.qat.prepare import exact_layers, set_fake_quantization
-from finetune_trainer.qat.rounding import choose_rounding, compensated, rows_to_round_by
 from finetune_trainer.qat.scales import fit_scales
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,11 +37,11 @@ def nearest(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((values - zero) / scale).round().clamp(*BOUNDS) * scale + zero
 
 
-def by_the_paper(weight: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, block: int) -> Tensor:
+def by_the_paper(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, block: int) -> Tensor:
     """GPTQ's equation 2, column by column, each time with the inverse of what is left; what each weight had become at its turn, in float64."""
     left = weight.clone()
     for column in range(weight.shape[1]):
-        inverse = torch.linalg.inv(gram[column:, column:])
+        inverse = torch.linalg.inv(hessian[column:, column:])
         rounded = nearest(left[:, column], scale[:, column // block], zero[:, column // block])
         error = (left[:, column] - rounded) / inverse[0, 0]
         left[:, column + 1 :] -= error[:, None] * inverse[0, 1:]
@@ -55,13 +55,13 @@ def test_each_weight_takes_the_share_of_the_errors_that_the_paper_says(seed: int
     inputs = groups * block
     read = torch.randn(3 * inputs, inputs, generator=generator, dtype=torch.float64)
     read[:, 1:] += read[:, :-1]  # neighbours say the same in part
-    gram = read.T @ read
+    hessian = read.T @ read
     weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
     scale = torch.rand(outputs, groups, generator=generator, dtype=torch.float64) + 0.2
     zero = torch.randn(outputs, groups, generator=generator, dtype=torch.float64)
-    factor = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     found = compensated(weight, factor, scale, zero, [column // block for column in range(inputs)], BOUNDS)
-    torch.testing.assert_close(found, by_the_paper(weight, gram, scale, zero, block), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, by_the_paper(weight, hessian, scale, zero, block), rtol=1e-6, atol=1e-6)
 
 
 def test_inputs_that_share_nothing_leave_each_weight_to_itself() -> None:
@@ -92,7 +92,7 @@ def test_a_shift_leaves_the_scales_alone_and_moves_weights_by_less_than_five_ste
     choose_rounding(model, examples())
     shifted = {name: weight_codes(layer) for name, layer in exact_layers(model)}
     for name, layer in exact_layers(model):
-        layer.exact.nudge, layer.exact.cached = None, None
+        layer.exact.rounding_offset, layer.exact.cached = None, None
         codes = weight_codes(layer)
         assert torch.equal(codes.scale, shifted[name].scale), name
         assert torch.equal(codes.zero, shifted[name].zero) if codes.zero is not None else shifted[name].zero is None
@@ -102,9 +102,9 @@ def test_a_shift_leaves_the_scales_alone_and_moves_weights_by_less_than_five_ste
 
 def test_scales_are_fitted_to_what_counts_in_the_inputs() -> None:
     model = ready()
-    before = {name: layer.exact.shrink for name, layer in exact_layers(model)}
+    before = {name: layer.exact.clip_ratio for name, layer in exact_layers(model)}
     choose_rounding(model, examples())
-    assert all(not torch.equal(layer.exact.shrink, before[name]) for name, layer in exact_layers(model))
+    assert all(not torch.equal(layer.exact.clip_ratio, before[name]) for name, layer in exact_layers(model))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -121,7 +121,7 @@ def test_a_fine_grid_is_left_alone(scheme: Scheme) -> None:
     before = trained_digests(model)
     choose_rounding(model, examples())
     assert trained_digests(model) == before
-    assert all(layer.exact.nudge is None for _, layer in exact_layers(model))
+    assert all(layer.exact.rounding_offset is None for _, layer in exact_layers(model))
 
 
 def test_frozen_layers_that_are_quantized_get_theirs_too_and_other_linears_none() -> None:
@@ -129,7 +129,7 @@ def test_frozen_layers_that_are_quantized_get_theirs_too_and_other_linears_none(
     choose_rounding(model, examples())
     layers = dict(exact_layers(model))
     assert len(layers) == 14
-    assert all(layer.exact.nudge is not None for layer in layers.values())
+    assert all(layer.exact.rounding_offset is not None for layer in layers.values())
     assert not any(torch.equal(merged_weight(layer), adapted_weight(layer)) for layer in layers.values())
 
 
@@ -149,14 +149,14 @@ def test_the_same_rows_make_the_same_choice_whatever_was_chosen_before() -> None
     choose_rounding(model, examples())
     assert trained_digests(model) == first != other
     fit_scales(model)
-    assert all(layer.exact.nudge is None for _, layer in exact_layers(model))
+    assert all(layer.exact.rounding_offset is None for _, layer in exact_layers(model))
 
 
 def test_padding_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pad = ready(), rounding.pad
+    model, pad = ready(), gptq.pad
     choose_rounding(model, examples())
     expected = trained_digests(model)
-    monkeypatch.setattr(rounding, "pad", lambda rows, _, device: pad(rows, 7, device))
+    monkeypatch.setattr(gptq, "pad", lambda rows, _, device: pad(rows, 7, device))
     choose_rounding(model, examples())
     assert trained_digests(model) == expected
 
@@ -168,9 +168,9 @@ def test_inputs_that_say_nothing_leave_a_layer_to_the_nearest_values(value: floa
     expected = fake_quantized_weight(layer)
     with torch.no_grad():
         layer.register_forward_pre_hook(lambda _, inputs: torch.full_like(inputs[0], value))
-    layer.exact.shrink = None
+    layer.exact.clip_ratio = None
     choose_rounding(model, examples())
-    assert layer.exact.nudge is None
+    assert layer.exact.rounding_offset is None
     assert torch.equal(fake_quantized_weight(layer), expected)
 
 
@@ -178,20 +178,20 @@ def test_a_layer_that_no_input_reaches_has_the_scales_of_its_weights() -> None:
     model = ready()
     layer = exact_layer(model, "down_proj")
     expected = fake_quantized_weight(layer)
-    layer.exact.shrink = None
+    layer.exact.clip_ratio = None
     mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
     mlp.forward = lambda hidden: hidden
     choose_rounding(model, examples())
-    assert layer.exact.nudge is None
+    assert layer.exact.rounding_offset is None
     assert torch.equal(fake_quantized_weight(layer), expected)
-    assert exact_layer(model, "q_proj").exact.nudge is not None
+    assert exact_layer(model, "q_proj").exact.rounding_offset is not None
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60))
 def test_rows_are_the_first_that_fit_padded_and_at_least_one(lengths: list[int]) -> None:
     rows = [Example((5,) * length, (5,) * length) for length in lengths]
-    found = rows_to_round_by(rows)
+    found = calibration_rows(rows)
     assert list(found) == rows[: len(found)]
-    assert len(found) == 1 or len(found) * max(lengths[: len(found)]) <= rounding.TOKENS
+    assert len(found) == 1 or len(found) * max(lengths[: len(found)]) <= gptq.TOKENS
     if len(found) < len(rows):
-        assert (len(found) + 1) * max(lengths[: len(found) + 1]) > rounding.TOKENS
+        assert (len(found) + 1) * max(lengths[: len(found) + 1]) > gptq.TOKENS

@@ -1,7 +1,7 @@
-"""Rounding by what a layer computes, not weight by weight: each weight makes up for the rounding of those before it in its row.
+"""GPTQ: rounding by what a layer computes, not weight by weight: each weight makes up for the rounding of those before it in its row.
 
 Done once, at the switch to quantization-aware steps. What it changes is kept as a small shift of each weight in front of the one quantizer
-(ExactState.nudge), so that training, export and proof stay what they are, and the adapter learns on from there.
+(ExactState.rounding_offset), so that training, export and proof stay what they are, and the adapter learns on from there.
 
 Source: GPTQ (arXiv 2210.17323, algorithm 1), in its activation order (the columns with the largest inputs first) and with all scales fixed before: those
 of least squared error where each column counts as much as its inputs are large. A pure function of base weights, adapter and rows, so that a
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune_trainer.batch import pad
 from finetune_trainer.example import Example
-from finetune_trainer.qat.linear import ExactLinear, Nudge, adapted_weight, base_linear
+from finetune_trainer.qat.linear import ExactLinear, RoundingOffset, adapted_weight, base_linear
 from finetune_trainer.qat.prepare import drop_caches, exact_layers, fake_quantization
 from finetune_trainer.qat.scales import fit_layer, fit_scales
 
@@ -24,12 +24,14 @@ TOKENS = 4096
 """Tokens of the rows that the choice is made from, at most; one row, if it is longer."""
 
 _DAMPING = 0.1  # of the mean square of an input; of 0.01, 0.03, 0.1 and 0.4 the one with the least held-out loss (BENCHMARKS.md)
-_EVENNESS = 0.5  # share of the mean square of an input that every column counts besides its own, so that none is given up (BENCHMARKS.md)
+_UNIFORM_SHARE = (
+    0.5  # share of the mean square of an input that every column counts besides its own, so that none is given up (BENCHMARKS.md)
+)
 _COLUMNS_AT_ONCE = 64
-_PARTS_OF_A_STEP, _LARGEST_NUDGE = 32, 127
+_PARTS_OF_A_STEP, _LARGEST_OFFSET = 32, 127
 
 
-def rows_to_round_by(examples: Sequence[Example]) -> Sequence[Example]:
+def calibration_rows(examples: Sequence[Example]) -> Sequence[Example]:
     """The first rows, as long as all of them, padded, stay within the limit; at least one. `examples` are in random order."""
     longest = 0
     for count, example in enumerate(examples):
@@ -104,32 +106,32 @@ def _choose(layer: ExactLinear, inputs: Tensor, mask: Tensor) -> None:
     if layer.exact.activations is not None:
         read = layer.exact.activations.dequantize(layer.exact.activations.quantize(read), read.dtype)
     read = read.to(torch.float32)
-    gram = read.T @ read
+    hessian = read.T @ read
     del read
-    counts = gram.diagonal().clone()
+    counts = hessian.diagonal().clone()
     order = counts.argsort(descending=True, stable=True)
-    gram = gram[order][:, order]
-    factor = _inverse_factor(gram)
-    del gram
+    hessian = hessian[order][:, order]
+    factor = _cholesky_of_inverse(hessian)
+    del hessian
     if factor is None:
         fit_layer(layer)
         return
     quantizer, weight = layer.exact.quantizer, adapted_weight(layer)
-    layer.exact.shrink = quantizer.least_squares_shrink(weight, counts + counts.mean() * _EVENNESS)
-    _, scale, zero, _ = quantizer.quantize(weight, layer.exact.shrink)
+    layer.exact.clip_ratio = quantizer.least_squares_clip_ratio(weight, counts + counts.mean() * _UNIFORM_SHARE)
+    _, scale, zero, _ = quantizer.quantize(weight, layer.exact.clip_ratio)
     weight, scale = weight.to(torch.float32), scale.to(torch.float32)
     block, bounds = quantizer.block(weight.shape[1]), quantizer.grid.bounds
     moved = compensated(
         weight[:, order], factor, scale, None if zero is None else zero.to(torch.float32), (order // block).tolist(), bounds
     )
     del factor
-    layer.exact.nudge = _nudge(moved[:, order.argsort()], weight, scale, block)
+    layer.exact.rounding_offset = _rounding_offset(moved[:, order.argsort()], weight, scale, block)
 
 
-def _inverse_factor(gram: Tensor) -> Tensor | None:
+def _cholesky_of_inverse(hessian: Tensor) -> Tensor | None:
     """Upper Cholesky factor of the damped matrix's inverse [in, in]; None for inputs of zeros, or that are not finite."""
-    damping = gram.diagonal().mean() * _DAMPING
-    lower, failed = torch.linalg.cholesky_ex(gram.diagonal_scatter(gram.diagonal() + damping))
+    damping = hessian.diagonal().mean() * _DAMPING
+    lower, failed = torch.linalg.cholesky_ex(hessian.diagonal_scatter(hessian.diagonal() + damping))
     if bool(failed):
         return None
     factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -165,13 +167,13 @@ def compensated(
     return left.T
 
 
-def _nudge(moved: Tensor, weight: Tensor, scale: Tensor, block: int) -> Nudge:
+def _rounding_offset(moved: Tensor, weight: Tensor, scale: Tensor, block: int) -> RoundingOffset:
     """The shift in thirty-seconds of a step. A group's smallest and largest weight stay, and no other passes them: the scales are made from these."""
     grouped = weight.view(weight.shape[0], -1, block)
     lowest, highest = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     unit = scale / _PARTS_OF_A_STEP
     room = [((edge - grouped) / unit.unsqueeze(-1)).trunc_().nan_to_num_() for edge in (lowest, highest)]
     parts = ((moved.reshape(grouped.shape) - grouped) / unit.unsqueeze(-1)).nan_to_num_().round_()
-    parts = parts.clamp_(*room).clamp_(-_LARGEST_NUDGE, _LARGEST_NUDGE)
+    parts = parts.clamp_(*room).clamp_(-_LARGEST_OFFSET, _LARGEST_OFFSET)
     parts[(grouped == lowest) | (grouped == highest)] = 0
-    return Nudge(parts.to(torch.int8).view(weight.shape), unit)
+    return RoundingOffset(parts.to(torch.int8).view(weight.shape), unit)
