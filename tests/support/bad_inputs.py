@@ -429,6 +429,11 @@ MODEL: dict[str, BadInput] = {
         ("line 1", "chat template refuses", "calls itself without end"),
     ),
     "a chat template that wants all memory": BadInput(_template("{{ 'a' * 10**15 }}"), _DATA, ("line 1", "chat template refuses")),
+    "a chat template that drops the reasoning": BadInput(
+        _template("{% for message in messages %}{{ message.content.split('b')[-1] }}<|im_end|>{% endfor %}"),
+        _DATA,
+        ("line 1", "does not render the whole content of turn 2", "remove from the row what it leaves out"),
+    ),
     "a chat template that refuses": BadInput(
         _template("{{ raise_exception('no such roles') }}"), _DATA, ("line 1", "no such roles", "change its turns")
     ),

@@ -12,6 +12,9 @@ from finetune_trainer.conversation import TOOLS, VARIABLES, Messages, RowError
 from finetune_trainer.dataset import Form, Row
 from finetune_trainer.errors import DataError
 
+_TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
+"""What templates read of an answer; the last three are names of the same."""
+
 
 class Render(Protocol):
     """A chat template."""
@@ -114,6 +117,7 @@ def _conversation(row: Row, form: Form, template: Render, eos: str) -> list[Segm
             raise RowError("the model's chat template rewrites earlier turns; keep one assistant turn in each row.")
         turn, end, rest = answered[len(asked) :].partition(eos)
         end = end or (eos if index == learnt[-1] else "")
+        _require_whole(messages[index], index + 1, asked[len(done) :], turn + end, eos)
         segments += [Segment(asked[len(done) :], trained=False), Segment(turn + end, trained=True)]
         segments += [Segment(rest, trained=False)] if rest else []
         done = answered
@@ -132,6 +136,40 @@ def _require_use(messages: Messages, variables: dict[str, Any], template: Render
             raise RowError(
                 f"the model's chat template makes no use of the row's {part}; choose a model that is made for tools, or remove them."
             )
+
+
+def _require_whole(message: dict[str, Any], number: int, asked: str, trained: str, eos: str) -> None:
+    """Refuses an answer that is not all in what is trained, such as reasoning that the template cuts off; white space may differ.
+
+    Args:
+        message: the answer.
+        number: of its turn, from 1.
+        asked: what is rendered before it, whose end may open it: a generation prompt may hold its <think>.
+        trained: what is rendered of it.
+    """
+    parts = {name: message[name] for name in _TEXTS if isinstance(message.get(name), str)}
+    parts |= {f"call of {name}": name for name in (call.get("function", call)["name"] for call in message.get("tool_calls", ()))}
+    before, rendered = _squeezed(asked), _squeezed(trained)
+    missing = [part for part, text in parts.items() if not _is_in(_squeezed(text), before, rendered)]
+    if not missing:
+        return
+    if eos in parts[missing[0]]:
+        raise RowError(
+            f"turn {number} holds the end-of-sequence token {eos} in its midst, behind which nothing would be trained; remove it."
+        )
+    raise RowError(
+        f"the model's chat template does not render the whole {missing[0]} of turn {number}, so that it would not be trained; remove from the row "
+        "what it leaves out, make a row of prompt and completion texts of it, or choose a model with another template."
+    )
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _is_in(text: str, before: str, rendered: str) -> bool:
+    """Whether it stands in what is rendered, or begins at the end of what is before."""
+    return text in before[max(0, len(before) - len(text) + 1) :] + rendered
 
 
 def _renders(template: Render, messages: Messages, variables: dict[str, Any]) -> str | None:

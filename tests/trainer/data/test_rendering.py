@@ -162,6 +162,62 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_line() -> No
         rendered("chat", forgetful, messages=turns("a", "b", "c", "d"))
 
 
+def trimming(messages: Messages, generation_prompt: bool) -> str:
+    """A template that trims its turns and reads no reasoning."""
+    return chatml([message | {"content": message["content"].split("</think>")[-1].strip()} for message in messages], generation_prompt)
+
+
+def test_white_space_around_an_answer_may_be_left_out() -> None:
+    assert trained(rendered("chat", trimming, messages=turns("Hi", " Hello \n"))) == [f"Hello{EOS}"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        ({"content": "<think>Greet.</think>Hello"}, "content"),
+        ({"content": "Hello", "reasoning_content": "Greet."}, "reasoning_content"),
+        ({"content": "Hello", "thinking": "Greet."}, "thinking"),
+    ],
+)
+def test_an_answer_that_the_template_leaves_a_part_of_out_is_refused(answer: dict[str, str], part: str) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 3: the model's chat template does not render the whole {part} of turn 2"):
+        rendered("chat", trimming, messages=[*turns("Hi"), {"role": "assistant", **answer}])
+
+
+def test_a_question_that_has_the_answer_does_not_make_up_for_it() -> None:
+    with pytest.raises(DataError, match="does not render the whole content of turn 2"):
+        rendered("chat", trimming, messages=turns("<think>a</think>Hello", "<think>a</think>Hello"))
+
+
+def test_the_generation_prompt_may_open_the_answer() -> None:
+    def thinking(messages: Messages, generation_prompt: bool) -> str:
+        return chatml(messages, generation_prompt) + ("<think>\n" if generation_prompt else "")
+
+    assert trained(rendered("chat", thinking, messages=turns("Hi", "<think>\nGreet.</think>Hello"))) == [f"Greet.</think>Hello{EOS}"]
+
+
+def test_what_the_template_leaves_out_of_a_given_turn_is_not_missed() -> None:
+    messages = [*turns("a", "<think>b</think>c", "d"), *turns("", "e")[1:]]
+    segments = rendered("prompt-completion", trimming, prompt=messages[:3], completion=messages[3:])
+    assert preview(segments) == f"<user>a{EOS}\n<assistant>c{EOS}\n<user>d{EOS}\n<assistant>⟦e{EOS}⟧\n"
+
+
+def test_a_call_that_the_template_leaves_out_of_several_is_refused() -> None:
+    def first_call_alone(messages: Messages, generation_prompt: bool) -> str:
+        calls = (message["content"] + message.get("tool_calls", [{"name": ""}])[0]["name"] for message in messages)
+        return chatml([message | {"content": text} for message, text in zip(messages, calls, strict=True)], generation_prompt)
+
+    calls = [{"name": "weather", "arguments": {}}, {"name": "traffic", "arguments": {}}]
+    with pytest.raises(DataError, match="does not render the whole call of traffic of turn 2"):
+        rendered("chat", first_call_alone, messages=[*turns("Hi"), {"role": "assistant", "content": "", "tool_calls": calls}])
+
+
+def test_an_answer_with_an_end_in_its_midst_is_refused() -> None:
+    with pytest.raises(DataError, match=rf"line 3: turn 2 holds the end-of-sequence token {EOS} in its midst"):
+        rendered("chat", chatml, messages=turns("Hi", f"Hello{EOS}you"))
+    assert trained(rendered("chat", chatml, messages=turns("Hi", f"Hello{EOS}"))) == [f"Hello{EOS}"]
+
+
 def test_a_conversation_that_the_template_refuses_is_refused_with_the_line() -> None:
     def strict(messages: Messages, generation_prompt: bool) -> str:
         raise TemplateError("roles must alternate")

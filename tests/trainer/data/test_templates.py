@@ -104,6 +104,30 @@ def test_calls_that_the_template_leaves_out_are_refused(name: str, content: str 
         shown(name, tmp_path, row)
 
 
+THOUGHT = [{"content": "<think>\nSummer.\n</think>\n\nIt is hot."}, {"content": "It is hot.", "reasoning_content": "Summer."}]
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"), [("deepseek_r1_distill", THOUGHT[0]), ("deepseek_r1_distill", THOUGHT[1]), ("llama3", THOUGHT[1])]
+)
+def test_reasoning_that_the_template_leaves_out_is_refused(name: str, answer: dict[str, str], tmp_path: Path) -> None:
+    with refused(DataError, "rows.jsonl, line 1", "does not render the whole", "of turn 2", "remove from the row what it leaves out"):
+        shown(name, tmp_path, {"messages": [SUNNY[0], {"role": "assistant", **answer}]})
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe", "nemotron_3_nano"])
+@pytest.mark.parametrize("answer", THOUGHT)
+def test_reasoning_that_the_template_renders_is_trained(name: str, answer: dict[str, str], tmp_path: Path) -> None:
+    [text] = shown(name, tmp_path, {"messages": [SUNNY[0], {"role": "assistant", **answer}]})
+    trained = text.partition("⟦")[2].partition("⟧")[0]
+    assert trained.index("Summer.") < trained.index("</think>") < trained.index("It is hot.")
+
+
+def test_a_text_that_the_template_leaves_out_is_refused(tmp_path: Path) -> None:
+    with refused(DataError, "rows.jsonl, line 1", "does not render the whole content of turn 2"):
+        shown("smolvlm", tmp_path, {"messages": [SUNNY[0], SUNNY[3]]})
+
+
 def test_columns_that_are_not_read_are_said(tmp_path: Path) -> None:
     rows = [{"instruction": "Greet", "output": "Hello", "system": "Be kind.", "history": []}]
     ctx = context(tmp_path, run_spec(dataset=f"file://{write_jsonl(tmp_path / 'rows.jsonl', rows)}"))
