@@ -101,7 +101,7 @@ def _package(name: str) -> Path:
 def _example(pair: tuple[str, str], tokenizer: PreTrainedTokenizerBase) -> Example | None:
     """None where the row is too long, or has too little to learn."""
     row = Row(1, {"prompt": pair[0], "completion": pair[1]})
-    pieces = rendering.render(row, "prompt-completion", None, str(tokenizer.eos_token), "benchmark")
+    [pieces] = rendering.render(row, "prompt-completion", None, str(tokenizer.eos_token), "benchmark")
     example = tokenize(pieces, tokenizer, LONGEST_TOKENS + 1, bos=False)
     return example if len(example.input_ids) <= LONGEST_TOKENS and example.trained_tokens >= _FEWEST_TRAINED else None
 

@@ -3,28 +3,14 @@
 Called by stages/data.py. Loss on completions only: prompts, and what a chat template puts around an answer, are never trained.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from itertools import pairwise
 
+from finetune_trainer.chat_template import Answer, Render, TemplateError, answers, squeezed
 from finetune_trainer.conversation import TOOLS, VARIABLES, Messages, RowError
 from finetune_trainer.dataset import Form, Row
 from finetune_trainer.errors import DataError
-
-_TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
-"""What templates read of an answer; the last three are names of the same."""
-
-
-class Render(Protocol):
-    """A chat template."""
-
-    def __call__(self, messages: Messages, generation_prompt: bool, /, **variables: Any) -> str:
-        """The text of the messages, with a generation prompt or without; tools are one of the variables."""
-
-
-class TemplateError(ValueError):
-    """A chat template refuses a conversation; the message is the template's own."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +21,8 @@ class Segment:
     trained: bool
 
 
-def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -> list[Segment]:
-    """The text of a row, in pieces.
+def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -> list[list[Segment]]:
+    """The texts of a row's examples, in pieces; a conversation is one for each answer where the template writes earlier turns otherwise.
 
     Args:
         row: a checked row.
@@ -49,9 +35,9 @@ def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -
         DataError: chat rows for a model without a chat template, or a conversation that the template refuses, rewrites or leaves a part of out.
     """
     if form == "text":
-        return [Segment(row.values["text"] + eos, trained=True)]
+        return [[Segment(row.values["text"] + eos, trained=True)]]
     if not is_conversation(row, form, has_template=template is not None):
-        return _plain(row, form, eos)
+        return [_plain(row, form, eos)]
     if template is None:
         raise DataError(
             f"{name} holds conversations, but the model has no chat template; use an instruction-tuned model, or prompt and completion columns."
@@ -98,92 +84,50 @@ def _messages(row: Row, form: Form) -> tuple[Messages, int]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": row.values["output"]}], 0
 
 
-def _conversation(row: Row, form: Form, template: Render, eos: str) -> list[Segment]:
-    """Every assistant turn is trained, up to and with its end-of-sequence token; what the template adds around it is not.
-
-    Where the template ends no turn with that token, a turn is trained with all that the template puts behind it, and the row's last one ends with
-    the token: in the midst of a conversation it would be a text that the template never makes.
-    """
+def _conversation(row: Row, form: Form, template: Render, eos: str) -> list[list[Segment]]:
+    """Every assistant turn is trained, up to and with its end-of-sequence token; what the template adds around it is not."""
     messages, given = _messages(row, form)
     variables = row.values.get(VARIABLES, {}) | ({TOOLS: row.values[TOOLS]} if TOOLS in row.values else {})
-    learnt = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= given]
-    _require_use(messages[: learnt[-1] + 1], variables, template)
-    shown = partial(template, **variables)
+    found = answers(messages, given, variables, template, eos)
+    joined = _joined(found, eos)
+    if joined:
+        return [joined]
+    return [*(_pieces(answer.asked, *answer.text.partition(eos)) for answer in found[:-1]), _last(found[-1], "", eos)]
+
+
+def _joined(found: Sequence[Answer], eos: str) -> list[Segment] | None:
+    """All answers in one text; None where the template writes one of them otherwise once others follow: at inference each is the last one.
+
+    Where the template ends no turn with the end-of-sequence token, a turn is trained with all that the template puts behind it, and the row's last one
+    ends with the token: in the midst of a conversation it would be a text that the template never makes.
+    """
     segments: list[Segment] = []
     done = ""
-    for index in learnt:
-        asked, answered = _question_and_answer(messages, index, shown)
-        if not asked.startswith(done) or not answered.startswith(asked):
-            raise RowError("the model's chat template rewrites earlier turns; keep one assistant turn in each row.")
-        turn, end, rest = answered[len(asked) :].partition(eos)
-        end = end or (eos if index == learnt[-1] else "")
-        _require_whole(messages[index], index + 1, asked[len(done) :], turn + end, eos)
-        segments += [Segment(asked[len(done) :], trained=False), Segment(turn + end, trained=True)]
-        segments += [Segment(rest, trained=False)] if rest else []
-        done = answered
-    return segments
+    for answer, following in pairwise(found):
+        kept = _as_history(answer, following.asked, eos)
+        if kept is None:
+            return None
+        segments += _pieces(answer.asked.removeprefix(done), *kept.partition(eos))
+        done = answer.asked + kept
+    return segments + _last(found[-1], done, eos)
 
 
-def _require_use(messages: Messages, variables: dict[str, Any], template: Render) -> None:
-    """Refuses tools and calls that the template leaves out: calls would be learnt of what is never shown, or nothing instead of a call."""
-    turns = [{"content": "", **message} for message in messages]  # what knows no calls may fail without a content, which says less
-    no_tools = {name: value for name, value in variables.items() if name != TOOLS}
-    no_calls = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in turns]
-    for part, others, other_turns in ((TOOLS, no_tools, turns), ("tool_calls", variables, no_calls)):
-        if (others, other_turns) == (variables, turns):
-            continue
-        if _renders(template, other_turns, others) == template(turns, False, **variables):
-            raise RowError(
-                f"the model's chat template makes no use of the row's {part}; choose a model that is made for tools, or remove them."
-            )
+def _as_history(answer: Answer, later: str, eos: str) -> str | None:
+    """An answer's text in a later turn's: all, or all but an end-of-sequence token that the template puts behind the last turn alone.
 
-
-def _require_whole(message: dict[str, Any], number: int, asked: str, trained: str, eos: str) -> None:
-    """Refuses an answer that is not all in what is trained, such as reasoning that the template cuts off; white space may differ.
-
-    Args:
-        message: the answer.
-        number: of its turn, from 1.
-        asked: what is rendered before it, whose end may open it: a generation prompt may hold its <think>.
-        trained: what is rendered of it.
+    None where it is another, or would learn no end in the midst of a conversation, since that token is the only end it has.
     """
-    parts = {name: message[name] for name in _TEXTS if isinstance(message.get(name), str)}
-    parts |= {f"call of {name}": name for name in (call.get("function", call)["name"] for call in message.get("tool_calls", ()))}
-    before, rendered = _squeezed(asked), _squeezed(trained)
-    missing = [part for part, text in parts.items() if not _is_in(_squeezed(text), before, rendered)]
-    if not missing:
-        return
-    if eos in parts[missing[0]]:
-        raise RowError(
-            f"turn {number} holds the end-of-sequence token {eos} in its midst, behind which nothing would be trained; remove it."
-        )
-    raise RowError(
-        f"the model's chat template does not render the whole {missing[0]} of turn {number}, so that it would not be trained; remove from the row "
-        "what it leaves out, make a row of prompt and completion texts of it, or choose a model with another template."
-    )
+    if later.startswith(answer.asked + answer.text):
+        return answer.text
+    kept, _, behind = answer.text.rpartition(eos)
+    has_an_end = not squeezed(kept).endswith(squeezed(answer.content))
+    return kept if has_an_end and not behind.strip() and later.startswith(answer.asked + kept) else None
 
 
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
+def _last(answer: Answer, done: str, eos: str) -> list[Segment]:
+    turn, _, rest = answer.text.partition(eos)
+    return _pieces(answer.asked.removeprefix(done), turn, eos, rest)
 
 
-def _is_in(text: str, before: str, rendered: str) -> bool:
-    """Whether it stands in what is rendered, or begins at the end of what is before."""
-    return text in before[max(0, len(before) - len(text) + 1) :] + rendered
-
-
-def _renders(template: Render, messages: Messages, variables: dict[str, Any]) -> str | None:
-    try:
-        return template(messages, False, **variables)
-    except TemplateError:
-        return None
-
-
-def _question_and_answer(messages: Messages, index: int, template: Render) -> tuple[str, str]:
-    """The text up to an assistant turn, and with it. Where the generation prompt opens more than the answer holds, it counts as the answer's."""
-    answered = template(messages[: index + 1], False)
-    if index == 0:
-        # Many templates fail without any turn: the header before a first assistant turn is trained with it.
-        return "", answered
-    asked = template(messages[:index], True)
-    return (asked, answered) if answered.startswith(asked) else (template(messages[:index], False), answered)
+def _pieces(asked: str, turn: str, end: str, rest: str) -> list[Segment]:
+    return [Segment(asked, trained=False), Segment(turn + end, trained=True), *([Segment(rest, trained=False)] if rest else [])]

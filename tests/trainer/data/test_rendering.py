@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+from finetune_trainer.chat_template import Render, TemplateError
+from finetune_trainer.conversation import Messages
 from finetune_trainer.dataset import Form, Row
 from finetune_trainer.errors import DataError
-from finetune_trainer.rendering import Messages, Render, Segment, TemplateError, is_conversation, preview, render
+from finetune_trainer.rendering import Segment, is_conversation, preview, render
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +32,14 @@ def turns(*contents: str) -> Messages:
 
 
 def rendered(form: Form, template: Render | None = None, **values: Any) -> list[Segment]:
-    return render(Row(3, values), form, template, EOS, "rows.jsonl")
+    """The pieces of a row that is one example."""
+    [segments] = render(Row(3, values), form, template, EOS, "rows.jsonl")
+    return segments
+
+
+def previews(template: Render, messages: Messages) -> list[str]:
+    """The examples of a conversation."""
+    return [preview(segments) for segments in render(Row(3, {"messages": messages}), "chat", template, EOS, "rows.jsonl")]
 
 
 def trained(segments: list[Segment]) -> list[str]:
@@ -154,11 +163,50 @@ def test_conversations_without_a_template_are_refused(form: Form, values: dict[s
         rendered(form, **values)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_line() -> None:
+def thinks_once(messages: Messages, generation_prompt: bool) -> str:
+    """A template that puts a thought in front of the last turn alone, if that is an answer."""
+    *before, last = messages
+    return chatml([*before, last | {"content": f"(){last['content']}"} if last["role"] == "assistant" else last], generation_prompt)
+
+
+def test_where_a_template_writes_earlier_answers_otherwise_each_is_an_example_of_its_own() -> None:
+    assert previews(thinks_once, turns("a", "b", "c", "d")) == [
+        f"<user>a{EOS}\n<assistant>⟦()b{EOS}⟧\n",
+        f"<user>a{EOS}\n<assistant>b{EOS}\n<user>c{EOS}\n<assistant>⟦()d{EOS}⟧\n",
+    ]
+
+
+def test_a_row_of_one_answer_is_one_example_whatever_the_template_does_to_earlier_ones() -> None:
+    messages = turns("a", "b", "c", "d")
+    segments = rendered("prompt-completion", thinks_once, prompt=messages[:3], completion=messages[3:])
+    assert preview(segments) == f"<user>a{EOS}\n<assistant>b{EOS}\n<user>c{EOS}\n<assistant>⟦()d{EOS}⟧\n"
+
+
+def test_an_end_behind_the_last_turn_alone_is_left_out_of_the_midst() -> None:
+    def as_phi(messages: Messages, generation_prompt: bool) -> str:
+        turns = "".join(f"<{item['role']}>{item['content']}<end>\n" for item in messages)
+        return turns + ("<assistant>" if generation_prompt else EOS)
+
+    assert previews(as_phi, turns("a", "b", "c", "d")) == [f"<user>a<end>\n<assistant>⟦b<end>\n⟧<user>c<end>\n<assistant>⟦d<end>\n{EOS}⟧"]
+
+
+def test_where_the_last_turn_alone_has_an_end_each_answer_learns_it() -> None:
+    def as_gpt_oss(messages: Messages, generation_prompt: bool) -> str:
+        text = "".join(f"<{item['role']}>{item['content']}<end>" for item in messages)
+        ends = not generation_prompt and messages[-1]["role"] == "assistant"
+        return (text.removesuffix("<end>") + EOS if ends else text) + ("<assistant>" if generation_prompt else "")
+
+    assert previews(as_gpt_oss, turns("a", "b", "c", "d")) == [
+        f"<user>a<end><assistant>⟦b{EOS}⟧",
+        f"<user>a<end><assistant>b<end><user>c<end><assistant>⟦d{EOS}⟧",
+    ]
+
+
+def test_a_template_that_rewrites_the_question_is_refused_with_the_line() -> None:
     def forgetful(messages: Messages, generation_prompt: bool) -> str:
         return chatml(messages[-2:], generation_prompt)
 
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: the model's chat template rewrites earlier turns"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: the model's chat template writes the turns before turn 4 otherwise"):
         rendered("chat", forgetful, messages=turns("a", "b", "c", "d"))
 
 

@@ -128,6 +128,65 @@ def test_a_text_that_the_template_leaves_out_is_refused(tmp_path: Path) -> None:
         shown("smolvlm", tmp_path, {"messages": [SUNNY[0], SUNNY[3]]})
 
 
+TALK = [SUNNY[0], SUNNY[3], {"role": "user", "content": "Oslo?"}, {"role": "assistant", "content": "It is cold."}]
+
+
+def plain(text: str) -> str:
+    return text.replace("⟦", "").replace("⟧", "")
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "qwen3_instruct_2507", "llama3", "llama3_1", "gemma", "phi3", "lfm2", "deepseek_r1_distill", "glm4moe"]
+)
+def test_a_conversation_is_one_example_where_the_template_writes_all_turns_alike(name: str, tmp_path: Path) -> None:
+    [text] = shown(name, tmp_path, {"messages": TALK})
+    trained = [part.partition("⟧")[0] for part in text.split("⟦")[1:]]
+    assert ["hot" in trained[0], "cold" in trained[1], len(trained)] == [True, True, 2]
+    assert trained[1].endswith(tokenizer_of(name).eos_token)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "gptoss"])
+def test_a_conversation_is_an_example_for_each_answer_where_the_template_writes_the_last_otherwise(name: str, tmp_path: Path) -> None:
+    row = {"messages": [*TALK, {"role": "user", "content": "Lima?"}, {"role": "assistant", "content": "Who knows."}]}
+    texts, tokenizer = shown(name, tmp_path, row), tokenizer_of(name)
+    assert len(texts) == 3
+    for number, text in enumerate(texts, start=1):
+        assert text.count("⟦") == 1
+        assert text.partition("⟧")[0].endswith(tokenizer.eos_token)
+        whole = str(tokenizer.apply_chat_template(row["messages"][: 2 * number], tokenize=False))
+        assert plain(text).partition("Rome?")[2] == whole.partition("Rome?")[2]  # before it, GPT-OSS has today's date
+
+
+def test_the_end_that_phi_3_puts_behind_a_conversation_stands_there_alone(tmp_path: Path) -> None:
+    assert shown("phi3", tmp_path, {"messages": TALK}) == [
+        "<|user|>\nRome?<|end|>\n<|assistant|>\n⟦It is hot.<|end|>\n⟧<|user|>\nOslo?<|end|>\n<|assistant|>\n⟦It is cold.<|end|>\n<|endoftext|>⟧"
+    ]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gptoss", "lfm2_v2", "glm4moe", "gemma4_v5"])
+def test_a_call_and_the_answer_that_it_leads_to_are_both_trained(name: str, tmp_path: Path) -> None:
+    texts = shown(name, tmp_path, {"messages": SUNNY, "tools": [TOOL]})
+    trained = [part.partition("⟧")[0] for text in texts for part in text.split("⟦")[1:]]
+    assert len(trained) == 2
+    assert "weather" in trained[0]
+    assert "It is hot." in trained[1]
+    assert not any("31 degrees" in part for part in trained)
+    assert "31 degrees" in texts[-1]
+
+
+def test_a_call_that_gpt_oss_ends_in_its_own_way_gets_no_other_end(tmp_path: Path) -> None:
+    [call, hot, cold] = shown("gptoss", tmp_path, {"messages": [*SUNNY, *TALK[2:]], "tools": [TOOL]})
+    assert call.endswith("<|call|>⟧")
+    assert hot.endswith("It is hot.<|return|>⟧")
+    assert cold.endswith("It is cold.<|return|>⟧")
+
+
+def test_more_examples_than_rows_are_said(tmp_path: Path) -> None:
+    ctx = context(tmp_path, run_spec(dataset=f"file://{write_jsonl(tmp_path / 'rows.jsonl', [{'messages': TALK}] * 3)}"))
+    data.make(ctx, tokenizer_of("qwen3"))
+    assert any("rows.jsonl: 3 rows became 6 examples" in note for note in notes(ctx))
+
+
 def test_columns_that_are_not_read_are_said(tmp_path: Path) -> None:
     rows = [{"instruction": "Greet", "output": "Hello", "system": "Be kind.", "history": []}]
     ctx = context(tmp_path, run_spec(dataset=f"file://{write_jsonl(tmp_path / 'rows.jsonl', rows)}"))

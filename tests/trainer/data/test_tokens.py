@@ -36,6 +36,11 @@ def example(length: int) -> Example:
     return Example(tuple(range(length)), tuple(range(length)))
 
 
+def single(count: int) -> list[list[Example]]:
+    """Rows of one example each, of 1, 2, 3... tokens."""
+    return [[example(length)] for length in range(1, count + 1)]
+
+
 def made(train: list[Example], held_out: list[Example]) -> Data:
     return Data(tuple(train), tuple(held_out), 0, "text", "here", "", {}, "")
 
@@ -157,7 +162,7 @@ def test_a_padded_batch_holds_every_example(lengths: list[int]) -> None:
 @given(count=st.integers(1, 60), percent=st.integers(0, 50), seed=st.integers(0, 2**31 - 1))
 def test_a_split_is_complete_and_disjoint_and_keeps_the_order(count: int, percent: int, seed: int) -> None:
     examples = [example(length) for length in range(1, count + 1)]
-    train, held_out = split(examples, percent, seed)
+    train, held_out = split([[item] for item in examples], percent, seed)
     assert sorted((*train, *held_out), key=lambda item: len(item.input_ids)) == examples
     for part in (train, held_out):
         assert list(part) == sorted(part, key=lambda item: len(item.input_ids))
@@ -165,25 +170,35 @@ def test_a_split_is_complete_and_disjoint_and_keeps_the_order(count: int, percen
 
 @given(count=st.integers(1, 60), percent=st.integers(0, 50), seed=st.integers(0, 2**31 - 1))
 def test_the_same_seed_splits_the_same(count: int, percent: int, seed: int) -> None:
-    examples = [example(length) for length in range(1, count + 1)]
-    assert split(examples, percent, seed) == split(list(examples), percent, seed)
+    assert split(single(count), percent, seed) == split(single(count), percent, seed)
 
 
 @given(count=st.integers(2, 60), percent=st.integers(1, 50), seed=st.integers(0, 2**31 - 1))
 def test_a_split_holds_out_its_share_rounded_up_and_trains_on_some(count: int, percent: int, seed: int) -> None:
-    train, held_out = split([example(length) for length in range(1, count + 1)], percent, seed)
+    train, held_out = split(single(count), percent, seed)
     assert len(held_out) - 1 < count * percent / 100 <= len(held_out)
     assert train
 
 
 def test_other_seeds_split_otherwise() -> None:
-    examples = [example(length) for length in range(1, 41)]
-    assert len({split(examples, 20, seed)[1] for seed in range(10)}) == 10
+    assert len({split(single(40), 20, seed)[1] for seed in range(10)}) == 10
 
 
 def test_nothing_is_held_out_of_a_single_row_or_at_zero_percent() -> None:
-    assert split([example(1)], 50, 0) == ((example(1),), ())
-    assert split([example(1), example(2)], 0, 0)[1] == ()
+    assert split(single(1), 50, 0) == ((example(1),), ())
+    assert split(single(2), 0, 0)[1] == ()
+
+
+@given(counts=st.lists(st.integers(1, 4), min_size=2, max_size=20), seed=st.integers(0, 2**31 - 1))
+def test_the_examples_of_a_row_stay_together(counts: list[int], seed: int) -> None:
+    rows = [[Example((index, number), (IGNORED, number)) for number in range(count)] for index, count in enumerate(counts)]
+    sides = [{item.input_ids[0] for item in side} for side in split(rows, 30, seed)]
+    assert sides[0].isdisjoint(sides[1])
+    assert [len(side) for side in sides] == [len(side) for side in split(single(len(rows)), 30, seed)]
+
+
+def test_the_draw_is_the_same_for_ever() -> None:
+    assert [len(item.input_ids) for item in split(single(100), 5, 42)[1]] == [4, 15, 36, 82, 95]
 
 
 @given(train=EXAMPLES, held_out=EXAMPLES, row=st.integers(0, 5), place=st.integers(0, 5), label=st.booleans())

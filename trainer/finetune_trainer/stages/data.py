@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from finetune_trainer import dataset, rendering, sources
+from finetune_trainer.chat_template import Render, TemplateError
 from finetune_trainer.context import RunContext
 from finetune_trainer.conversation import Messages
 from finetune_trainer.dataset import Dataset, Form
@@ -26,7 +28,7 @@ from finetune_trainer.errors import DataError
 from finetune_trainer.example import IGNORED, Example
 from finetune_trainer.failures import first_line
 from finetune_trainer.plan import plan
-from finetune_trainer.rendering import Render, Segment, TemplateError
+from finetune_trainer.rendering import Segment
 
 _SPARE_POSITIONS = 2
 _NAMED = 5  # columns, in a note
@@ -87,7 +89,7 @@ def make(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
     examples, dropped = _examples(ctx, rows, tokenizer)
     if evaluation is not None:
         held, held_dropped = _examples(ctx, dataset.read_rows(evaluation.path, spec.evaluation.source, spec.format), tokenizer)
-        train, held_out, dropped = examples, held, dropped + held_dropped
+        train, held_out, dropped = tuple(chain.from_iterable(examples)), tuple(chain.from_iterable(held)), dropped + held_dropped
     else:
         train, held_out = split(examples, spec.evaluation.percent, ctx.spec.training.seed)
     _require_comparison(ctx, train, held_out)
@@ -95,7 +97,7 @@ def make(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
         ctx.reporter.note(
             f"{dropped} rows were dropped: nothing of their completion fits into training.maxLength ({ctx.spec.training.max_length} tokens)."
         )
-    shown = rendering.preview(rendering.render(next(iter(rows)), rows.form, _template(tokenizer), _eos(tokenizer), spec.source))
+    shown = rendering.preview(rendering.render(next(iter(rows)), rows.form, _template(tokenizer), _eos(tokenizer), spec.source)[0])
     identities = {"dataset": fetched.identify(), "heldOut": evaluation.identify() if evaluation else ""}
     return Data(train, held_out, dropped, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", identities, shown)
 
@@ -123,12 +125,16 @@ def require_known_tokens(data: Data, model: PreTrainedModel) -> None:
         )
 
 
-def split(examples: Sequence[Example], percent: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """(train, held out): `percent` (at most 50) of the examples drawn with the seed, at least one of two or more; train is never empty."""
-    count = math.ceil(len(examples) * percent / 100) if len(examples) > 1 else 0
-    chosen = set(random.Random(seed).sample(range(len(examples)), count))  # noqa: S311 reproducible, not secret
-    train = tuple(example for index, example in enumerate(examples) if index not in chosen)
-    return train, tuple(examples[index] for index in sorted(chosen))
+def split(rows: Sequence[Sequence[Example]], percent: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """(train, held out): `percent` (at most 50) of the rows drawn with the seed, at least one of two or more; train is never empty.
+
+    Args:
+        rows: the examples of each row, which stay together.
+    """
+    count = math.ceil(len(rows) * percent / 100) if len(rows) > 1 else 0
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))  # noqa: S311 reproducible, not secret
+    train = chain.from_iterable(row for index, row in enumerate(rows) if index not in chosen)
+    return tuple(train), tuple(chain.from_iterable(rows[index] for index in sorted(chosen)))
 
 
 def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, max_length: int, *, bos: bool) -> Example:
@@ -152,21 +158,27 @@ def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, ma
     return Example(input_ids[:max_length], labels[:max_length])
 
 
-def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Example, ...], int]:
+def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[Example]], int]:
+    """The examples of each row that has something to learn, and how many have not."""
     if rows.unread:
         more = f" and {len(rows.unread) - _NAMED} more" if len(rows.unread) > _NAMED else ""
         ctx.reporter.note(f"{rows.name} has columns that are not read: {', '.join(rows.unread[:_NAMED])}{more}.")
     template, eos, adds_bos = _template(tokenizer), _eos(tokenizer), _adds_bos(tokenizer)
     max_length = ctx.spec.training.max_length
 
-    def example(row: dataset.Row) -> Example:
+    def examples(row: dataset.Row) -> list[Example]:
         bos = adds_bos and not rendering.is_conversation(row, rows.form, has_template=template is not None)
-        return tokenize(rendering.render(row, rows.form, template, eos, rows.name), tokenizer, max_length, bos=bos)
+        texts = rendering.render(row, rows.form, template, eos, rows.name)
+        return [made for made in (tokenize(text, tokenizer, max_length, bos=bos) for text in texts) if made.trained_tokens]
 
-    kept = tuple(made for made in map(example, rows) if made.trained_tokens)
+    kept = [found for found in map(examples, rows) if found]
     if not kept:
         raise DataError(
             f"{rows.name}: no row has a completion that fits into training.maxLength ({max_length} tokens); raise it or shorten the prompts."
+        )
+    if (count := sum(map(len, kept))) > len(kept):
+        ctx.reporter.note(
+            f"{rows.name}: {len(kept)} rows became {count} examples, since the model's chat template writes an answer otherwise once others follow."
         )
     return kept, len(rows) - len(kept)
 
