@@ -32,6 +32,7 @@ from support.exact_models import (
     token_ids,
 )
 from support.tiny_model import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 NARROW = {"hidden_size": 128, "intermediate_size": 96}  # all but down_proj divide into groups of 128
 PER_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -143,6 +144,26 @@ def test_lora_dropout_is_refused() -> None:
 def test_dora_is_refused() -> None:
     with pytest.raises(SpecError, match=r"DoRA or another LoRA variant on model\.layers\.0\.self_attn\.q_proj does not fit"):
         prepare(peft_model(use_dora=True), quantization())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"
+)  # peft, which then sets it
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_of_other_layers_than_linear_ones_is_refused_by_their_class(scheme: Scheme) -> None:
+    """GPT-2 computes with transformers' Conv1D, which stores its weight [in, out]."""
+    sizes = {"vocab_size": 260, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+    model = add_adapter(GPT2LMHeadModel(GPT2Config(**sizes)), LoraSpec(rank=4))
+    with pytest.raises(SpecError, match=r"needs nn\.Linear layers, but found Conv1D; choose scheme none\."):
+        prepare(model, quantization(scheme))
+
+
+def test_a_weight_that_is_stored_transposed_is_refused_by_name() -> None:
+    """As peft has a linear layer of somebody else's making."""
+    model = peft_model()
+    model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj").fan_in_fan_out = True
+    with pytest.raises(SpecError, match=r"model\.layers\.1\.self_attn\.q_proj stores its weight transposed.*; choose scheme none\."):
+        prepare(model, quantization())
 
 
 def test_preparing_changes_no_name_and_no_value_of_the_state_dict() -> None:
