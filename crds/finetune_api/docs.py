@@ -58,9 +58,9 @@ _STATUS_HEAD = """<!-- Generated from crds/finetune_api/states.py by `make crd`;
 
 `kubectl describe ftj` has a `message` of one sentence, and a reason in the conditions. Conditions follow kstatus: `Ready` is always there; `Reconciling` while
 something is under way; `Stalled` when a person must act; a suspended job has `Ready=False` alone. So `kubectl wait --for=condition=Ready` ends when the
-model is published, and GitOps tools see a failed job as failed. `Trained`, `Verified`, `QualityPassed` and `Published` are milestones: once reached in a
-run they stay. A condition's transition time changes only with its status. Events tell the same story: Created, Started, Succeeded or Failed, Published, each once
-a run.
+model is published, and Flux sees a failed job as failed; Argo CD does with [its health script](installing.md#gitops). `Trained`, `Verified`, `QualityPassed` and
+`Published` are milestones: once reached in a run they stay. A condition's transition time changes only with its status. Events tell the same story: Created, Started,
+Succeeded or Failed, Published, each once a run.
 
 | reason | seen in | what it means | what to do |
 |---|---|---|---|
