@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from finetune_operator.settings import Settings
 from support.chart import CHART, set_json
 from support.kubernetes import Cluster
 from support.network_policy import Peer, lets_in, lets_out, selects
+from support.operator_process import install_crd
 
 pytestmark = pytest.mark.cluster
 
@@ -77,6 +79,62 @@ def test_a_list_of_namespaces_needs_no_cluster_role(kube: Cluster) -> None:
     assert not of_kind(manifests, "ClusterRole") + of_kind(manifests, "ClusterRoleBinding")
     for kind in ("Role", "RoleBinding"):
         assert [item["metadata"]["namespace"] for item in of_kind(manifests, kind)] == ["finetune-system", "ml", "research"]
+
+
+def test_users_get_no_rights_unless_the_administrator_wants_it(kube: Cluster) -> None:
+    assert [item["metadata"]["name"] for item in of_kind(render(kube), "ClusterRole")] == ["ft"]
+
+
+@pytest.fixture
+def user_roles(kube: Cluster) -> Iterator[None]:
+    """The chart's roles for users, on the cluster."""
+    install_crd(kube)
+    options = ("--set", "rbac.userRoles=true", "--set", "namespaces={ml}")
+    roles = yaml.safe_dump_all(of_kind(render(kube, *options), "ClusterRole"))
+    kube.kubectl("apply", "-f", "-", input=roles)
+    yield
+    kube.kubectl("delete", "-f", "-", input=roles)
+
+
+@pytest.mark.parametrize(("role", "verbs"), [("view", "get list watch"), ("edit", "get list watch create update patch delete")])
+@pytest.mark.usefixtures("user_roles")
+def test_kubernetes_own_roles_reach_finetunejobs_where_the_administrator_wants_it(
+    kube: Cluster, namespace: str, role: str, verbs: str
+) -> None:
+    kube.kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}", "-n", namespace)
+
+    def allowed(*options: str) -> str:
+        can_i = ("auth", "can-i", "-n", namespace, f"--as={role}", *options)
+        tried = ("get", "list", "watch", "create", "update", "patch", "delete")
+        return " ".join(verb for verb in tried if kube.kubectl(*can_i, verb, "finetunejobs", check=False).stdout.strip() == "yes")
+
+    kube.wait(f"{role} reaches FineTuneJobs", lambda: allowed() == verbs, 30)
+    assert allowed("--subresource=status") == ""
+
+
+@pytest.fixture
+def releases(kube: Cluster, make_namespace: Callable[[str], str]) -> Iterator[Callable[..., str]]:
+    """Installs a release of this name in a namespace of its own and returns what helm said against it; nothing waits for its pod."""
+    installed: list[tuple[str, str]] = []
+
+    def install_one(name: str, *options: str) -> str:
+        installed.append((name, make_namespace(name)))
+        done = kube.helm("install", name, str(CHART), "-n", installed[-1][1], *options, check=False)
+        return "" if done.returncode == 0 else done.stderr
+
+    yield install_one
+    for name, system in installed:
+        kube.helm("uninstall", name, "-n", system, check=False)
+
+
+def test_another_release_leaves_the_crd_alone_or_takes_it_over(kube: Cluster, releases: Callable[..., str]) -> None:
+    install_crd(kube)
+    assert releases("first", "--take-ownership") == ""
+    assert "invalid ownership metadata" in releases("second")
+    assert releases("third", "--set", "crds.install=false") == ""
+    assert releases("fourth", "--take-ownership") == ""
+    owner = kube.get("crd", "finetunejobs.finetune.dev")["metadata"]["annotations"]["meta.helm.sh/release-name"]
+    assert owner == "fourth"
 
 
 def test_the_operators_pod_is_admitted_under_the_restricted_standard(kube: Cluster, namespace: str) -> None:
