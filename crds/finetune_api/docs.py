@@ -74,8 +74,9 @@ A job that wants a GPU is first checked by a Job without one. Its pod tolerates 
 
 - **Without a claim** it runs on any node of the architecture, operating system, region, zone and host that `scheduling.nodeSelector` names; other labels, such as a
   GPU's, are not asked for.
-- **With a claim** (`storage.workspace`, `storage.cache`, a `pvc://` source, or `storage.workspace.storageClassName`) the whole `nodeSelector` holds: a StorageClass with
-  `volumeBindingMode: WaitForFirstConsumer` makes the volume where the first pod runs, and that pod is preflight's. Where an autoscaler makes the GPU nodes, this may start one.
+- **With a claim** (`persistentVolumeClaim` of `storage.workspace` or `storage.cache`, a `pvc://` source, or a `storage.workspace.storageClassName`) the whole
+  `nodeSelector` holds: a StorageClass with `volumeBindingMode: WaitForFirstConsumer` makes the volume where the first pod runs, and that pod is preflight's. Where an
+  autoscaler makes the GPU nodes, this may start one.
 
 A `scheduling.runtimeClassName` such as a sandbox's holds for preflight too; only those of GPU nodes (the chart's `trainer.gpuRuntimeClasses`) are left out.
 
