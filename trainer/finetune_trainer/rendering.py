@@ -35,7 +35,7 @@ def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -
         DataError: chat rows for a model without a chat template, or a conversation that the template refuses, rewrites or leaves a part of out.
     """
     if form == "text":
-        return [[Segment(row.values["text"] + eos, trained=True)]]
+        return [[Segment(_ended(row.values["text"], eos), trained=True)]]
     if not is_conversation(row, form, has_template=template is not None):
         return [_plain(row, form, eos)]
     if template is None:
@@ -66,12 +66,17 @@ def preview(segments: Iterable[Segment]) -> str:
 
 def _plain(row: Row, form: Form, eos: str) -> list[Segment]:
     if form == "prompt-completion":
-        return [Segment(row.values["prompt"], trained=False), Segment(row.values["completion"] + eos, trained=True)]
+        return [Segment(row.values["prompt"], trained=False), Segment(_ended(row.values["completion"], eos), trained=True)]
     extra = f"\n\n### Input:\n{row.values['input']}" if row.values.get("input") else ""
     return [
         Segment(f"### Instruction:\n{row.values['instruction']}{extra}\n\n### Response:\n", trained=False),
-        Segment(row.values["output"] + eos, trained=True),
+        Segment(_ended(row.values["output"], eos), trained=True),
     ]
+
+
+def _ended(text: str, eos: str) -> str:
+    """With the end-of-sequence token, once: a text may have been rendered by a chat template before."""
+    return text if text.rstrip().endswith(eos) else text + eos
 
 
 def _messages(row: Row, form: Form) -> tuple[Messages, int]:

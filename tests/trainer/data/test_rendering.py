@@ -54,6 +54,17 @@ def test_a_text_is_trained_whole_with_its_end() -> None:
     assert rendered("text", text="Once.") == [Segment(f"Once.{EOS}", trained=True)]
 
 
+@pytest.mark.parametrize("end", [EOS, f"{EOS}\n"])
+def test_an_end_that_a_text_has_already_is_not_added_again(end: str) -> None:
+    assert trained(rendered("text", text=f"Once.{end}")) == [f"Once.{end}"]
+    assert trained(rendered("prompt-completion", prompt="1+1=", completion=f"2{end}")) == [f"2{end}"]
+    assert trained(rendered("instruction", instruction="Add.", output=f"2{end}")) == [f"2{end}"]
+
+
+def test_an_end_in_the_midst_of_a_text_is_none() -> None:
+    assert trained(rendered("text", text=f"Once.{EOS}Twice.")) == [f"Once.{EOS}Twice.{EOS}"]
+
+
 def test_a_text_is_never_put_into_a_template() -> None:
     assert rendered("text", chatml, text="Once.") == rendered("text", text="Once.")
 

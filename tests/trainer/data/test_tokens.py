@@ -307,6 +307,23 @@ def test_a_beginning_token_is_added_where_no_template_brings_it(tmp_path: Path) 
     assert {item.input_ids[:2].tolist().count(tokenizer.bos_token_id) for item in found.train} == {1}
 
 
+@pytest.mark.parametrize(
+    "row", [{"text": "<|im_start|>Once."}, {"prompt": "<|im_start|>1+1=", "completion": "2"}, {"prompt": "", "completion": "<|im_start|>2"}]
+)
+def test_a_beginning_token_is_not_added_to_a_text_that_has_it(row: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = with_bos(chat=False)
+    [found] = run(tmp_path, [row], tokenizer).train
+    assert found.input_ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert found.input_ids[0] == tokenizer.bos_token_id
+
+
+def test_a_text_that_is_rendered_already_has_one_beginning_and_one_end(tmp_path: Path) -> None:
+    tokenizer = with_bos(chat=True)
+    text = "<|im_start|>user\nHi<|im_end|>\n"
+    [found] = run(tmp_path, [{"text": text}], tokenizer).train
+    assert tokenizer.decode(found.input_ids.tolist()) == text
+
+
 def test_a_beginning_token_is_not_added_to_what_a_template_has_rendered(tmp_path: Path) -> None:
     tokenizer = with_bos(chat=True)
     found = run(tmp_path, sums(4), tokenizer)

@@ -164,11 +164,12 @@ def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase
         more = f" and {len(rows.unread) - _NAMED} more" if len(rows.unread) > _NAMED else ""
         ctx.reporter.note(f"{rows.name} has columns that are not read: {', '.join(rows.unread[:_NAMED])}{more}.")
     template, eos, adds_bos = _template(tokenizer), _eos(tokenizer), _adds_bos(tokenizer)
-    max_length = ctx.spec.training.max_length
+    bos_token, max_length = str(tokenizer.bos_token), ctx.spec.training.max_length
 
     def examples(row: dataset.Row) -> list[Example]:
-        bos = adds_bos and not rendering.is_conversation(row, rows.form, has_template=template is not None)
         texts = rendering.render(row, rows.form, template, eos, rows.name)
+        begun = "".join(piece.text for piece in texts[0]).startswith(bos_token)
+        bos = adds_bos and not begun and not rendering.is_conversation(row, rows.form, has_template=template is not None)
         return [made for made in (tokenize(text, tokenizer, max_length, bos=bos) for text in texts) if made.trained_tokens]
 
     kept = [found for found in map(examples, rows) if found]
