@@ -102,7 +102,7 @@ def _example(pair: tuple[str, str], tokenizer: PreTrainedTokenizerBase) -> Examp
     """None where the row is too long, or has too little to learn."""
     row = Row(1, {"prompt": pair[0], "completion": pair[1]})
     [pieces] = rendering.render(row, "prompt-completion", None, str(tokenizer.eos_token), "benchmark")
-    example = tokenize(pieces, tokenizer, LONGEST_TOKENS + 1, bos=False)
+    example = tokenize(pieces, tokenizer, bos=False)
     return example if len(example.input_ids) <= LONGEST_TOKENS and example.trained_tokens >= _FEWEST_TRAINED else None
 
 

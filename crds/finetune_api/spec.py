@@ -168,7 +168,9 @@ class TrainingSpec(ApiModel):
         "Rows per optimizer step (the effective batch). Default 16. The micro-batch is chosen.", default=16, ge=1, le=65536
     )
     learning_rate: PositiveNumber = spec_field('Peak learning rate, as a string. Default "2e-4".', default="2e-4")
-    max_length: int = spec_field("Tokens of a row; longer rows are cut at the end. Default 2048.", default=2048, ge=8, le=1048576)
+    max_length: int = spec_field(
+        "Tokens of a row; longer rows are cut at the end, and rows of text into several. Default 2048.", default=2048, ge=8, le=1048576
+    )
     seed: int = spec_field("Seed of data order, initialization and evaluation split. Default 42.", default=42, ge=0, le=2147483647)
     checkpoint_every: int = spec_field("Optimizer steps between checkpoints. Default 100.", default=100, ge=1, le=1000000)
 

@@ -1,4 +1,4 @@
-"""An example of the training: token ids and labels, kept in four bytes each. Pure, without torch.
+"""An example of the training: token ids and labels, kept in four bytes each, and cut to a length. Pure, without torch.
 
 Made by stages/data.py; whoever computes with it makes tensors of it. A Python tuple of ints takes some 50 bytes for each token.
 """
@@ -41,3 +41,29 @@ class Example:
 
     def __repr__(self) -> str:
         return f"Example({self.input_ids.tolist()}, {self.labels.tolist()})"
+
+
+def cut(whole: Example, longest: int) -> Example:
+    """The first `longest` tokens."""
+    return whole if len(whole.input_ids) <= longest else Example(whole.input_ids[:longest], whole.labels[:longest])
+
+
+def chunks(whole: Example, longest: int, bos_token_id: int | None) -> list[Example]:
+    """Consecutive parts of at most `longest` tokens, of which each is trained in one of them.
+
+    The first token of an example has no prediction. In every part it is the beginning-of-sequence token where the whole begins with that, as every text
+    does at inference, or else the last token of the part before.
+
+    Args:
+        longest: at least 2.
+    """
+    ids, labels = whole.input_ids, whole.labels
+    if len(ids) <= longest:
+        return [whole]
+    begins = ids[0] == bos_token_id
+    starts = range(longest, len(ids), longest - 1)
+    later = [
+        Example([ids[0] if begins else ids[start - 1], *ids[start : start + longest - 1]], [IGNORED, *labels[start : start + longest - 1]])
+        for start in starts
+    ]
+    return [cut(whole, longest), *later]

@@ -10,10 +10,10 @@ import pytest
 from finetune_trainer.batch import pad
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import DataError
-from finetune_trainer.example import IGNORED, Example
+from finetune_trainer.example import IGNORED, Example, chunks, cut
 from finetune_trainer.rendering import Segment
 from finetune_trainer.stages import data
-from finetune_trainer.stages.data import Data, split, tokenize
+from finetune_trainer.stages.data import Cuts, Data, split, tokenize
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.exact_models import lora_opt
@@ -42,7 +42,7 @@ def single(count: int) -> list[list[Example]]:
 
 
 def made(train: list[Example], held_out: list[Example]) -> Data:
-    return Data(tuple(train), tuple(held_out), 0, "text", "here", "", {}, "")
+    return Data(tuple(train), tuple(held_out), Cuts(), "text", "here", "", {}, "")
 
 
 def run_context(folder: Path, rows: list[dict[str, Any]], *, max_length: int = 256, **evaluation: Any) -> RunContext:
@@ -89,29 +89,29 @@ def test_a_limit_that_has_no_step_to_compare_with_is_refused(tmp_path: Path) -> 
 
 
 def test_prompts_have_no_labels_and_completions_have_their_own_tokens() -> None:
-    found = tokenize([Segment("ask", trained=False), Segment("tell", trained=True)], TOKENIZER, 100, bos=False)
+    found = tokenize([Segment("ask", trained=False), Segment("tell", trained=True)], TOKENIZER, bos=False)
     assert found.labels[:3].tolist() == [IGNORED] * 3
     assert found.labels[3:] == found.input_ids[3:]
     assert text_of(found.input_ids) == "asktell"
 
 
-@given(pieces=PIECES, max_length=st.integers(1, 40))
-def test_a_label_is_its_token_or_nothing(pieces: list[Segment], max_length: int) -> None:
-    found = tokenize(pieces, TOKENIZER, max_length, bos=False)
-    assert len(found.labels) == len(found.input_ids) <= max_length
+@given(pieces=PIECES)
+def test_a_label_is_its_token_or_nothing(pieces: list[Segment]) -> None:
+    found = tokenize(pieces, TOKENIZER, bos=False)
+    assert len(found.labels) == len(found.input_ids)
     assert all(label in (IGNORED, token) for token, label in zip(found.input_ids, found.labels, strict=True))
 
 
 @given(pieces=PIECES)
 def test_the_tokens_with_labels_are_the_trained_text(pieces: list[Segment]) -> None:
-    found = tokenize(pieces, TOKENIZER, 10_000, bos=False)
+    found = tokenize(pieces, TOKENIZER, bos=False)
     wanted = [token for piece in pieces if piece.trained for token in TOKENIZER(piece.text)["input_ids"]]
     assert [label for label in found.labels if label != IGNORED] == wanted
 
 
 def test_a_beginning_token_stands_first_and_is_not_trained() -> None:
     tokenizer = with_bos(chat=False)
-    found = tokenize([Segment("tell", trained=True)], tokenizer, 100, bos=True)
+    found = tokenize([Segment("tell", trained=True)], tokenizer, bos=True)
     assert (found.input_ids[0], found.labels[0]) == (tokenizer.bos_token_id, IGNORED)
     assert len(found.input_ids) == 5
 
@@ -120,7 +120,7 @@ def test_a_token_across_the_border_of_prompt_and_completion_is_split_there() -> 
     def joining(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text.replace("ab", "Ω")]}
 
-    found = tokenize([Segment("xa", trained=False), Segment("bc", trained=True)], joining, 100, bos=False)  # type: ignore[arg-type]
+    found = tokenize([Segment("xa", trained=False), Segment("bc", trained=True)], joining, bos=False)  # type: ignore[arg-type]
     assert found == Example(map(ord, "xabc"), (IGNORED, IGNORED, ord("b"), ord("c")))
 
 
@@ -142,6 +142,21 @@ def test_examples_of_the_same_tokens_and_labels_are_equal() -> None:
     assert {Example((1, 2), (IGNORED, 2)), Example([1, 2], [IGNORED, 2])} == {Example((1, 2), (IGNORED, 2))}
     assert Example((1, 2), (IGNORED, 2)) != Example((1, 2), (1, 2))
     assert repr(Example((1, 2), (IGNORED, 2))) == "Example([1, 2], [-100, 2])"
+
+
+@given(ids=st.lists(st.integers(0, 259), min_size=1, max_size=100), longest=st.integers(8, 40), bos=st.booleans())
+def test_the_parts_of_a_text_train_every_token_once_and_in_order(ids: list[int], longest: int, bos: bool) -> None:
+    whole = Example([7, *ids], [IGNORED, *ids]) if bos else Example(ids, ids)
+    parts = chunks(whole, longest, 7 if bos else None)
+    assert all(len(part.input_ids) == longest for part in parts[:-1])
+    assert 0 < len(parts[-1].input_ids) <= longest
+    assert [token for part in parts for token in part.labels[1:]] == whole.labels[1:].tolist()
+    assert [token for part in parts for token in part.input_ids[1:]] == whole.input_ids[1:].tolist()
+
+
+@given(ids=st.lists(st.integers(0, 259), max_size=20), longest=st.integers(1, 25))
+def test_a_row_is_cut_at_the_end(ids: list[int], longest: int) -> None:
+    assert cut(Example(ids, ids), longest) == Example(ids[:longest], ids[:longest])
 
 
 def test_padding_is_masked_and_never_trained() -> None:
@@ -232,7 +247,7 @@ def test_the_digest_is_the_same_in_every_process() -> None:
 
 def test_a_run_trains_on_answers_and_their_end_alone(tmp_path: Path) -> None:
     found = run(tmp_path, sums(10))
-    assert (len(found.train), len(found.held_out), found.dropped, found.form) == (8, 2, 0, "instruction")
+    assert (len(found.train), len(found.held_out), found.cuts, found.form) == (8, 2, Cuts(), "instruction")
     for item in (*found.train, *found.held_out):
         trained = tuple(label for label in item.labels if label != IGNORED)
         assert trained[-1] == EOS_ID
@@ -277,16 +292,61 @@ def test_a_template_that_prints_the_date_gives_the_same_tokens_on_every_day(tmp_
 
 
 def test_rows_whose_completion_is_cut_off_are_dropped_and_counted(tmp_path: Path) -> None:
-    rows = [{"prompt": "p" * length, "completion": "yes"} for length in (10, 15, 16, 40)]
+    rows = [{"prompt": "p" * length, "completion": "yes"} for length in (10, 12, 16, 40)]
     ctx = run_context(tmp_path, rows, max_length=16, percent=0)
     found = data.run(ctx, TOKENIZER)
-    assert (len(found.train), found.dropped) == (2, 2)
-    assert any("2 rows were dropped: nothing of their completion fits into training.maxLength (16 tokens)" in note for note in notes(ctx))
+    assert (len(found.train), found.cuts) == (2, Cuts(dropped=2, cut=0, tokens=8))
+    [note] = [note for note in notes(ctx) if "training.maxLength" in note]
+    assert "2 rows were dropped: nothing of their completion fits into training.maxLength (16 tokens)." in note
+    assert "8 tokens of them would have been trained" in note
 
 
-def test_a_row_is_cut_at_the_end(tmp_path: Path) -> None:
-    found = run(tmp_path, [{"text": "x" * 40}], max_length=16)
-    assert [len(item.input_ids) for item in found.train] == [16]
+def test_rows_that_lose_their_end_are_counted_with_what_they_lose(tmp_path: Path) -> None:
+    rows = [{"prompt": "p" * length, "completion": "yes"} for length in (10, 12, 13, 15, 16)]
+    ctx = run_context(tmp_path, rows, max_length=16, percent=0)
+    found = data.run(ctx, TOKENIZER)
+    assert (len(found.train), found.cuts) == (4, Cuts(dropped=1, cut=2, tokens=1 + 3 + 4))
+    assert [item.input_ids[-1] == EOS_ID for item in found.train] == [True, True, False, False]
+    [note] = [note for note in notes(ctx) if "training.maxLength" in note]
+    assert "2 rows were cut at training.maxLength (16 tokens) and do not learn where to end." in note
+    assert "8 tokens of them would have been trained" in note
+
+
+def test_what_is_cut_off_and_was_not_to_be_trained_is_no_loss(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    whole = len(run(tmp_path, sums(1), tokenizer, max_length=256).train[0].input_ids)
+    found = run(tmp_path, sums(1), tokenizer, max_length=whole - 1)  # without the line end behind the last turn
+    assert (len(found.train[0].input_ids), found.cuts) == (whole - 1, Cuts())
+
+
+def test_cut_rows_of_the_held_out_file_are_counted_too(tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "p" * 15, "completion": "yes"}])
+    ctx = run_context(tmp_path, [{"prompt": "p" * 14, "completion": "yes"}], max_length=16, source=f"file://{held_out}")
+    assert data.make(ctx, TOKENIZER).cuts == Cuts(dropped=0, cut=2, tokens=5)
+
+
+def test_a_text_longer_than_a_row_becomes_several(tmp_path: Path) -> None:
+    text = "".join(chr(ord("a") + index % 26) for index in range(40))
+    ctx = run_context(tmp_path, [{"text": text}, {"text": "short"}], max_length=16, percent=0)
+    found = data.make(ctx, TOKENIZER)
+    assert [text_of(item.input_ids) for item in found.train] == [text[:16], text[15:31], f"{text[30:]}<|im_end|>", "short<|im_end|>"]
+    assert found.cuts == Cuts()
+    assert any("2 rows became 4 examples of at most training.maxLength (16 tokens)" in note for note in notes(ctx))
+
+
+def test_each_part_of_a_text_begins_as_a_text_does(tmp_path: Path) -> None:
+    tokenizer = with_bos(chat=False)
+    found = run(tmp_path, [{"text": "x" * 40}], tokenizer, max_length=16).train
+    assert [len(item.input_ids) for item in found] == [16, 16, 12]
+    assert {(item.input_ids[0], item.labels[0]) for item in found} == {(tokenizer.bos_token_id, IGNORED)}
+    assert sum(item.trained_tokens for item in found) == 41
+
+
+def test_the_parts_of_a_text_are_on_one_side_of_the_split(tmp_path: Path) -> None:
+    found = run(tmp_path, [{"text": letter * 40} for letter in "abcdefghij"], max_length=16)
+    sides = [{text_of(item.input_ids)[0] for item in side} for side in (found.train, found.held_out)]
+    assert (len(sides[0]), len(sides[1])) == (8, 2)
+    assert sides[0].isdisjoint(sides[1])
 
 
 def test_rows_that_are_all_cut_off_are_refused(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_what_was_checked_is_said_in_a_few_lines_and_nothing_is_made(tmp_path: P
     said = capfd.readouterr().out
     for words in (
         "14 linear layers are quantized (100%",
-        "32 rows to train on, 8 held out",
+        "32 rows to train on, 8 held out, 0 dropped, 0 cut",
         f"{STEPS} optimizer steps, the last 2",
         "published",
     ):
@@ -99,7 +99,8 @@ def test_a_run_that_passed_makes_the_steps_that_were_announced(tmp_path: Path) -
     report = pipeline.run(job, tmp_path / "work", tmp_path / "cache")
     assert report["training"]["steps"] == found.plan.steps
     assert report["sources"] == {"model": found.model, "dataset": found.data.resolved, "heldOut": ""}
-    assert report["data"] == {"form": "instruction", "train": len(found.data.train), "heldOut": len(found.data.held_out), "dropped": 0}
+    cuts = {"dropped": 0, "cut": 0, "lostTokens": 0}
+    assert report["data"] == {"form": "instruction", "train": len(found.data.train), "heldOut": len(found.data.held_out), **cuts}
 
 
 def test_the_termination_message_of_a_success_has_the_revisions_and_what_to_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +113,8 @@ def test_the_termination_message_of_a_success_has_the_revisions_and_what_to_know
         reason="Succeeded",
         exit_code=0,
         message="14 linear layers are quantized (100% of the linear weights, in groups of 32); not quantized: lm_head. "
-        "1 rows were dropped: nothing of their completion fits into training.maxLength (64 tokens).",
+        "1 rows were dropped: nothing of their completion fits into training.maxLength (64 tokens). "
+        "8 tokens of them would have been trained; raise training.maxLength, or shorten the rows.",
         model=f"file://{tmp_path}/model",
         dataset=found.data.resolved,
     )

@@ -44,7 +44,7 @@ def build_report(
         "artifacts": [artifact.value for artifact in job.spec.wanted_artifacts],
         "sources": {"model": loaded.resolved, "dataset": data.resolved, "heldOut": data.held_out_resolved},
         "identities": {"model": loaded.identity, **data.identities},
-        "data": {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), "dropped": data.dropped},
+        "data": _data(data),
         "training": {
             "backend": loaded.backend.NAME,
             "steps": trained.plan.steps,
@@ -61,6 +61,11 @@ def build_report(
         "seed": job.spec.training.seed,
         "versions": versions(),
     }
+
+
+def _data(data: Data) -> dict[str, Any]:
+    cuts = {"dropped": data.cuts.dropped, "cut": data.cuts.cut, "lostTokens": data.cuts.tokens}
+    return {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), **cuts}
 
 
 def quality(losses: dict[str, Any], proof: dict[str, Any] | None, shortfall: str) -> Quality:

@@ -25,7 +25,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.conversation import Messages
 from finetune_trainer.dataset import Dataset, Form
 from finetune_trainer.errors import DataError
-from finetune_trainer.example import IGNORED, Example
+from finetune_trainer.example import IGNORED, Example, chunks, cut
 from finetune_trainer.failures import first_line
 from finetune_trainer.plan import plan
 from finetune_trainer.rendering import Segment
@@ -35,11 +35,44 @@ _NAMED = 5  # columns, in a note
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """What training.maxLength takes from the rows.
+
+    Attributes:
+        dropped: rows of whose completion nothing is left.
+        cut: rows that lose a part of it, and with that their end.
+        tokens: of both, that would have been trained.
+    """
+
+    dropped: int = 0
+    cut: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, whole: Sequence[Example], left: Sequence[Example]) -> "Cuts":
+        """Those of one row."""
+        before, after = (sum(example.trained_tokens for example in examples) for examples in (whole, left))
+        return cls(int(not left), int(bool(left) and after < before), before - after)
+
+    def __add__(self, other: "Cuts") -> "Cuts":
+        return Cuts(self.dropped + other.dropped, self.cut + other.cut, self.tokens + other.tokens)
+
+    def sentences(self, max_length: int) -> Iterator[str]:
+        """For the user; none where nothing is lost."""
+        if self.dropped:
+            yield f"{self.dropped} rows were dropped: nothing of their completion fits into training.maxLength ({max_length} tokens)."
+        if self.cut:
+            yield f"{self.cut} rows were cut at training.maxLength ({max_length} tokens) and do not learn where to end."
+        if self.tokens:
+            yield f"{self.tokens} tokens of them would have been trained; raise training.maxLength, or shorten the rows."
+
+
+@dataclass(frozen=True)
 class Data:
     """What is trained on and what is held out.
 
     Attributes:
-        dropped: rows whose completion was wholly cut off by maxLength.
+        cuts: what training.maxLength took.
         form: the form of the rows.
         resolved: the source with its digest, version or commit.
         held_out_resolved: likewise of held-out data that has a source of its own; else empty.
@@ -49,7 +82,7 @@ class Data:
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    dropped: int
+    cuts: Cuts
     form: Form
     resolved: str
     held_out_resolved: str
@@ -86,20 +119,18 @@ def make(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
     spec = ctx.spec.dataset
     fetched, evaluation = sources.fetch_dataset(ctx), sources.fetch_evaluation(ctx)
     rows = dataset.read_rows(fetched.path, spec.source, spec.format)
-    examples, dropped = _examples(ctx, rows, tokenizer)
+    examples, cuts = _examples(ctx, rows, tokenizer)
     if evaluation is not None:
-        held, held_dropped = _examples(ctx, dataset.read_rows(evaluation.path, spec.evaluation.source, spec.format), tokenizer)
-        train, held_out, dropped = tuple(chain.from_iterable(examples)), tuple(chain.from_iterable(held)), dropped + held_dropped
+        held, held_cuts = _examples(ctx, dataset.read_rows(evaluation.path, spec.evaluation.source, spec.format), tokenizer)
+        train, held_out, cuts = tuple(chain.from_iterable(examples)), tuple(chain.from_iterable(held)), cuts + held_cuts
     else:
         train, held_out = split(examples, spec.evaluation.percent, ctx.spec.training.seed)
     _require_comparison(ctx, train, held_out)
-    if dropped:
-        ctx.reporter.note(
-            f"{dropped} rows were dropped: nothing of their completion fits into training.maxLength ({ctx.spec.training.max_length} tokens)."
-        )
+    if lost := " ".join(cuts.sentences(ctx.spec.training.max_length)):
+        ctx.reporter.note(lost)
     shown = rendering.preview(rendering.render(next(iter(rows)), rows.form, _template(tokenizer), _eos(tokenizer), spec.source)[0])
     identities = {"dataset": fetched.identify(), "heldOut": evaluation.identify() if evaluation else ""}
-    return Data(train, held_out, dropped, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", identities, shown)
+    return Data(train, held_out, cuts, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", identities, shown)
 
 
 def require_known_tokens(data: Data, model: PreTrainedModel) -> None:
@@ -137,8 +168,8 @@ def split(rows: Sequence[Sequence[Example]], percent: int, seed: int) -> tuple[t
     return tuple(train), tuple(chain.from_iterable(rows[index] for index in sorted(chosen)))
 
 
-def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, max_length: int, *, bos: bool) -> Example:
-    """Token ids of the segments one after the other, cut at the end to `max_length`.
+def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, *, bos: bool) -> Example:
+    """Token ids of the segments one after the other.
 
     Args:
         bos: whether the beginning-of-sequence token stands first; rendered chat templates bring their own.
@@ -155,33 +186,49 @@ def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, ma
         tokens = whole[len(input_ids) :] if fits else tokenizer(segment.text, add_special_tokens=False)["input_ids"]
         input_ids += tokens
         labels += tokens if segment.trained else [IGNORED] * len(tokens)
-    return Example(input_ids[:max_length], labels[:max_length])
+    return Example(input_ids, labels)
 
 
-def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[Example]], int]:
-    """The examples of each row that has something to learn, and how many have not."""
-    if rows.unread:
-        more = f" and {len(rows.unread) - _NAMED} more" if len(rows.unread) > _NAMED else ""
-        ctx.reporter.note(f"{rows.name} has columns that are not read: {', '.join(rows.unread[:_NAMED])}{more}.")
-    template, eos, adds_bos = _template(tokenizer), _eos(tokenizer), _adds_bos(tokenizer)
-    bos_token, max_length = str(tokenizer.bos_token), ctx.spec.training.max_length
-
-    def examples(row: dataset.Row) -> list[Example]:
-        texts = rendering.render(row, rows.form, template, eos, rows.name)
-        begun = "".join(piece.text for piece in texts[0]).startswith(bos_token)
-        bos = adds_bos and not begun and not rendering.is_conversation(row, rows.form, has_template=template is not None)
-        return [made for made in (tokenize(text, tokenizer, max_length, bos=bos) for text in texts) if made.trained_tokens]
-
-    kept = [found for found in map(examples, rows) if found]
+def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[Example]], Cuts]:
+    """The examples of each row that has something to learn, each of at most training.maxLength tokens."""
+    kept: list[list[Example]] = []
+    cuts, max_length = Cuts(), ctx.spec.training.max_length
+    for whole in _whole_examples(rows, tokenizer):
+        parts = [
+            chunks(example, max_length, tokenizer.bos_token_id) if rows.form == "text" else [cut(example, max_length)] for example in whole
+        ]
+        left = [example for example in chain.from_iterable(parts) if example.trained_tokens]
+        kept += [left] if left else []
+        cuts += Cuts.of(whole, left)
     if not kept:
         raise DataError(
             f"{rows.name}: no row has a completion that fits into training.maxLength ({max_length} tokens); raise it or shorten the prompts."
         )
-    if (count := sum(map(len, kept))) > len(kept):
-        ctx.reporter.note(
-            f"{rows.name}: {len(kept)} rows became {count} examples, since the model's chat template writes an answer otherwise once others follow."
-        )
-    return kept, len(rows) - len(kept)
+    for sentence in _told(rows, kept, max_length):
+        ctx.reporter.note(sentence)
+    return kept, cuts
+
+
+def _whole_examples(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Example]]:
+    """Those of each row, however long they are."""
+    template, eos, adds_bos = _template(tokenizer), _eos(tokenizer), _adds_bos(tokenizer)
+    for row in rows:
+        texts = rendering.render(row, rows.form, template, eos, rows.name)
+        begun = "".join(piece.text for piece in texts[0]).startswith(str(tokenizer.bos_token))
+        bos = adds_bos and not begun and not rendering.is_conversation(row, rows.form, has_template=template is not None)
+        yield [tokenize(text, tokenizer, bos=bos) for text in texts]
+
+
+def _told(rows: Dataset, kept: Sequence[Sequence[Example]], max_length: int) -> Iterator[str]:
+    """What a user may not expect of a file."""
+    if rows.unread:
+        more = f" and {len(rows.unread) - _NAMED} more" if len(rows.unread) > _NAMED else ""
+        yield f"{rows.name} has columns that are not read: {', '.join(rows.unread[:_NAMED])}{more}."
+    count = sum(map(len, kept))
+    if count > len(kept) and rows.form == "text":
+        yield f"{rows.name}: {len(kept)} rows became {count} examples of at most training.maxLength ({max_length} tokens)."
+    elif count > len(kept):
+        yield f"{rows.name}: {len(kept)} rows became {count} examples, since the model's chat template writes an answer otherwise once others follow."
 
 
 def _learned_positions(model: PreTrainedModel) -> int | None:
