@@ -13,6 +13,8 @@ QUICK = Measured(
     computes_bfloat16=True,
     threads=8,
     cores=8,
+    micro_batches=2,
+    enough=2,
     in_cluster=True,
     keeps_models=False,
 )
@@ -34,6 +36,29 @@ CASES: list[tuple[str, Measured, str]] = [
         replace(QUICK, dtype="float32"),
         "Training computed in float32, though this GPU has bfloat16 arithmetic: "
         "model.dtype bfloat16 takes half the memory for the weights, and mostly less time.",
+    ),
+    (
+        "a pod's GPU with little memory",
+        replace(QUICK, micro_batches=8),
+        "A step took up to 8 micro-batches where 2 would do, for memory was short: "
+        "choose a resources.gpuType with more memory, or lower training.maxLength.",
+    ),
+    (
+        "a pod with little memory",
+        replace(QUICK, device="cpu", micro_batches=8),
+        "A step took up to 8 micro-batches where 2 would do, for memory was short: raise resources.memory, or lower training.maxLength.",
+    ),
+    (
+        "a laptop with little memory",
+        replace(QUICK, micro_batches=16, enough=1, in_cluster=False),
+        "A step took up to 16 micro-batches where 1 would do, for memory was short: "
+        "use a machine with more memory, or lower training.maxLength.",
+    ),
+    (
+        "the choice of the rounding",
+        replace(QUICK, parts={"rounding": 60.0}),
+        "Choosing scales and rounding of the weights took 60 of 215 s, whatever the number of steps: "
+        "8 bits need no such choice (quantization.scheme int8 or fp8-fp8).",
     ),
     (
         "held-out rows",

@@ -150,7 +150,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
             stages.undo_from(Stage.CONVERTING)  # the next run is not to prove the same files again
             raise
     seconds = reporter.seconds()
-    slow = hints(measured(ctx, seconds, reporter.part_seconds, trained, device))
+    slow = hints(measured(ctx, seconds, reporter.part_seconds, rows, trained, device))
     for sentence in slow:
         reporter.note(sentence)
     report = build_report(ctx.job, loaded, rows, trained, losses, converted, proof, seconds, slow) | {"digests": _digests(ctx)}

@@ -61,6 +61,16 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
             "Set `model.dtype: bfloat16`.",
         ),
         Symptom(
+            "A step took up to … micro-batches",
+            "Memory was too short for larger ones: by the estimate, or because it ran out. Each of them reads all weights anew.",
+            "Raise `resources.memory`, take a GPU with more, or lower `training.maxLength`.",
+        ),
+        Symptom(
+            "Choosing scales and rounding of the weights took",
+            "At the switch, every weight of a 4-bit grid is rounded by what its layer computes. Of a large model trained for few steps that is a large part.",
+            "Train with an 8-bit scheme, which has nothing to choose, or leave it: a longer training takes no longer for it.",
+        ),
+        Symptom(
             "Measuring held-out losses took",
             "All held-out rows are measured for base, tuned, nearest values, PTQ and quantized model.",
             "Lower `dataset.evaluation.percent`, or give it a smaller source.",

@@ -14,13 +14,14 @@ from finetune_api.progress import ProgressReport
 from finetune_api.status import Progress, Stage
 from finetune_trainer.errors import DataError
 from finetune_trainer.failures import classify
+from finetune_trainer.memory import shrink
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.reporting.reporter import LogScreen, RunReporter, TerminalScreen
 from finetune_trainer.reporting.server import Endpoint, serving
 from finetune_trainer.reporting.session import ENV_TERMINATION_LOG, reporting
 from finetune_trainer.results import hints
 from support.run_contexts import context, run_spec
-from support.tiny_jobs import finetune, run, tiny_job
+from support.tiny_jobs import description, finetune, run, tiny_job
 
 PROGRESS = Progress(summary="1/4", step=1, total_steps=4, loss="2.314", tokens_per_second=300)
 
@@ -93,6 +94,20 @@ def test_what_made_a_run_slow_is_in_the_report_the_summary_and_the_termination_m
     assert any(sentence.startswith("Measuring held-out losses took") for sentence in reported)
     assert any(sentence.startswith("Fetching and tokenizing the data took") for sentence in reported)
     assert "Measuring held-out losses took" in capfd.readouterr().out
+
+
+def test_what_the_rounding_took_and_micro_batches_of_short_memory_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hints, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(hints, "LARGE_SHARE", 1e-9)  # whatever took any time at all
+    monkeypatch.setattr(hints.Measured, "trained_long", True)
+    job = tiny_job(tmp_path)
+    cut = {"trainDigest": description(job).train_digest, "micro_batch": 2, "reduced": True}
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / shrink.FILE).write_text(json.dumps(cut))
+    reported = run(job, tmp_path / "work")["hints"]
+    assert any(sentence.startswith("A step took up to 4 micro-batches where 1 would do") for sentence in reported)
+    assert any(sentence.startswith("Choosing scales and rounding of the weights took") for sentence in reported)
+    assert not any(sentence.startswith("Mirroring") for sentence in reported)
 
 
 def test_progress_and_metrics_are_served() -> None:

@@ -11,13 +11,15 @@ SECONDS = st.floats(0, 1e6, allow_nan=False)
 MEASURED = st.builds(
     Measured,
     stages=st.dictionaries(st.sampled_from(STAGES), SECONDS),
-    parts=st.dictionaries(st.sampled_from(("model", "data", "switch", "mirror")), SECONDS),
+    parts=st.dictionaries(st.sampled_from(("model", "data", "rounding", "switch", "mirror")), SECONDS),
     steps=st.integers(0, 10**6),
     device=st.sampled_from(("cpu", "cuda")),
     dtype=st.sampled_from(("float32", "bfloat16")),
     computes_bfloat16=st.booleans(),
     threads=st.integers(1, 256),
     cores=st.integers(1, 256),
+    micro_batches=st.integers(1, 64),
+    enough=st.integers(1, 64),
     in_cluster=st.booleans(),
     keeps_models=st.booleans(),
 )
@@ -46,6 +48,7 @@ def test_no_run_of_less_than_a_minute_is_called_slow(run: Measured) -> None:
 def test_each_time_that_is_blamed_is_a_large_share_of_the_whole(run: Measured) -> None:
     blamed = {
         "held-out": run.stages.get("Evaluating", 0) + run.parts.get("switch", 0),
+        "rounding": run.parts.get("rounding", 0),
         "Mirroring": run.parts.get("mirror", 0),
         "Fetching the model": run.parts.get("model", 0),
         "tokenizing": run.parts.get("data", 0),

@@ -24,6 +24,8 @@ class Measured:
         computes_bfloat16: whether the device has bfloat16 arithmetic.
         threads: that PyTorch computes with.
         cores: that this process may use.
+        micro_batches: that the longest rows of a step were computed in.
+        enough: how many they would have been, had memory been plenty; the same where it was, or where nobody knows.
         in_cluster: whether it ran in a pod.
         keeps_models: whether the next run finds the model in its cache.
     """
@@ -36,6 +38,8 @@ class Measured:
     computes_bfloat16: bool
     threads: int
     cores: int
+    micro_batches: int
+    enough: int
     in_cluster: bool
     keeps_models: bool
 
@@ -87,6 +91,30 @@ def _precision(run: Measured) -> str:
     )
 
 
+def _batch(run: Measured) -> str:
+    """Small micro-batches"""
+    if run.micro_batches <= run.enough or not run.trained_long:
+        return ""
+    more = "use a machine with more memory"
+    if run.in_cluster:
+        more = "choose a resources.gpuType with more memory" if run.device == "cuda" else "raise resources.memory"
+    return (
+        f"A step took up to {run.micro_batches} micro-batches where {run.enough} would do, for memory was short: "
+        f"{more}, or lower training.maxLength."
+    )
+
+
+def _rounding(run: Measured) -> str:
+    """Rounding"""
+    seconds = run.parts.get("rounding", 0.0)
+    if not run.is_large(seconds):
+        return ""
+    return (
+        f"Choosing scales and rounding of the weights took {seconds:.0f} of {run.total:.0f} s, whatever the number of steps: "
+        "8 bits need no such choice (quantization.scheme int8 or fp8-fp8)."
+    )
+
+
 def _held_out(run: Measured) -> str:
     """Held-out losses"""
     seconds = run.stages.get("Evaluating", 0.0) + run.parts.get("switch", 0.0)
@@ -122,4 +150,4 @@ def _data(run: Measured) -> str:
     return f"Fetching and tokenizing the data took {seconds:.0f} of {run.total:.0f} s: give dataset.source fewer rows, or a nearer place."
 
 
-KINDS: tuple[Callable[[Measured], str], ...] = (_cpu, _threads, _precision, _held_out, _mirror, _model, _data)
+KINDS: tuple[Callable[[Measured], str], ...] = (_cpu, _threads, _precision, _batch, _rounding, _held_out, _mirror, _model, _data)
