@@ -312,7 +312,7 @@ DATA: dict[str, BadInput] = {
     "a JSON array over many lines": BadInput(_data('[\n{"text": "a"}\n]\n'), _DATA, ("bad.jsonl", "line 1", "not JSON")),
     "a row that is a list": BadInput(_data('["a", "b"]\n'), _DATA, ("bad.jsonl", "line 1", "is a JSON list", "a row is an object")),
     "Latin-1": BadInput(_data('{"text": "ä"}\n'.encode("latin-1")), _DATA, ("bad.jsonl", "not UTF-8", "save it as UTF-8")),
-    "a Parquet file": BadInput(_data(b"PAR1\x15\x04\x15\xff\x80"), _DATA, ("bad.jsonl", "not UTF-8", "JSON Lines")),
+    "a Parquet file": BadInput(_data(b"PAR1\x15\x04\x15\xff\x80"), _DATA, ("bad.jsonl", "not UTF-8", "save it as UTF-8 JSON Lines")),
     "half of a surrogate pair": BadInput(
         _data('{"text": "\\ud800"}\n'), _DATA, ("line 1", "surrogate pair", "save the row as UTF-8 again")
     ),
@@ -360,8 +360,12 @@ DATA: dict[str, BadInput] = {
     "rows that are all too long": BadInput(
         _data('{"instruction": "%s", "output": "b"}\n' % ("a" * 200)), _DATA, ("bad.jsonl", "training.maxLength (64 tokens)", "raise it")
     ),
-    "no held-out file": BadInput(_no_held_out_file, _DATA, ("spec.dataset.evaluation.source", "nowhere.jsonl", "does not exist")),
-    "a held-out row without an answer": BadInput(_bad_held_out_row, _DATA, ("held.jsonl", "line 2", "no column 'output'")),
+    "no held-out file": BadInput(
+        _no_held_out_file, _DATA, ("spec.dataset.evaluation.source", "nowhere.jsonl", "does not exist; correct the path")
+    ),
+    "a held-out row without an answer": BadInput(
+        _bad_held_out_row, _DATA, ("held.jsonl", "line 2", "no column 'output'", "add it or set dataset.format")
+    ),
     "a gate without held-out rows": BadInput(
         _gate_without_held_out_rows, _DATA, ("bad.jsonl", "no row to hold out", "quality.maxLossIncreasePercent", "add rows")
     ),
@@ -371,7 +375,7 @@ DATA: dict[str, BadInput] = {
 }
 
 MODEL: dict[str, BadInput] = {
-    "no model": BadInput(_no_model, _DATA, ("spec.model.source", "nowhere", "does not exist")),
+    "no model": BadInput(_no_model, _DATA, ("spec.model.source", "nowhere", "does not exist; correct the path")),
     "a file as model": BadInput(_a_file_as_model, _DATA, ("spec.model.source", "is a file", "name the folder")),
     "no config.json": BadInput(
         _model(lambda model: (model / "config.json").unlink()), _DATA, ("has no config.json", "must name the folder")
@@ -413,22 +417,34 @@ MODEL: dict[str, BadInput] = {
     "code of its own": BadInput(_model(_code_of_its_own), _SPEC, ("auto_map in config.json", "set spec.model.trustRemoteCode to true")),
     "a tokenizer with code of its own": BadInput(_model(_tokenizer_with_code_of_its_own), _DATA, ("The tokenizer in", "does not load")),
     "a chat template that looks for a way out": BadInput(
-        _template("{{ ''.__class__.__mro__[1].__subclasses__() }}"), _DATA, ("line 1", "chat template refuses", "unsafe")
+        _template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+        _DATA,
+        ("line 1", "chat template refuses", "unsafe", "change its turns"),
     ),
     "a chat template that opens a file": BadInput(
-        _template("{{ cycler.__init__.__globals__.os.popen('touch OWNED').read() }}"), _DATA, ("line 1", "chat template refuses")
+        _template("{{ cycler.__init__.__globals__.os.popen('touch OWNED').read() }}"),
+        _DATA,
+        ("line 1", "chat template refuses", "change its turns"),
     ),
-    "a chat template that is not closed": BadInput(_template("{% for message in messages %}"), _DATA, ("line 1", "chat template refuses")),
+    "a chat template that is not closed": BadInput(
+        _template("{% for message in messages %}"), _DATA, ("line 1", "chat template refuses", "change its turns")
+    ),
     "a chat template that counts for ever": BadInput(
-        _template("{% for turn in range(10**9) %}{% endfor %}"), _DATA, ("line 1", "chat template refuses", "Range too big")
+        _template("{% for turn in range(10**9) %}{% endfor %}"),
+        _DATA,
+        ("line 1", "chat template refuses", "Range too big", "change its turns"),
     ),
-    "a chat template that divides by zero": BadInput(_template("{{ 1 // 0 }}"), _DATA, ("line 1", "chat template refuses", "zero")),
+    "a chat template that divides by zero": BadInput(
+        _template("{{ 1 // 0 }}"), _DATA, ("line 1", "chat template refuses", "zero", "change its turns")
+    ),
     "a chat template that calls itself": BadInput(
         _template("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"),
         _DATA,
-        ("line 1", "chat template refuses", "calls itself without end"),
+        ("line 1", "chat template refuses", "calls itself without end", "change its turns"),
     ),
-    "a chat template that wants all memory": BadInput(_template("{{ 'a' * 10**15 }}"), _DATA, ("line 1", "chat template refuses")),
+    "a chat template that wants all memory": BadInput(
+        _template("{{ 'a' * 10**15 }}"), _DATA, ("line 1", "chat template refuses", "change its turns")
+    ),
     "a chat template that drops the reasoning": BadInput(
         _template("{% for message in messages %}{{ message.content.split('b')[-1] }}<|im_end|>{% endfor %}"),
         _DATA,
@@ -442,8 +458,8 @@ MODEL: dict[str, BadInput] = {
 CONFIG: dict[str, BadInput] = {
     "a job that is not YAML": BadInput(lambda _: "spec: [\n", _SPEC, ("job.yaml", "not YAML", "correct the syntax")),
     "an empty job": BadInput(lambda _: "", _SPEC, ("job.yaml", "a FineTuneJob is expected; write one")),
-    "another kind": BadInput(_job('"FineTuneJob"', '"Job"'), _SPEC, ("kind", '"Job"', "FineTuneJob is expected")),
-    "no name": BadInput(_job('"name": "tiny"', '"names": "tiny"'), _SPEC, ("metadata.name", "a name is expected")),
+    "another kind": BadInput(_job('"FineTuneJob"', '"Job"'), _SPEC, ("kind", '"Job"', "FineTuneJob is expected; correct it")),
+    "no name": BadInput(_job('"name": "tiny"', '"names": "tiny"'), _SPEC, ("metadata.name", "a name is expected; add one")),
     "a name that Kubernetes does not take": BadInput(_job('"tiny"', '"My Job"'), _SPEC, ("metadata.name", "lower-case letters")),
     "a misspelt field": BadInput(_spec(lora={"rnak": 8}), _SPEC, ("spec.lora.rnak", "rename it to rank")),
     "a rank of nothing": BadInput(_spec(lora={"rank": 0}), _SPEC, ("spec.lora.rank", "found 0", "1 or more is expected")),
@@ -452,7 +468,7 @@ CONFIG: dict[str, BadInput] = {
     ),
     "an unknown scheme": BadInput(_spec(quantization={"scheme": "int3"}), _SPEC, ("spec.quantization.scheme", "one of 'none', 'int8'")),
     "a claim on a laptop": BadInput(
-        _spec(model={"source": "pvc://models/base"}), _SPEC, ("spec.model.source", "pvc://models/base", "file://")
+        _spec(model={"source": "pvc://models/base"}), _SPEC, ("spec.model.source", "pvc://models/base", "use file:// here")
     ),
     "an unknown builtin": BadInput(_spec(model={"source": "builtin://gpt"}), _SPEC, ("spec.model.source", "builtin://smollm2-135m")),
     "a module that the model has not": BadInput(
@@ -474,12 +490,14 @@ ACCESS: dict[str, BadInput] = {
         _s3("s3://no-such-bucket/bot"), _ACCESS, ("spec.outputs.destinations[0].uri", "the bucket does not exist", "create it"), "s3"
     ),
     "an unknown access key": BadInput(
-        _s3("s3://{bucket}/bot", AWS_ACCESS_KEY_ID="nobody"), _ACCESS, ("destinations[0].uri", "AWS_ACCESS_KEY_ID"), "s3"
+        _s3("s3://{bucket}/bot", AWS_ACCESS_KEY_ID="nobody"), _ACCESS, ("destinations[0].uri", "correct AWS_ACCESS_KEY_ID"), "s3"
     ),
     "a wrong secret key": BadInput(
-        _s3("s3://{bucket}/bot", AWS_SECRET_ACCESS_KEY="wrong"), _ACCESS, ("destinations[0].uri", "AWS_SECRET_ACCESS_KEY"), "s3"
+        _s3("s3://{bucket}/bot", AWS_SECRET_ACCESS_KEY="wrong"), _ACCESS, ("destinations[0].uri", "correct AWS_SECRET_ACCESS_KEY"), "s3"
     ),
-    "no keys at all": BadInput(_s3_without_keys, _ACCESS, ("spec.outputs.destinations[0].uri", "no credentials were given"), "s3"),
+    "no keys at all": BadInput(
+        _s3_without_keys, _ACCESS, ("spec.outputs.destinations[0].uri", "no credentials were given", "set AWS_ACCESS_KEY_ID"), "s3"
+    ),
     "a dataset that is not in its bucket": BadInput(
         _s3_source("dataset", "s3://{bucket}/nowhere.jsonl"), _DATA, ("spec.dataset.source", "does not exist; correct the key"), "s3"
     ),
@@ -492,17 +510,23 @@ ACCESS: dict[str, BadInput] = {
     "a Hub destination without a token": BadInput(
         _hub_destination(""), _ACCESS, ("spec.outputs.destinations[0].uri", "needs a Hub token", "HF_TOKEN"), "hub"
     ),
-    "a Hub token that only reads": BadInput(_hub_destination("read"), _ACCESS, ("may not make hf://acme/bot", "HF_TOKEN"), "hub"),
-    "a Hub token that nobody knows": BadInput(_hub_destination("wrong"), _ACCESS, ("the Hub refused the token (401)", "HF_TOKEN"), "hub"),
-    "another account's repository": BadInput(_hub_destination("write"), _ACCESS, ("may not make hf://other/bot", "HF_TOKEN"), "hub"),
+    "a Hub token that only reads": BadInput(
+        _hub_destination("read"), _ACCESS, ("may not make hf://acme/bot", "give a token with write access", "HF_TOKEN"), "hub"
+    ),
+    "a Hub token that nobody knows": BadInput(
+        _hub_destination("wrong"), _ACCESS, ("the Hub refused the token (401)", "give one that is valid", "HF_TOKEN"), "hub"
+    ),
+    "another account's repository": BadInput(
+        _hub_destination("write"), _ACCESS, ("may not make hf://other/bot", "give a token with write access", "HF_TOKEN"), "hub"
+    ),
     "a private model without a token": BadInput(
         _private_hub_model,
         _ACCESS,
-        ("spec.model.source", "does not exist on the Hub, or is private, and no token was given", "HF_TOKEN"),
+        ("spec.model.source", "does not exist on the Hub, or is private, and no token was given", "correct the name", "HF_TOKEN"),
         "hub",
     ),
     "a revision that is not there": BadInput(_hub_revision, _DATA, ("spec.model.source", "no such revision", "correct the branch"), "hub"),
-    "a file that is not in its repository": BadInput(_hub_file, _DATA, ("spec.dataset.source", "no such file"), "hub"),
+    "a file that is not in its repository": BadInput(_hub_file, _DATA, ("spec.dataset.source", "no such file; correct the path"), "hub"),
 }
 
 MACHINE: dict[str, BadInput] = {
@@ -510,7 +534,7 @@ MACHINE: dict[str, BadInput] = {
         _a_file_as_workdir, _CAPACITY, ("work is not writable", "choose another --workdir")
     ),
     "a scheme that fits little of the model": BadInput(
-        _spec(quantization={"scheme": "fp8-int4"}), _SPEC, ("fp8-int4", "only 22%", "input size 64", "scheme int4")
+        _spec(quantization={"scheme": "fp8-int4"}), _SPEC, ("fp8-int4", "only 22%", "input size 64", "choose scheme fp8-fp8 or scheme int4")
     ),
     "a group that nothing fits": BadInput(
         _spec(quantization={"groupSize": 256}), _SPEC, ("spec.quantization.groupSize", "256", "32, 64 or 128 is expected")
@@ -518,6 +542,33 @@ MACHINE: dict[str, BadInput] = {
 }
 
 BAD_INPUTS: dict[str, BadInput] = {**DATA, **MODEL, **CONFIG, **ACCESS, **MACHINE}
+
+# Their sentences say what is wrong or what is wanted, and not yet what to do.
+WITHOUT_A_MEND = {
+    "an empty dataset",
+    "a dataset of empty lines",
+    "a line that is cut off",
+    "a JSON array over many lines",
+    "a row that is a list",
+    "a number where a text belongs",
+    "an unknown architecture",
+    "a model that is none of language",
+    "weights that are cut off",
+    "weights that are empty",
+    "weights of other shapes",
+    "a shard that is missing",
+    "no tokenizer",
+    "a tokenizer that is cut off",
+    "a tokenizer with code of its own",
+    "pickled weights beside damaged ones",
+    "a name that Kubernetes does not take",
+    "a rank of nothing",
+    "an unknown scheme",
+    "an unknown builtin",
+    "a module that the model has not",
+    "a Hub destination without a token",
+    "a group that nothing fits",
+}
 
 
 def was_run(folder: Path) -> bool:

@@ -5,9 +5,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,14 @@ import pytest
 from finetune_api.exits import REASONS, ExitCode
 from finetune_trainer.reporting.progress import ProgressMeter
 from safetensors.torch import load_file, save_file
-from support.bad_inputs import ACCESS, BAD_INPUTS, CONFIG, DATA, MACHINE, MODEL, BadInput, Ground, was_run
+from support.bad_inputs import ACCESS, BAD_INPUTS, CONFIG, DATA, MACHINE, MODEL, WITHOUT_A_MEND, BadInput, Ground, was_run
 from support.run_contexts import read_files
 from support.tiny_jobs import finetune, tiny_job
+
+# What to do begins a clause of the sentence.
+MEND = re.compile(
+    r"(^|; )(add|change|check|choose|convert|correct|create|download|give|leave|name|put|raise|remove|rename|save|set|upload|use|write)( |$)|must (be|name)\b"
+)
 
 
 @pytest.fixture
@@ -44,25 +51,33 @@ def test_the_table_has_rows_of_every_kind() -> None:
     assert {bad.code for bad in BAD_INPUTS.values()} >= {ExitCode.DATA, ExitCode.SPEC, ExitCode.ACCESS, ExitCode.CAPACITY}
 
 
+def test_every_row_names_the_mend_but_those_whose_sentence_has_none_yet() -> None:
+    assert {name for name, bad in BAD_INPUTS.items() if not any(MEND.search(words) for words in bad.words)} == WITHOUT_A_MEND
+
+
 @pytest.mark.parametrize("bad", BAD_INPUTS.values(), ids=BAD_INPUTS)
 def test_bad_input_ends_in_one_sentence(bad: BadInput, ground: Ground, capfd: pytest.CaptureFixture[str]) -> None:
     job, folder = spoilt(bad, ground), ground.folder
     before = {path: content for path, content in read_files(folder).items() if path.startswith("published/")}
     folders = "--workdir", str(folder / "work"), "--cache", str(folder / "cache")
+    repositories = deepcopy(ground.hub.repositories) if ground.hub else {}
     assert finetune("run", str(job), *folders) == bad.code
-    printed = capfd.readouterr().err
-    said = printed.strip().splitlines()[-1]
+    ran = capfd.readouterr()
+    said = ran.err.strip().splitlines()[-1]
     for word in bad.words:
         assert word in said
     assert said.startswith(f"{REASONS[bad.code]}: ")
-    assert "Traceback" not in printed
     assert finetune("preflight", str(job), *folders) == bad.code
-    assert capfd.readouterr().err.strip().splitlines()[-1] == said
+    asked = capfd.readouterr()
+    assert asked.err.strip().splitlines()[-1] == said
+    assert not [text for text in (*ran, *asked) if "Traceback" in text]
     assert not was_run(folder)
     assert not [name for name in ("lora_model", "model-torchao", "report.json") if (folder / "work" / name).exists()]
     assert {path: content for path, content in read_files(folder).items() if path.startswith("published/")} == before
     if ground.s3:
         assert not ground.s3.client().list_objects_v2(Bucket=ground.bucket).get("Contents")
+    if ground.hub:
+        assert ground.hub.repositories == repositories
 
 
 @pytest.mark.parametrize("name", ["a line that is cut off", "pickled weights", "a misspelt field"])
