@@ -85,59 +85,44 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
-def in_a_pod(folder: Path, s3: S3Server, hub: HubServer, bucket: str, mount: Any, monkeypatch: pytest.MonkeyPatch) -> RunContext:
+@pytest.fixture
+def in_a_pod(
+    s3_laptop: S3Server, hub_laptop: HubServer, bucket: str, mount: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunContext:
     """A finished run in a pod, with two destinations."""
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    mount("destination-0", AWS_ACCESS_KEY_ID=s3.access_key, AWS_SECRET_ACCESS_KEY=s3.secret_key)
-    mount("destination-1", HF_TOKEN=hub.token)
+    monkeypatch.setenv("HF_ENDPOINT", hub_laptop.endpoint)
+    mount("destination-0", AWS_ACCESS_KEY_ID=s3_laptop.access_key, AWS_SECRET_ACCESS_KEY=s3_laptop.secret_key)
+    mount("destination-1", HF_TOKEN=hub_laptop.token)
     places = (
-        {"uri": f"s3://{bucket}/bot", "endpoint": s3.endpoint, "credentials": {"secretName": "keys"}},
+        {"uri": f"s3://{bucket}/bot", "endpoint": s3_laptop.endpoint, "credentials": {"secretName": "keys"}},
         {"uri": "hf://acme/bot", "credentials": {"secretName": "hub"}},
     )
-    ctx = context(folder, run_spec("hf://acme/base", "builtin://python-docs", *places), in_cluster=True)
+    ctx = context(tmp_path, run_spec("hf://acme/base", "builtin://python-docs", *places), in_cluster=True)
     write_artifacts(ctx, report_of(ctx))
     return ctx
 
 
-def test_a_pod_waits_for_a_service_that_is_away_for_minutes(
-    s3_laptop: S3Server,
-    hub_laptop: HubServer,
-    bucket: str,
-    mount: Any,
-    pauses: list[float],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ctx = in_a_pod(tmp_path, s3_laptop, hub_laptop, bucket, mount, monkeypatch)
+def test_a_pod_waits_for_a_service_that_is_away_for_minutes(in_a_pod: RunContext, hub_laptop: HubServer, pauses: list[float]) -> None:
     hub_laptop.refuse = lambda _, path: 500 if "/commit/" in path and len(pauses) < 3 else None
 
-    published = publish.run(ctx, report_of(ctx))
+    published = publish.run(in_a_pod, report_of(in_a_pod))
 
     assert [(item.kind, item.uri.partition("://")[0]) for item in published] == [
         (kind, scheme) for scheme in ("s3", "hf") for kind in ("adapter", "quantized")
     ]
     assert pauses == [5, 15, 45]
-    assert sum("Published to s3" in note for note in notes(ctx)) == 1
-    assert sum("the Hub answered 500" in note and "Trying again in" in note for note in notes(ctx)) == 3
+    assert sum("Published to s3" in note for note in notes(in_a_pod)) == 1
+    assert sum("the Hub answered 500" in note and "Trying again in" in note for note in notes(in_a_pod)) == 3
 
 
-def test_a_pod_does_not_wait_for_ever_and_not_for_what_is_refused(
-    s3_laptop: S3Server,
-    hub_laptop: HubServer,
-    bucket: str,
-    mount: Any,
-    pauses: list[float],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ctx = in_a_pod(tmp_path, s3_laptop, hub_laptop, bucket, mount, monkeypatch)
+def test_a_pod_does_not_wait_for_ever_and_not_for_what_is_refused(in_a_pod: RunContext, hub_laptop: HubServer, pauses: list[float]) -> None:
     hub_laptop.refuse = lambda _, path: 403 if "/commit/" in path else None
     with refused(NotPublishedError, "destinations[1].uri"):
-        publish.run(ctx, report_of(ctx))
+        publish.run(in_a_pod, report_of(in_a_pod))
     assert pauses == []
     hub_laptop.refuse = lambda _, path: 500 if "/commit/" in path else None
     with refused(NotPublishedError, "destinations[1].uri", "the Hub answered 500"):
-        publish.run(ctx, report_of(ctx))
+        publish.run(in_a_pod, report_of(in_a_pod))
     assert pauses == list(publish.PAUSES_SECONDS)
 
 
