@@ -88,10 +88,11 @@ class EvaluationSpec(ApiModel):
     """The held-out data on which every loss in the report is measured."""
 
     percent: int = spec_field(
-        "Share of the dataset that is held out, in percent, drawn with the seed. Default 5; 0 measures nothing. Ignored when a source is given.",
+        "Share of the dataset that is held out, in percent, drawn with the seed; equal rows stay on one side. Default 5; 0 measures nothing. "
+        "Ignored when a source is given.",
         default=5, ge=0, le=50,
     )  # fmt: skip
-    source: OptionalDataSource = spec_field("Held-out data of its own, in the dataset's format. Default: none.", default="")
+    source: OptionalDataSource = spec_field("Held-out data of its own, in the dataset's format, taken whole. Default: none.", default="")
 
 
 class DatasetSpec(ApiModel):

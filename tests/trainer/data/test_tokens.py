@@ -1,4 +1,4 @@
-"""Rows become tokens: labels only on what is trained, rows that are cut off are dropped and counted, the split and the digest are exact."""
+"""Rows become tokens: labels only on what is trained, what is cut off is counted, and the digest is exact."""
 
 import tracemalloc
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from finetune_trainer.errors import DataError
 from finetune_trainer.example import IGNORED, Example, chunks, cut
 from finetune_trainer.rendering import Segment
 from finetune_trainer.stages import data
-from finetune_trainer.stages.data import Cuts, Data, split, tokenize
+from finetune_trainer.stages.data import Cuts, Data, tokenize
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.exact_models import lora_opt
@@ -34,11 +34,6 @@ EXAMPLES = st.lists(
 def example(length: int) -> Example:
     """An example that its length tells from others."""
     return Example(tuple(range(length)), tuple(range(length)))
-
-
-def single(count: int) -> list[list[Example]]:
-    """Rows of one example each, of 1, 2, 3... tokens."""
-    return [[example(length)] for length in range(1, count + 1)]
 
 
 def made(train: list[Example], held_out: list[Example]) -> Data:
@@ -172,48 +167,6 @@ def test_a_padded_batch_holds_every_example(lengths: list[int]) -> None:
     assert batch["attention_mask"].sum(1).tolist() == lengths
     rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
     assert all(ids[:length] == list(range(length)) and set(labels[length:]) <= {IGNORED} for ids, labels, length in rows)
-
-
-@given(count=st.integers(1, 60), percent=st.integers(0, 50), seed=st.integers(0, 2**31 - 1))
-def test_a_split_is_complete_and_disjoint_and_keeps_the_order(count: int, percent: int, seed: int) -> None:
-    examples = [example(length) for length in range(1, count + 1)]
-    train, held_out = split([[item] for item in examples], percent, seed)
-    assert sorted((*train, *held_out), key=lambda item: len(item.input_ids)) == examples
-    for part in (train, held_out):
-        assert list(part) == sorted(part, key=lambda item: len(item.input_ids))
-
-
-@given(count=st.integers(1, 60), percent=st.integers(0, 50), seed=st.integers(0, 2**31 - 1))
-def test_the_same_seed_splits_the_same(count: int, percent: int, seed: int) -> None:
-    assert split(single(count), percent, seed) == split(single(count), percent, seed)
-
-
-@given(count=st.integers(2, 60), percent=st.integers(1, 50), seed=st.integers(0, 2**31 - 1))
-def test_a_split_holds_out_its_share_rounded_up_and_trains_on_some(count: int, percent: int, seed: int) -> None:
-    train, held_out = split(single(count), percent, seed)
-    assert len(held_out) - 1 < count * percent / 100 <= len(held_out)
-    assert train
-
-
-def test_other_seeds_split_otherwise() -> None:
-    assert len({split(single(40), 20, seed)[1] for seed in range(10)}) == 10
-
-
-def test_nothing_is_held_out_of_a_single_row_or_at_zero_percent() -> None:
-    assert split(single(1), 50, 0) == ((example(1),), ())
-    assert split(single(2), 0, 0)[1] == ()
-
-
-@given(counts=st.lists(st.integers(1, 4), min_size=2, max_size=20), seed=st.integers(0, 2**31 - 1))
-def test_the_examples_of_a_row_stay_together(counts: list[int], seed: int) -> None:
-    rows = [[Example((index, number), (IGNORED, number)) for number in range(count)] for index, count in enumerate(counts)]
-    sides = [{item.input_ids[0] for item in side} for side in split(rows, 30, seed)]
-    assert sides[0].isdisjoint(sides[1])
-    assert [len(side) for side in sides] == [len(side) for side in split(single(len(rows)), 30, seed)]
-
-
-def test_the_draw_is_the_same_for_ever() -> None:
-    assert [len(item.input_ids) for item in split(single(100), 5, 42)[1]] == [4, 15, 36, 82, 95]
 
 
 @given(train=EXAMPLES, held_out=EXAMPLES, row=st.integers(0, 5), place=st.integers(0, 5), label=st.booleans())

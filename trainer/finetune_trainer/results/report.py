@@ -65,7 +65,7 @@ def build_report(
 
 def _data(data: Data) -> dict[str, Any]:
     cuts = {"dropped": data.cuts.dropped, "cut": data.cuts.cut, "lostTokens": data.cuts.tokens}
-    return {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), **cuts}
+    return {"form": data.form, "train": len(data.train), "heldOut": len(data.held_out), "heldOutAlsoTrained": data.also_trained, **cuts}
 
 
 def quality(losses: dict[str, Any], proof: dict[str, Any] | None, shortfall: str) -> Quality:

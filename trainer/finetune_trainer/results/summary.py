@@ -9,7 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from finetune_trainer.memory.report import Told
-    from finetune_trainer.stages.data import Cuts
+    from finetune_trainer.stages.data import Cuts, Data
     from finetune_trainer.stages.rehearse import Rehearsed
 
 PARTS = ("weights", "adapter", "optimizer", "quantization", "activations", "peak")
@@ -27,13 +27,20 @@ def print_preflight(found: "Rehearsed", destinations: list[str]) -> None:
     _print_table(
         [
             ("model", f"{found.model}: {found.parameters / 1e6:,.0f} million parameters, {found.adapted / 1e6:,.1f} million more to train"),
-            ("data", f"{data.resolved}: {len(data.train)} rows to train on, {len(data.held_out)} held out, {_cuts(data.cuts)}"),
+            (
+                "data",
+                f"{data.resolved}: {len(data.train)} rows to train on, {len(data.held_out)} held out{_leak(data)}, {_cuts(data.cuts)}",
+            ),
             ("training", f"{steps.steps} optimizer steps{adapt}"),
             ("memory", found.needed.sentence if found.needed else "not estimated"),
             ("may write to", ", ".join(destinations)),
             ("preflight", "nothing speaks against this job"),
         ]
     )
+
+
+def _leak(data: "Data") -> str:
+    return f" ({data.also_trained} of them also trained on)" if data.also_trained else ""
 
 
 def _cuts(cuts: "Cuts") -> str:

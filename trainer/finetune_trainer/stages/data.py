@@ -5,8 +5,6 @@ print 26 Jul 2024, whatever the day: the same rows are the same token ids, and a
 """
 
 import hashlib
-import math
-import random
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from finetune_trainer.dataset import Dataset, Form
 from finetune_trainer.errors import DataError
 from finetune_trainer.example import IGNORED, Example, chunks, cut
 from finetune_trainer.failures import first_line
+from finetune_trainer.split import also_trained, split
 from finetune_trainer.plan import plan
 from finetune_trainer.rendering import Segment
 
@@ -78,6 +77,7 @@ class Data:
         held_out_resolved: likewise of held-out data that has a source of its own; else empty.
         identities: what changes with the content of the two and with nothing else, for the report.
         preview: the first example, with what is trained between ⟦ and ⟧.
+        also_trained: held-out examples with the tokens of one that is trained on.
     """
 
     train: tuple[Example, ...]
@@ -88,6 +88,7 @@ class Data:
     held_out_resolved: str
     identities: dict[str, str]
     preview: str
+    also_trained: int = 0
 
     @property
     def digest(self) -> str:
@@ -128,9 +129,11 @@ def make(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
     _require_comparison(ctx, train, held_out)
     if lost := " ".join(cuts.sentences(ctx.spec.training.max_length)):
         ctx.reporter.note(lost)
+    if known := also_trained(train, held_out):
+        ctx.reporter.note(f"{known} of {len(held_out)} held-out rows are also trained on, so losses look better than they are.")
     shown = rendering.preview(rendering.render(next(iter(rows)), rows.form, _template(tokenizer), _eos(tokenizer), spec.source)[0])
     identities = {"dataset": fetched.identify(), "heldOut": evaluation.identify() if evaluation else ""}
-    return Data(train, held_out, cuts, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", identities, shown)
+    return Data(train, held_out, cuts, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", identities, shown, known)
 
 
 def require_known_tokens(data: Data, model: PreTrainedModel) -> None:
@@ -154,18 +157,6 @@ def require_known_tokens(data: Data, model: PreTrainedModel) -> None:
         raise DataError(
             f"The tokenizer makes token {largest}, but the model knows {vocabulary} tokens only; use the tokenizer that belongs to the model."
         )
-
-
-def split(rows: Sequence[Sequence[Example]], percent: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """(train, held out): `percent` (at most 50) of the rows drawn with the seed, at least one of two or more; train is never empty.
-
-    Args:
-        rows: the examples of each row, which stay together.
-    """
-    count = math.ceil(len(rows) * percent / 100) if len(rows) > 1 else 0
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))  # noqa: S311 reproducible, not secret
-    train = chain.from_iterable(row for index, row in enumerate(rows) if index not in chosen)
-    return tuple(train), tuple(chain.from_iterable(rows[index] for index in sorted(chosen)))
 
 
 def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, *, bos: bool) -> Example:
