@@ -88,7 +88,7 @@ class EvaluationSpec(ApiModel):
     """The held-out data on which every loss in the report is measured."""
 
     percent: int = spec_field(
-        "Share of the dataset that is held out, in percent, drawn with the seed; equal rows stay on one side. Default 5; 0 measures nothing. "
+        "Share of the dataset that is held out, in percent, drawn with the seed; at most 2000 rows, and equal rows stay on one side. Default 5; 0 measures nothing. "
         "Ignored when a source is given.",
         default=5, ge=0, le=50,
     )  # fmt: skip

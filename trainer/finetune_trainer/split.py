@@ -9,6 +9,9 @@ from itertools import chain
 
 from finetune_trainer.example import Example
 
+MOST_ROWS = 2000
+"""Of a share in percent: each is measured five times, and more of them tell hardly more."""
+
 
 def split(rows: Sequence[Sequence[Example]], percent: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """(train, held out): `percent` (at most 50) of the rows drawn with the seed, at least one of two that differ; train is never empty.
@@ -46,7 +49,7 @@ def _tokens(example: Example) -> bytes:
 def _chosen(kinds: Sequence[int], percent: int, seed: int) -> set[int]:
     """The kinds of rows that are drawn one after the other; one that has more rows than are still to be held out is passed over."""
     sizes, chosen = Counter(kinds), set[int]()
-    missing = math.ceil(len(kinds) * percent / 100) if len(sizes) > 1 else 0
+    missing = min(math.ceil(len(kinds) * percent / 100), MOST_ROWS) if len(sizes) > 1 else 0
     generator = random.Random(seed)  # noqa: S311 reproducible, not secret
     drawn = [kinds[row] for row in generator.sample(range(len(kinds)), missing)]
     others = [kinds[row] for row in generator.sample(range(len(kinds)), len(kinds))]

@@ -1,4 +1,4 @@
-"""Which rows are held out: a share, drawn with the seed as it always was; what is equal is never on both sides, or it is said."""
+"""Which rows are held out: a share, at most so many, drawn with the seed as it always was; what is equal is never on both sides, or it is said."""
 
 from collections import Counter
 from itertools import chain
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from finetune_trainer.example import IGNORED, Example
-from finetune_trainer.split import also_trained, split
+from finetune_trainer.split import MOST_ROWS, also_trained, split
 from finetune_trainer.stages import data
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,6 +88,12 @@ def test_copies_of_a_row_hold_out_no_more_rows_than_the_share() -> None:
 def test_where_every_row_has_more_copies_than_the_share_one_is_held_out_with_them() -> None:
     train, held_out = split([row(number) for number in range(4) for _ in range(10)], 5, 0)
     assert (len(train), len(held_out)) == (30, 10)
+
+
+def test_a_share_is_at_most_so_many_rows() -> None:
+    assert len(split(rows(40 * MOST_ROWS // 2), 5, 0)[1]) == MOST_ROWS
+    assert len(split(rows(40 * MOST_ROWS // 2), 50, 0)[1]) == MOST_ROWS
+    assert len(split([row(number // 2) for number in range(40 * MOST_ROWS)], 5, 0)[1]) == MOST_ROWS
 
 
 def test_held_out_examples_that_are_trained_on_are_counted() -> None:
