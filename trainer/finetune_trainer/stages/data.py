@@ -25,9 +25,9 @@ from finetune_trainer.dataset import Dataset, Form
 from finetune_trainer.errors import DataError
 from finetune_trainer.example import IGNORED, Example, chunks, cut
 from finetune_trainer.failures import first_line
-from finetune_trainer.split import also_trained, split
 from finetune_trainer.plan import plan
 from finetune_trainer.rendering import Segment
+from finetune_trainer.split import also_trained, split
 
 _SPARE_POSITIONS = 2
 _NAMED = 5  # columns, in a note
