@@ -108,8 +108,9 @@ class DatasetSpec(ApiModel):
     endpoint: Endpoint = spec_field("S3 endpoint of source and evaluation.source. Default: AWS.", default="", field_class=FieldClass.RUN)
     format: Literal["auto", "chat", "prompt-completion", "instruction", "text"] = spec_field(
         "Columns of a row: messages (chat), prompt and completion (texts or messages), instruction [, input] and output, or text. Default auto: detected from "
-        "the first row. A message has role and content, and may have tool_calls and what else the model's chat template reads; beside messages a row may have "
-        "tools (a list of functions, or its JSON text) and chat_template_kwargs (an object: variables of the template). Other columns are not read.",
+        "the first row. A message has role and content, and may have tool_calls, weight (0 keeps an answer from being trained) and what else the model's chat "
+        "template reads; beside messages a row may have tools (a list of functions, or its JSON text) and chat_template_kwargs (an object: variables of the "
+        "template). Other columns are not read.",
         default="auto",
     )  # fmt: skip
     evaluation: EvaluationSpec = spec_field("Held-out data. Default: 5 percent of the dataset.", default=EvaluationSpec)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from finetune_trainer.conversation import TOOLS, Messages, RowError
+from finetune_trainer.conversation import TOOLS, Messages, RowError, is_learnt
 
 _TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
 """What templates read of an answer; the last three are names of the same."""
@@ -46,7 +46,7 @@ class Answer:
 
 
 def answers(messages: Messages, given: int, variables: dict[str, Any], template: Render, eos: str) -> list[Answer]:
-    """The assistant turns behind the first `given` messages.
+    """The assistant turns behind the first `given` messages, those that are to be learnt.
 
     Args:
         variables: of the template; tools are one of them.
@@ -56,7 +56,7 @@ def answers(messages: Messages, given: int, variables: dict[str, Any], template:
         RowError: the template leaves out a part of an answer, or the row's tools, or writes what stands before an answer otherwise behind it.
         TemplateError: it refuses the conversation.
     """
-    learnt = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= given]
+    learnt = [index for index, message in enumerate(messages) if is_learnt(message) and index >= given]
     _require_use(messages[: learnt[-1] + 1], variables, template)
     found = [_answer(messages, index, partial(template, **variables)) for index in learnt]
     for index, answer in zip(learnt, found, strict=True):

@@ -40,6 +40,11 @@ def parse(values: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     return rest | messages | ({TOOLS: tools} if tools else {}) | ({VARIABLES: variables} if variables else {})
 
 
+def is_learnt(turn: Mapping[str, Any]) -> bool:
+    """Whether it is an answer that is to be trained; OpenAI's rows keep one from it by a weight of 0."""
+    return turn["role"] == "assistant" and turn.get("weight", 1) != 0
+
+
 def _messages(messages: Any, column: str) -> Messages:
     if not isinstance(messages, list) or not messages:
         raise RowError(f'{column!r} must be a list of {{"role": ..., "content": ...}} with text contents.')
@@ -55,6 +60,8 @@ def _turn(message: Any, place: str) -> dict[str, Any]:
         raise RowError(
             f'{place} must be {{"role": ..., "content": ...}} with a text as content; only a turn with tool_calls may have none.'
         )
+    if turn.get("weight", 1) not in (0, 1):
+        raise RowError(f"{place}: weight is {turn['weight']!r}, but an answer is trained (1) or not (0); correct it.")
     return turn
 
 

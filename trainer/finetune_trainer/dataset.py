@@ -167,6 +167,6 @@ def _check_strings(values: dict[str, Any], columns: tuple[str, ...]) -> None:
 
 def _check_conversation(values: dict[str, Any], form: Form) -> dict[str, Any]:
     parsed, learnt = conversation.parse(values, _COLUMNS[form]), _COLUMNS[form][-1]
-    if not any(turn["role"] == "assistant" for turn in parsed[learnt]):
+    if not any(map(conversation.is_learnt, parsed[learnt])):
         raise RowError(f"{learnt!r} has no assistant turn, so there is nothing to learn from it; add one or drop the row.")
     return parsed

@@ -108,6 +108,16 @@ def test_a_variable_that_is_not_the_templates_is_named() -> None:
     )
 
 
+@pytest.mark.parametrize("weight", [0, 1, 0.0, 1.0])
+def test_an_answer_may_have_a_weight_of_0_or_1(weight: float) -> None:
+    assert parsed(USER, turn(content="x", weight=weight))["messages"][1]["weight"] == weight
+
+
+@pytest.mark.parametrize("weight", [2, 0.5, "0", [0]])
+def test_another_weight_is_named(weight: Any) -> None:
+    assert f"messages[1]: weight is {weight!r}, but an answer is trained (1) or not (0)" in refusal(USER, turn(content="x", weight=weight))
+
+
 def test_everything_that_apply_chat_template_takes_for_itself_is_reserved() -> None:
     taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"self", "kwargs", "documents"}
     assert len(taken) > 10

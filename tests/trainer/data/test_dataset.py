@@ -235,6 +235,11 @@ def test_a_conversation_without_an_assistant_turn_is_named(tmp_path: Path) -> No
     assert "'messages' has no assistant turn" in sentence
 
 
+def test_a_conversation_of_weights_of_0_has_nothing_to_learn(tmp_path: Path) -> None:
+    line = json.dumps({"messages": [USER, ASSISTANT | {"weight": 0}]})
+    assert "'messages' has no assistant turn" in second_line(tmp_path, line, first=json.dumps(ROWS["chat"]))
+
+
 def test_a_completion_without_an_assistant_turn_is_named(tmp_path: Path) -> None:
     assert "'completion' has no assistant turn" in second_line(tmp_path, json.dumps({"prompt": [USER], "completion": [USER]}))
 

@@ -109,6 +109,12 @@ def test_every_assistant_turn_is_trained() -> None:
     assert preview(segments) == f"<user>a{EOS}\n<assistant>⟦b{EOS}⟧\n<user>c{EOS}\n<assistant>⟦d{EOS}⟧\n"
 
 
+def test_an_answer_of_weight_0_is_shown_and_not_trained() -> None:
+    first, *others = turns("a", "b", "c", "d")
+    messages = [first, others[0] | {"weight": 0}, *others[1:]]
+    assert preview(rendered("chat", chatml, messages=messages)) == f"<user>a{EOS}\n<assistant>b{EOS}\n<user>c{EOS}\n<assistant>⟦d{EOS}⟧\n"
+
+
 def test_a_system_turn_is_not_trained() -> None:
     messages = [{"role": "system", "content": "Be kind."}, *turns("Hi", "Hello")]
     assert trained(rendered("chat", chatml, messages=messages)) == [f"Hello{EOS}"]
