@@ -87,9 +87,8 @@ class Mirror:
         with s3_errors(self.where):
             for step in reversed(self._steps()):
                 folder = folder_of(outputs, step)
-                problem = self._download(folder) and self._download(
-                    folder
-                )  # a copy may be damaged on its way; only what is twice is so there
+                # A copy may be damaged on its way: what is damaged twice is damaged there.
+                problem = self._download(folder) and self._download(folder)
                 if not problem:
                     return
                 warn(f"The mirrored {folder.name} is passed over: {problem}.")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from finetune_trainer.example import Example
 from finetune_trainer.plan import Plan, plan
 from finetune_trainer.results.hints import Measured
 from finetune_trainer.results.measured import measured
-from finetune_trainer.stages.data import Example
 from support.run_contexts import context, run_spec
 
 LONGEST = 256  # four of them are what gains speed on a CPU

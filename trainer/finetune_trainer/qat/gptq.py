@@ -25,7 +25,7 @@ TOKENS = 4096
 
 _DAMPING = 0.1  # of the mean square of an input; of 0.01, 0.03, 0.1 and 0.4 the one with the least held-out loss (BENCHMARKS.md)
 _UNIFORM_SHARE = (
-    0.5  # share of the mean square of an input that every column counts besides its own, so that none is given up (BENCHMARKS.md)
+    0.5  # of the mean square of an input: every column counts so much besides its own, so that none is given up (BENCHMARKS.md)
 )
 _COLUMNS_AT_ONCE = 64
 _PARTS_OF_A_STEP, _LARGEST_OFFSET = 32, 127

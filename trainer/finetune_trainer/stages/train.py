@@ -137,8 +137,7 @@ def find_checkpoint(ctx: RunContext, inputs: str) -> Checkpoint | None:
         inputs: digest of the base model's files and the rows; where a source has changed under the same name, training begins anew.
     """
     found = checkpoints.newest(ctx.outputs, ctx.job.train_digest, ctx.reporter.note)
-    mirror = Mirror.of(ctx)
-    if found is None and mirror is not None:
+    if found is None and (mirror := Mirror.of(ctx)):
         mirror.fetch_latest(ctx.outputs, ctx.reporter.note)
         found = checkpoints.newest(ctx.outputs, ctx.job.train_digest, ctx.reporter.note)
     if found and found.facts.get("inputs") != inputs:
