@@ -1,13 +1,20 @@
-"""Fixtures that several test folders share: the real Kubernetes, namespaces in it, and the rule for machines that can't run it."""
+"""Fixtures that several test folders share: the real Kubernetes, namespaces in it, and the rule for machines that can't run it.
+
+Property tests have no deadline: the machine may be busy with a cluster.
+"""
 
 import os
 import secrets
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 from support.kubernetes import Cluster, running_cluster, what_is_missing
 from support.kwok import running_kwok
 from support.s3_server import S3Server, running_s3
+
+settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("patient")
 
 
 def require_cluster(missing: str | None) -> None:

@@ -48,7 +48,7 @@ def by_the_paper(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, b
     return left
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**20), groups=st.integers(1, 6), block=st.sampled_from([16, 32]), outputs=st.integers(1, 9))
 def test_each_weight_takes_the_share_of_the_errors_that_the_paper_says(seed: int, groups: int, block: int, outputs: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -59,7 +59,7 @@ def quantized_weights() -> Iterator[list[Tensor]]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 6),
     groups=st.integers(1, 3),

@@ -94,7 +94,7 @@ def assert_bit_equal(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", KERNELS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**WEIGHTS)
 @example(rows=4, groups=2, scale=1e-44, seed=0)
 @example(rows=4, groups=2, scale=1e30, seed=0)
@@ -108,7 +108,7 @@ def test_integer_weights_are_those_of_torchao(dtype: torch.dtype, scheme: Scheme
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**WEIGHTS)
 def test_float8_weights_are_those_of_torchao(dtype: torch.dtype, rows: int, groups: int, scale: float, seed: int) -> None:
     weight = random_rows(rows, groups * GROUP, scale, seed, dtype)
@@ -118,14 +118,14 @@ def test_float8_weights_are_those_of_torchao(dtype: torch.dtype, rows: int, grou
     assert_bit_equal(quantizer_of(Scheme.FP8_FP8).dequantize(ours), theirs.dequantize())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**WEIGHTS)
 def test_int4_weights_in_float32_are_those_of_torchaos_fake_quantizer(rows: int, groups: int, scale: float, seed: int) -> None:
     weight = random_rows(rows, groups * GROUP, scale, seed, torch.float32)
     assert_bit_equal(fake_quantized(weight, Scheme.INT4), torchao_int4_fake_quantized(weight, torch.bfloat16))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 9), groups=st.integers(1, 4), power=st.integers(-12, 3), seed=st.integers(0, 2**32 - 1))
 def test_fp8_int4_weights_that_float8_holds_are_those_of_torchaos_fake_quantizer(rows: int, groups: int, power: int, seed: int) -> None:
     drawn = torch.randn(rows, groups * GROUP, generator=torch.Generator().manual_seed(seed)) * 100
@@ -135,7 +135,7 @@ def test_fp8_int4_weights_that_float8_holds_are_those_of_torchaos_fake_quantizer
 
 
 @pytest.mark.parametrize("scheme", [Scheme.INT4, Scheme.FP8_INT4])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**WEIGHTS)
 def test_four_bit_codes_of_bfloat16_are_those_of_float32_and_only_scales_are_cast(
     scheme: Scheme, rows: int, groups: int, scale: float, seed: int
@@ -151,7 +151,7 @@ def test_four_bit_codes_of_bfloat16_are_those_of_float32_and_only_scales_are_cas
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(**WEIGHTS)
 def test_torchaos_tensor_stands_for_what_its_codes_do(
     dtype: torch.dtype, scheme: Scheme, rows: int, groups: int, scale: float, seed: int
@@ -178,7 +178,7 @@ def test_the_even_code_lies_in_the_low_half_of_its_byte() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(**WEIGHTS)
 @example(rows=2, groups=1, scale=1e-44, seed=0)
 @example(rows=2, groups=1, scale=1.2e-38, seed=0)
@@ -188,7 +188,7 @@ def test_int8_activations_are_those_of_torchao(dtype: torch.dtype, rows: int, gr
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(**WEIGHTS)
 def test_float8_activations_are_those_of_torchao(dtype: torch.dtype, rows: int, groups: int, scale: float, seed: int) -> None:
     activation = random_rows(rows, groups * GROUP, scale, seed, dtype)
@@ -196,7 +196,7 @@ def test_float8_activations_are_those_of_torchao(dtype: torch.dtype, rows: int, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**WEIGHTS)
 def test_mslks_float8_activations_have_a_float32_scale(dtype: torch.dtype, rows: int, groups: int, scale: float, seed: int) -> None:
     activation = random_rows(rows, groups * GROUP, scale, seed, dtype)
@@ -289,7 +289,7 @@ def test_a_shrink_of_one_changes_nothing(scheme: Scheme, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=st.integers(2, 9), groups=st.integers(1, 4), scale=st.sampled_from(SCALES), seed=st.integers(0, 2**32 - 1))
 def test_the_least_squares_shrink_is_never_worse_than_none_in_any_group(
     dtype: torch.dtype, scheme: Scheme, rows: int, groups: int, scale: float, seed: int

@@ -153,7 +153,7 @@ def stored_after(raw: Json, jobs: tuple[Json, ...], now_seconds: int = 0, **fact
     return status
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(SPECS, JOB_CONDITIONS, st.lists(PODS, max_size=3), st.lists(st.text(max_size=2000), max_size=2), st.booleans())
 def test_every_status_that_a_decision_writes_keeps_the_rules(
     changes: Json, condition: Json | None, pods: list[Json], warnings: list[str], has_job: bool
@@ -167,7 +167,7 @@ def test_every_status_that_a_decision_writes_keeps_the_rules(
     assert FineTuneJobStatus.model_validate(status).wire() == status
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(st.lists(st.tuples(JOB_CONDITIONS, st.lists(PODS, max_size=2)), min_size=2, max_size=4))
 def test_from_one_status_to_the_next_a_transition_time_changes_only_with_its_status(worlds: list[tuple[Json | None, list[Json]]]) -> None:
     raw = build_finetunejob()

@@ -96,7 +96,7 @@ def test_a_long_text_ends_with_an_ellipsis_at_the_limit() -> None:
     assert clean("x" * 20, 10) == "x" * 9 + "…"
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(st.text(max_size=3000), st.integers(1, 2000))
 def test_any_text_becomes_one_line_within_the_limit(text: str, limit: int) -> None:
     cleaned = clean(text, limit)

@@ -225,7 +225,7 @@ class OperatorAndCluster(RuleBasedStateMachine):
 
 
 def test_no_order_of_events_breaks_the_operators_promises() -> None:
-    steps = settings(max_examples=150, stateful_step_count=50, deadline=None, derandomize=True, database=None)
+    steps = settings(max_examples=150, stateful_step_count=50, derandomize=True, database=None)
     run_state_machine_as_test(OperatorAndCluster, settings=steps)
 
 

@@ -169,7 +169,7 @@ def test_the_backoff_begins_anew_after_a_success(queue: WorkQueue) -> None:
     assert queue.retry(A) == FIRST_BACKOFF_SECONDS
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 40))
 def test_jitter_keeps_a_backoff_between_half_and_whole(jitter: float, failures: int) -> None:
     jittered, whole = WorkQueue(Clock(), lambda: jitter), WorkQueue(Clock(), lambda: 1.0)

@@ -17,7 +17,7 @@ KEYS = st.sampled_from([Key("ml", name) for name in "abc"])
 # Quarters are exact in binary, so that the model's sums are the queue's.
 SECONDS = st.sampled_from([0.25, 1.0, 30.0, 90.0])
 JITTERS = st.sampled_from([0.0, 0.25, 0.5, 0.75])
-STEPS = settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True, database=None)
+STEPS = settings(max_examples=100, stateful_step_count=50, derandomize=True, database=None)
 
 
 class _Calls(RuleBasedStateMachine):
