@@ -9,7 +9,7 @@ FineTuneError
 ├── QualityError         the quality gate refused the model
 ├── InfrastructureError  network, storage or a service failed; a retry may pass
 ├── NotPublishedError    trained, but an upload failed
-└── Checkpointed         stopped by SIGTERM after saving the last completed step
+└── Checkpointed         stopped by SIGTERM or Ctrl-C after saving the last completed step
 
 The message is one sentence for the user: the thing, what was found, and the mend. cli.py prints it without a traceback.
 """
@@ -79,6 +79,6 @@ class NotPublishedError(FineTuneError):
 
 
 class Checkpointed(FineTuneError):  # noqa: N818 an orderly end, not an error of anyone's
-    """Stopped by SIGTERM after saving the last completed step."""
+    """Stopped by SIGTERM or Ctrl-C after saving the last completed step."""
 
     exit_code = ExitCode.CHECKPOINTED

@@ -6,6 +6,7 @@ stages/train.py makes one and hands it to the trainer as its callback. What is k
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -82,8 +83,10 @@ class Phases(TrainerCallback):
         return self.switch.adapter if learns and self.switch else None
 
     def stop(self) -> None:
-        """SIGTERM came."""
+        """SIGTERM or Ctrl-C came."""
         self.stopping = True
+        # From a thread of its own: a signal handler would wait for ever for a lock that the code below it holds.
+        Thread(target=self._work.ctx.reporter.note, args=("Stopping; the last completed step is saved.",)).start()
 
     def on_train_begin(self, _args: Any, _state: Any, _control: Any, optimizer: Any = None, **_: Any) -> None:
         """Weight codes live until the next optimizer step, where they are read again: by other micro-batches, or by a GPU's checkpointed layers."""
@@ -164,7 +167,7 @@ class Phases(TrainerCallback):
             raise StepDropped
 
     def _stop_if_asked(self, control: Any) -> None:
-        """SIGTERM: save this step and stop."""
+        """Saves this step and stops."""
         control.should_save = control.should_save or self.stopping
         control.should_training_stop = control.should_training_stop or self.stopping
 

@@ -1,4 +1,4 @@
-"""SIGTERM: how Kubernetes says that a pod must go. Outside of training it stops the run at once; training finishes its step first.
+"""SIGTERM: how Kubernetes says that a pod must go. Outside of training it stops the run at once; training finishes its step first, for Ctrl-C (SIGINT), too.
 
 Used by cli.py and reporting/session.py (`stopping_at_once`), stages/train.py, phases.py and pipeline.py. Only the main thread of a process can take signals; elsewhere
 both do nothing.
@@ -22,14 +22,19 @@ def stopping_at_once() -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise Terminated
 
-    with _handling(stop):
+    with _handling(signal.SIGTERM, stop):
         yield
 
 
 @contextmanager
 def stopping_later(remember: Callable[[], None]) -> Iterator[None]:
-    """Calls `remember` when the signal comes, and goes on."""
-    with _handling(lambda *_: remember()):
+    """Calls `remember` when the signal comes, or Ctrl-C, and goes on; a second Ctrl-C is a KeyboardInterrupt."""
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        remember()
+
+    with _handling(signal.SIGTERM, lambda *_: remember()), _handling(signal.SIGINT, interrupt):
         yield
 
 
@@ -44,13 +49,13 @@ def _done(*_: Any) -> None:
 
 
 @contextmanager
-def _handling(handler: Callable[..., None]) -> Iterator[None]:
+def _handling(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is not _done:
-            signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(number) is not _done:
+            signal.signal(number, before)

@@ -69,11 +69,13 @@ def kill() -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
-def test_sigterm_saves_the_step_and_the_next_run_goes_on(step: int, undisturbed: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "number"), [*((step, signal.SIGTERM) for step in range(1, STEPS)), (2, signal.SIGINT)])
+def test_sigterm_or_ctrl_c_saves_the_step_and_the_next_run_goes_on(
+    step: int, number: signal.Signals, undisturbed: bytes, tmp_path: Path
+) -> None:
     job = tiny_job(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
+        at_step(patch, step, lambda: signal.raise_signal(number))
         with pytest.raises(Checkpointed, match=f"after step {step} of {STEPS}"):
             run(job, tmp_path / "work")
     with pytest.MonkeyPatch.context() as patch:
@@ -82,6 +84,19 @@ def test_sigterm_saves_the_step_and_the_next_run_goes_on(step: int, undisturbed:
     assert steps == list(range(step + 1, STEPS + 1))
     assert report["training"]["resumedFrom"] == step
     assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_step(monkeypatch, 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_job(tmp_path), tmp_path / "work")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))

@@ -77,7 +77,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
 
     Raises:
         CapacityError: not even a single row fits; OutOfMemory, where fewer rows at once may.
-        Checkpointed: SIGTERM came; the last completed step is saved.
+        Checkpointed: SIGTERM or Ctrl-C came; the last completed step is saved.
         DataError: a loss or gradient is not finite, or a token is unknown to the model.
     """
     require_known_tokens(data, loaded.model)
@@ -104,7 +104,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
         saved = (
             f"after step {done} of {steps.steps}, which is saved; run again to go on" if done else "before a first step was done; run again"
         )
-        raise Checkpointed(f"Stopped by SIGTERM {saved}.")
+        raise Checkpointed(f"Stopped {saved}.")
     _set_settings(loaded.model.get_base_model(), settings)
     shrink.forget(ctx)
     last_loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
