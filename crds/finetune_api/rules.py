@@ -169,7 +169,7 @@ _FORMS = {
     "hf": (r"^hf://[^/]+/[^/]+/.+$", "a file on the Hub is hf://owner/name[@revision]/file"),
     "pvc": (r"^pvc://[^/]+/.+$", "a file in a claim is pvc://claim/path"),
     "configmap": (r"^configmap://[^/]+/[^/]+$", "a key of a ConfigMap is configmap://name/key"),
-    "builtin": (r"^builtin://python-docs$", "the only builtin dataset is builtin://python-docs"),
+    "builtin": (r"^builtin://python-docs$", "use builtin://python-docs, the only builtin dataset"),
 }
 
 
@@ -203,7 +203,7 @@ _TABLE: tuple[Rule, ...] = (
     _matching("model.source", "s3", r"^s3://[^/]+(/.*)?$", "a model in S3 is s3://bucket/prefix"),
     _matching("model.source", "hf", r"^hf://[^/]+/[^/]+$", "a model on the Hub is hf://owner/name[@revision]"),
     _matching("model.source", "pvc", r"^pvc://[^/]+/.+$", "a model in a claim is pvc://claim/path"),
-    _matching("model.source", "builtin", r"^builtin://smollm2-135m$", "the only builtin model is builtin://smollm2-135m"),
+    _matching("model.source", "builtin", r"^builtin://smollm2-135m$", "use builtin://smollm2-135m, the only builtin model"),
     *(_matching(field, scheme, *form) for field in ("dataset.source", "dataset.evaluation.source") for scheme, form in _FORMS.items()),
     _only_scheme("model", "s3", "source"),
     _only_scheme("dataset", "s3", "source", "evaluation.source"),

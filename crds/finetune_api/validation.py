@@ -174,7 +174,9 @@ def _metadata(metadata: Any) -> Iterator[Problem]:
     if not isinstance(name, str) or not name:
         yield Problem("metadata.name", _shown(name), "a name is expected; add one")
     elif not _NAME.fullmatch(name) or len(name) > _NAME_LIMIT:
-        yield Problem("metadata.name", _shown(name), f"lower-case letters, digits, '-' and '.' are expected, at most {_NAME_LIMIT} of them")
+        yield Problem(
+            "metadata.name", _shown(name), f"lower-case letters, digits, '-' and '.' are expected, at most {_NAME_LIMIT} of them; change it"
+        )
 
 
 def _from_rule(rule: Rule, spec: dict[str, Any]) -> Problem:
@@ -207,16 +209,16 @@ def _expectation(kind: str, context: dict[str, Any], message: str) -> str:
         "string_too_long": "at most {max_length} characters are allowed; shorten it",
         "too_short": "at least {min_length} item is expected; add one",
         "too_long": "at most {max_length} items are allowed; remove some",
-        "greater_than_equal": "{ge} or more is expected",
-        "less_than_equal": "{le} or less is expected",
+        "greater_than_equal": "{ge} or more is expected; raise it",
+        "less_than_equal": "{le} or less is expected; lower it",
         "string_type": "a string is expected; put it in quotes",
-        "int_type": "a whole number is expected, without quotes",
-        "bool_type": "true or false is expected, without quotes",
-        "model_type": "an object is expected",
-        "dict_type": "an object is expected",
-        "tuple_type": "a list is expected",
-        "literal_error": "one of {expected} is expected",
-        "enum": "one of {expected} is expected",
+        "int_type": "a whole number is expected; write one without quotes",
+        "bool_type": "true or false is expected; write one of the two without quotes",
+        "model_type": "an object is expected; write its fields below it",
+        "dict_type": "an object is expected; write its fields below it",
+        "tuple_type": "a list is expected; write one item a line, each after '- '",
+        "literal_error": "one of {expected} is expected; choose one",
+        "enum": "one of {expected} is expected; choose one",
     }
     return sentences[kind].format(**context) if kind in sentences else f"{message[:1].lower()}{message[1:]}; correct it"
 

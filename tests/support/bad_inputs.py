@@ -302,15 +302,19 @@ _CAPACITY = ExitCode.CAPACITY
 DATA: dict[str, BadInput] = {
     "no dataset": BadInput(_no_dataset, _DATA, ("spec.dataset.source", "nowhere.jsonl", "does not exist; correct the path")),
     "a folder as dataset": BadInput(_a_folder_of_rows, _DATA, ("spec.dataset.source", "is a folder", "name the file")),
-    "an empty dataset": BadInput(_data(""), _DATA, ("bad.jsonl", "is empty", "at least one row")),
-    "a dataset of empty lines": BadInput(_data("\n \n"), _DATA, ("bad.jsonl", "is empty", "at least one row")),
+    "an empty dataset": BadInput(_data(""), _DATA, ("bad.jsonl", "is empty", "at least one row; check what wrote it")),
+    "a dataset of empty lines": BadInput(_data("\n \n"), _DATA, ("bad.jsonl", "is empty", "at least one row; check what wrote it")),
     "a line that is cut off": BadInput(
         _data('{"instruction": "a", "output": "b"}\n{"instruction": \n'),
         _DATA,
-        ("bad.jsonl", "line 2", "not JSON", "one JSON object a line"),
+        ("bad.jsonl", "line 2", "not JSON", "; write one JSON object a line"),
     ),
-    "a JSON array over many lines": BadInput(_data('[\n{"text": "a"}\n]\n'), _DATA, ("bad.jsonl", "line 1", "not JSON")),
-    "a row that is a list": BadInput(_data('["a", "b"]\n'), _DATA, ("bad.jsonl", "line 1", "is a JSON list", "a row is an object")),
+    "a JSON array over many lines": BadInput(
+        _data('[\n{"text": "a"}\n]\n'), _DATA, ("bad.jsonl", "line 1", "not JSON", "; write one JSON object a line")
+    ),
+    "a row that is a list": BadInput(
+        _data('["a", "b"]\n'), _DATA, ("bad.jsonl", "line 1", "is an array", "a row is an object; write it as")
+    ),
     "Latin-1": BadInput(_data('{"text": "ä"}\n'.encode("latin-1")), _DATA, ("bad.jsonl", "not UTF-8", "save it as UTF-8")),
     "a Parquet file": BadInput(_data(b"PAR1\x15\x04\x15\xff\x80"), _DATA, ("bad.jsonl", "not UTF-8", "save it as UTF-8 JSON Lines")),
     "half of a surrogate pair": BadInput(
@@ -326,7 +330,7 @@ DATA: dict[str, BadInput] = {
         _data('{"text": "a"}\n', format="chat"), _DATA, ("line 1", "no column 'messages'", "form is chat", "set dataset.format")
     ),
     "a number where a text belongs": BadInput(
-        _data('{"prompt": "1 + 1", "completion": 2}\n'), _DATA, ("line 1", "'completion' is int", "a string is expected")
+        _data('{"prompt": "1 + 1", "completion": 2}\n'), _DATA, ("line 1", "'completion' is a number", "a string is expected; write one")
     ),
     "messages that are one text": BadInput(
         _data('{"messages": "hello"}\n'), _DATA, ("line 1", "'messages' must be a list", "with text contents")
@@ -385,26 +389,42 @@ MODEL: dict[str, BadInput] = {
         _DATA,
         ("config.json", "not a JSON object", "download the model again"),
     ),
-    "an unknown architecture": BadInput(_config(model_type="nonesuch"), _DATA, ("does not load", "nonesuch")),
-    "a model that is none of language": BadInput(_config(model_type="vit"), _DATA, ("does not load", "causal language model")),
+    "an unknown architecture": BadInput(
+        _config(model_type="nonesuch"), _DATA, ("does not load", "nonesuch", "choose a model whose architecture transformers")
+    ),
+    "a model that is none of language": BadInput(
+        _config(model_type="vit"), _DATA, ("of the type vit", "no causal language model; choose one that is")
+    ),
     "weights that are quantized already": BadInput(
         _config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         _DATA,
         ("is quantized already (bitsandbytes)", "set spec.model.source to the model that it was made from"),
     ),
-    "weights that are cut off": BadInput(_model(_cut_off), _DATA, ("does not load", "safetensors")),
-    "weights that are empty": BadInput(_model(lambda model: (model / "model.safetensors").write_bytes(b"")), _DATA, ("does not load",)),
+    "weights that are cut off": BadInput(_model(_cut_off), _DATA, ("does not load", "header", "; download it again")),
+    "weights that are empty": BadInput(
+        _model(lambda model: (model / "model.safetensors").write_bytes(b"")), _DATA, ("does not load", "; download it again")
+    ),
     "a weight that is missing": BadInput(
         _model(_lack_one), _DATA, ("lacks 1 weights", "model.layers.1.mlp.up_proj.weight", "download it again")
     ),
-    "weights of other shapes": BadInput(_config(intermediate_size=96), _DATA, ("does not load",)),
+    "weights of other shapes": BadInput(
+        _config(intermediate_size=96), _DATA, ("down_proj.weight", "has the shape 64 x 128", "makes it 64 x 96; download both")
+    ),
     "no weights": BadInput(
         _model(lambda model: (model / "model.safetensors").unlink()), _DATA, ("no .safetensors file", "upload the weights as safetensors")
     ),
-    "a shard that is missing": BadInput(_model(_shards_that_are_not_there), _DATA, ("does not load", "model-00002-of-00002.safetensors")),
-    "no tokenizer": BadInput(_model(_no_tokenizer), _DATA, ("The tokenizer in", "does not load", "save_pretrained")),
+    "a shard that is missing": BadInput(
+        _model(_shards_that_are_not_there), _DATA, ("does not load", "model-00002-of-00002.safetensors", "; download it again")
+    ),
+    "no tokenizer": BadInput(
+        _model(_no_tokenizer),
+        _DATA,
+        ("The tokenizer in", "does not load", "; download it again, with every file that its save_pretrained writes"),
+    ),
     "a tokenizer that is cut off": BadInput(
-        _model(lambda model: (model / "tokenizer.json").write_text('{"version": ')), _DATA, ("The tokenizer in", "does not load")
+        _model(lambda model: (model / "tokenizer.json").write_text('{"version": ')),
+        _DATA,
+        ("The tokenizer in", "does not load", "; download it again"),
     ),
     "the tokenizer of another model": BadInput(
         _model(_foreign_tokenizer), _DATA, ("token 260, but the model knows 260 tokens only", "use the tokenizer that belongs to the model")
@@ -413,37 +433,41 @@ MODEL: dict[str, BadInput] = {
         _model(_no_end_of_sequence), _DATA, ("no end-of-sequence token", "set eos_token in its tokenizer_config.json")
     ),
     "pickled weights": BadInput(_model(_pickle_alone), _DATA, ("only as .bin", "can run code", "convert them to safetensors")),
-    "pickled weights beside damaged ones": BadInput(_model(_pickle_beside_cut_off_weights), _DATA, ("does not load",)),
+    "pickled weights beside damaged ones": BadInput(
+        _model(_pickle_beside_cut_off_weights), _DATA, ("does not load", "; download it again")
+    ),
     "code of its own": BadInput(_model(_code_of_its_own), _SPEC, ("auto_map in config.json", "set spec.model.trustRemoteCode to true")),
-    "a tokenizer with code of its own": BadInput(_model(_tokenizer_with_code_of_its_own), _DATA, ("The tokenizer in", "does not load")),
+    "a tokenizer with code of its own": BadInput(
+        _model(_tokenizer_with_code_of_its_own), _SPEC, ("auto_map in tokenizer_config.json", "set spec.model.trustRemoteCode to true")
+    ),
     "a chat template that looks for a way out": BadInput(
         _template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
         _DATA,
-        ("line 1", "chat template refuses", "unsafe", "change its turns"),
+        ("line 1", "chat template fails", "unsafe", "; correct the template"),
     ),
     "a chat template that opens a file": BadInput(
         _template("{{ cycler.__init__.__globals__.os.popen('touch OWNED').read() }}"),
         _DATA,
-        ("line 1", "chat template refuses", "change its turns"),
+        ("line 1", "chat template fails", "; correct the template"),
     ),
     "a chat template that is not closed": BadInput(
-        _template("{% for message in messages %}"), _DATA, ("line 1", "chat template refuses", "change its turns")
+        _template("{% for message in messages %}"), _DATA, ("line 1", "chat template fails", "; correct the template")
     ),
     "a chat template that counts for ever": BadInput(
         _template("{% for turn in range(10**9) %}{% endfor %}"),
         _DATA,
-        ("line 1", "chat template refuses", "Range too big", "change its turns"),
+        ("line 1", "chat template fails", "Range too big", "; correct the template"),
     ),
     "a chat template that divides by zero": BadInput(
-        _template("{{ 1 // 0 }}"), _DATA, ("line 1", "chat template refuses", "zero", "change its turns")
+        _template("{{ 1 // 0 }}"), _DATA, ("line 1", "chat template fails", "zero", "; correct the template")
     ),
     "a chat template that calls itself": BadInput(
         _template("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"),
         _DATA,
-        ("line 1", "chat template refuses", "calls itself without end", "change its turns"),
+        ("line 1", "chat template fails", "calls itself without end", "; correct the template"),
     ),
     "a chat template that wants all memory": BadInput(
-        _template("{{ 'a' * 10**15 }}"), _DATA, ("line 1", "chat template refuses", "change its turns")
+        _template("{{ 'a' * 10**15 }}"), _DATA, ("line 1", "chat template fails", "; correct the template")
     ),
     "a chat template that drops the reasoning": BadInput(
         _template("{% for message in messages %}{{ message.content.split('b')[-1] }}<|im_end|>{% endfor %}"),
@@ -460,19 +484,25 @@ CONFIG: dict[str, BadInput] = {
     "an empty job": BadInput(lambda _: "", _SPEC, ("job.yaml", "a FineTuneJob is expected; write one")),
     "another kind": BadInput(_job('"FineTuneJob"', '"Job"'), _SPEC, ("kind", '"Job"', "FineTuneJob is expected; correct it")),
     "no name": BadInput(_job('"name": "tiny"', '"names": "tiny"'), _SPEC, ("metadata.name", "a name is expected; add one")),
-    "a name that Kubernetes does not take": BadInput(_job('"tiny"', '"My Job"'), _SPEC, ("metadata.name", "lower-case letters")),
+    "a name that Kubernetes does not take": BadInput(
+        _job('"tiny"', '"My Job"'), _SPEC, ("metadata.name", "lower-case letters", "; change it")
+    ),
     "a misspelt field": BadInput(_spec(lora={"rnak": 8}), _SPEC, ("spec.lora.rnak", "rename it to rank")),
-    "a rank of nothing": BadInput(_spec(lora={"rank": 0}), _SPEC, ("spec.lora.rank", "found 0", "1 or more is expected")),
+    "a rank of nothing": BadInput(_spec(lora={"rank": 0}), _SPEC, ("spec.lora.rank", "found 0", "1 or more is expected; raise it")),
     "a learning rate without quotes": BadInput(
         _spec(training={"learningRate": 0.001}), _SPEC, ("spec.training.learningRate", "put it in quotes")
     ),
-    "an unknown scheme": BadInput(_spec(quantization={"scheme": "int3"}), _SPEC, ("spec.quantization.scheme", "one of 'none', 'int8'")),
+    "an unknown scheme": BadInput(
+        _spec(quantization={"scheme": "int3"}), _SPEC, ("spec.quantization.scheme", "one of 'none', 'int8'", "; choose one")
+    ),
     "a claim on a laptop": BadInput(
         _spec(model={"source": "pvc://models/base"}), _SPEC, ("spec.model.source", "pvc://models/base", "use file:// here")
     ),
-    "an unknown builtin": BadInput(_spec(model={"source": "builtin://gpt"}), _SPEC, ("spec.model.source", "builtin://smollm2-135m")),
+    "an unknown builtin": BadInput(_spec(model={"source": "builtin://gpt"}), _SPEC, ("spec.model.source", "use builtin://smollm2-135m")),
     "a module that the model has not": BadInput(
-        _spec(lora={"targetModules": "no_such_proj"}), _SPEC, ("spec.lora.targetModules", "no_such_proj", "q_proj")
+        _spec(lora={"targetModules": "no_such_proj"}),
+        _SPEC,
+        ("spec.lora.targetModules", "no_such_proj", "; choose from its linear layers: ", "q_proj"),
     ),
     "the output head as a target": BadInput(
         _spec(lora={"targetModules": "q_proj,lm_head"}), _SPEC, ("spec.lora.targetModules", "'lm_head'", "leave it out")
@@ -508,7 +538,7 @@ ACCESS: dict[str, BadInput] = {
         _closed_endpoint, ExitCode.INFRASTRUCTURE, ("spec.model.source", "could not be reached", "check the endpoint")
     ),
     "a Hub destination without a token": BadInput(
-        _hub_destination(""), _ACCESS, ("spec.outputs.destinations[0].uri", "needs a Hub token", "HF_TOKEN"), "hub"
+        _hub_destination(""), _ACCESS, ("spec.outputs.destinations[0].uri", "needs a Hub token", "; set HF_TOKEN"), "hub"
     ),
     "a Hub token that only reads": BadInput(
         _hub_destination("read"), _ACCESS, ("may not make hf://acme/bot", "give a token with write access", "HF_TOKEN"), "hub"
@@ -537,38 +567,11 @@ MACHINE: dict[str, BadInput] = {
         _spec(quantization={"scheme": "fp8-int4"}), _SPEC, ("fp8-int4", "only 22%", "input size 64", "choose scheme fp8-fp8 or scheme int4")
     ),
     "a group that nothing fits": BadInput(
-        _spec(quantization={"groupSize": 256}), _SPEC, ("spec.quantization.groupSize", "256", "32, 64 or 128 is expected")
+        _spec(quantization={"groupSize": 256}), _SPEC, ("spec.quantization.groupSize", "256", "32, 64 or 128 is expected; choose one")
     ),
 }
 
 BAD_INPUTS: dict[str, BadInput] = {**DATA, **MODEL, **CONFIG, **ACCESS, **MACHINE}
-
-# Their sentences say what is wrong or what is wanted, and not yet what to do.
-WITHOUT_A_MEND = {
-    "an empty dataset",
-    "a dataset of empty lines",
-    "a line that is cut off",
-    "a JSON array over many lines",
-    "a row that is a list",
-    "a number where a text belongs",
-    "an unknown architecture",
-    "a model that is none of language",
-    "weights that are cut off",
-    "weights that are empty",
-    "weights of other shapes",
-    "a shard that is missing",
-    "no tokenizer",
-    "a tokenizer that is cut off",
-    "a tokenizer with code of its own",
-    "pickled weights beside damaged ones",
-    "a name that Kubernetes does not take",
-    "a rank of nothing",
-    "an unknown scheme",
-    "an unknown builtin",
-    "a module that the model has not",
-    "a Hub destination without a token",
-    "a group that nothing fits",
-}
 
 
 def was_run(folder: Path) -> bool:

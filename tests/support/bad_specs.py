@@ -41,7 +41,7 @@ _TOLERATIONS = "scheduling.tolerations"
 STRUCTURE: dict[str, BadSpec] = {
     "a number below its bound": BadSpec({"lora.rank": 0}, "spec.lora.rank", "found 0, but 1 or more is expected"),
     "a number above its bound": BadSpec({"lora.rank": 513}, "spec.lora.rank", "512 or less is expected"),
-    "a number in quotes": BadSpec({"lora.rank": "8"}, "spec.lora.rank", "a whole number is expected, without quotes"),
+    "a number in quotes": BadSpec({"lora.rank": "8"}, "spec.lora.rank", "a whole number is expected; write one without quotes"),
     "a fraction": BadSpec({"lora.rank": 8.5}, "spec.lora.rank", "found 8.5, but a whole number is expected"),
     "a learning rate without quotes": BadSpec(
         {"training.learningRate": 0.0002}, "spec.training.learningRate", "a string is expected; put it in quotes"
@@ -52,7 +52,7 @@ STRUCTURE: dict[str, BadSpec] = {
     "a group size between": BadSpec({"quantization.groupSize": 48}, "spec.quantization.groupSize", "one of 32, 64 or 128 is expected"),
     "a percentage above 100": BadSpec({"quantization.qatPercent": 101}, "spec.quantization.qatPercent", "100 or less is expected"),
     "a word for a truth": BadSpec(
-        {"model.trustRemoteCode": "yes"}, "spec.model.trustRemoteCode", "true or false is expected, without quotes"
+        {"model.trustRemoteCode": "yes"}, "spec.model.trustRemoteCode", "true or false is expected; write one of the two without quotes"
     ),
     "a misspelt field": BadSpec({"lora.rnak": 8}, "spec.lora.rnak", "unknown field; rename it to rank"),
     "a field in snake case": BadSpec(

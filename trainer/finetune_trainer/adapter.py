@@ -8,6 +8,7 @@ from finetune_api.job import JobDescription
 from finetune_api.spec import LoraSpec
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from finetune_trainer import atomic
 from finetune_trainer.destinations.model_card import base_model, hub_revision
@@ -38,6 +39,7 @@ def lora_config(base: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
         lora_dropout=0.0,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         target_modules=targets,
         exclude_modules=foreign_linears(base) or None,
         task_type="CAUSAL_LM",
@@ -72,7 +74,7 @@ def published_base(job: JobDescription) -> str:
 
 def _require_targets(base: PreTrainedModel, targets: list[str]) -> None:
     head = base.get_output_embeddings()
-    known = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    known = {name: module for name, module in base.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
     for target in targets:
         found = [module for name, module in known.items() if name == target or name.endswith(f".{target}")]
         if any(module is head for module in found):  # trl computes the loss from the head's own weight
@@ -82,5 +84,5 @@ def _require_targets(base: PreTrainedModel, targets: list[str]) -> None:
         if not found:
             linears = sorted({name.rpartition(".")[2] for name, module in known.items() if module is not head})
             raise SpecError(
-                f"spec.lora.targetModules names {target!r}, which this model does not have; its linear layers are {', '.join(linears)}."
+                f"spec.lora.targetModules names {target!r}, which this model does not have; choose from its linear layers: {', '.join(linears)}."
             )

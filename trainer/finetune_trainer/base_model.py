@@ -3,13 +3,13 @@
 Runs no code from the model's repository unless it may. CUDA is used where there is one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, __version__
 
 from finetune_trainer.errors import DataError
 from finetune_trainer.failures import first_line, is_out_of_memory
@@ -19,8 +19,7 @@ def load_base(folder: Path, dtype: str, *, trust_remote_code: bool) -> PreTraine
     """The base model on its device, every weight from a safetensors file.
 
     Raises:
-        DataError: no such architecture, a damaged file, or weights that are missing.
-        SpecError: it needs code of its own and the spec does not allow that.
+        DataError: no such architecture, a damaged file, or weights that are missing or of another shape.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = training_dtype(dtype, on_gpu=device == "cuda")
@@ -33,8 +32,8 @@ def empty_base(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     Raises:
         DataError: no such architecture, or a configuration that makes no model.
     """
+    config = _config(folder, trust_remote_code=trust_remote_code)
     with refusing(folder), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -47,17 +46,44 @@ def check_weights(folder: Path, *, trust_remote_code: bool) -> None:
     _from_safetensors(folder, dtype=torch.float32, trust_remote_code=trust_remote_code, device_map="meta")
 
 
-def _from_safetensors(folder: Path, **options: Any) -> PreTrainedModel:
+def _config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
+    with refusing(folder, f"choose a model whose architecture transformers {__version__} knows, or download this one again"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    own = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and AutoModelForCausalLM.__name__ not in own:
+        raise DataError(f"The model in {folder} is of the type {config.model_type}, which is no causal language model; choose one that is.")
+    return config
+
+
+def _from_safetensors(folder: Path, *, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    config = _config(folder, trust_remote_code=trust_remote_code)
     with refusing(folder):
-        model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
-    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if lacking:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # for a sentence of our own
+            **options,
+        )
+    if lacking := sorted(info["missing_keys"]):
         raise DataError(f"The model in {folder} lacks {len(lacking)} weights, the first is {lacking[0]}; download it again.")
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise DataError(
+            f"The model's weight {name} in {folder} has the shape {_shape(found)}, but config.json makes it {_shape(wanted)}; "
+            "download both again from one place."
+        )
     return model
 
 
+def _shape(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
 @contextmanager
-def refusing(folder: Path) -> Iterator[None]:
+def refusing(folder: Path, mend: str = "download it again") -> Iterator[None]:
     """Turns what a loader raises into one sentence about the model's folder.
 
     Raises:
@@ -68,9 +94,7 @@ def refusing(folder: Path) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise DataError(
-            f"The model in {folder} does not load ({first_line(error)}); it needs config.json and safetensors of a causal language model."
-        ) from error
+        raise DataError(f"The model in {folder} does not load ({first_line(error)}); {mend}.") from error
 
 
 def training_dtype(dtype: str, *, on_gpu: bool) -> torch.dtype:

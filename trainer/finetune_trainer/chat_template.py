@@ -22,7 +22,15 @@ class Render(Protocol):
 
 
 class TemplateError(ValueError):
-    """A chat template refuses a conversation; the message is the template's own."""
+    """A chat template refuses a conversation, or fails on it.
+
+    Attributes:
+        refused: the template itself says why; else the message is the template engine's.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 @dataclass(frozen=True)

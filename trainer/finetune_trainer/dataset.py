@@ -73,7 +73,7 @@ def read_rows(path: Path, name: str, wanted: str = "auto") -> Dataset:
     """
     first = next(_parse_lines(path, name), None)
     if first is None:
-        raise DataError(f"{name} is empty; a dataset needs at least one row of JSON.")
+        raise DataError(f"{name} is empty, but a dataset needs at least one row; check what wrote it.")
     form = _detect(first, name) if wanted == "auto" else _form(wanted)
     count, columns = 0, set[str]()
     for row in _checked(path, name, form):
@@ -108,14 +108,20 @@ def _parse(line: str, number: int, name: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}, line {number} is not JSON ({error}); a dataset holds one JSON object a line.") from error
+        raise DataError(f"{name}, line {number} is not JSON ({error}); write one JSON object a line.") from error
     if "\\ud" in line.lower() and not _is_text(value):
         raise DataError(f"{name}, line {number} holds half of a surrogate pair (\\ud...), which is no text; save the row as UTF-8 again.")
     if not isinstance(value, dict):
         raise DataError(
-            f'{name}, line {number} is a JSON {type(value).__name__}, but a row is an object such as {{"prompt": ..., "completion": ...}}.'
+            f'{name}, line {number} is {_kind(value)}, but a row is an object; write it as {{"prompt": ..., "completion": ...}}.'
         )
     return value
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls it."""
+    named = {dict: "an object", list: "an array", str: "a string", bool: "a truth value", type(None): "null"}
+    return named.get(type(value), "a number")
 
 
 def _is_text(value: Any) -> bool:
@@ -162,7 +168,7 @@ def _check(row: Row, form: Form, name: str) -> dict[str, Any]:
 def _check_strings(values: dict[str, Any], columns: tuple[str, ...]) -> None:
     for column in columns:
         if not isinstance(values[column], str):
-            raise RowError(f"column {column!r} is {type(values[column]).__name__}, but a string is expected.")
+            raise RowError(f"column {column!r} is {_kind(values[column])}, but a string is expected; write one, or drop the row.")
 
 
 def _check_conversation(values: dict[str, Any], form: Form) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Used by stages/evaluate.py, and by phases.py, which measures at the switch. Neve
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from peft import PeftModel
@@ -20,7 +21,7 @@ from finetune_trainer.token_loss import output_head, predict, token_losses
 TOKENS_AT_ONCE = 2048
 
 RowLosses = list[tuple[float, int]]
-"""(summed loss in nats, trained tokens) of each held-out example, in order."""
+"""(summed loss in nats, trained tokens) of each held-out example or row, in order."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,18 @@ class HeldOut:
 
     rows: RowLosses
     greedy: list[int]
+
+
+def by_row(losses: RowLosses, sizes: Sequence[int]) -> RowLosses:
+    """The losses of rows of several examples: what comes from one text or conversation is no independent draw.
+
+    Args:
+        losses: of the examples.
+        sizes: how many of them each row has.
+    """
+    remaining = iter(losses)
+    parts = (list(islice(remaining, size)) for size in sizes)
+    return [(sum(total for total, _ in part), sum(count for _, count in part)) for part in parts]
 
 
 def mean_loss(rows: RowLosses) -> float:

@@ -1,6 +1,6 @@
 """Turns a checked row into text in pieces: what is shown, and which of it is trained. Pure, without torch and without a tokenizer's weights.
 
-Called by stages/data.py. Loss on completions only: prompts, and what a chat template puts around an answer, are never trained.
+Called by tokenizing.py. Loss on completions only: prompts, and what a chat template puts around an answer, are never trained.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,9 +47,12 @@ def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -
     except RowError as error:
         raise DataError(f"{name}, line {row.line}: {error}") from error
     except TemplateError as error:
-        raise DataError(
-            f"{name}, line {row.line}: the model's chat template refuses the conversation ({error}); change its turns."
-        ) from error
+        said = (
+            f"refuses the conversation ({error}); change its turns"
+            if error.refused
+            else f"fails on the conversation ({error}); correct the template, or change the turns if other rows pass"
+        )
+        raise DataError(f"{name}, line {row.line}: the model's chat template {said}.") from error
 
 
 def is_conversation(row: Row, form: Form, *, has_template: bool) -> bool:

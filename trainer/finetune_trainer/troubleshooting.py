@@ -72,7 +72,7 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         ),
         Symptom(
             "Measuring held-out losses took",
-            "All held-out rows are measured for base, tuned, nearest values, PTQ and quantized model.",
+            "All held-out rows are measured for base, tuned, nearest values, PTQ and quantized model, and for the adapter where it is shipped.",
             "Lower `dataset.evaluation.percent`, or give it a smaller source.",
         ),
         Symptom(
@@ -96,11 +96,15 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
     "A model that will not load: its format": (
         Symptom("has weights only as .bin or .pt, which can run code when loaded; convert them to safetensors.", "Pickle files run whatever code they hold.", "Convert them on a machine that may: `save_pretrained` writes safetensors."),
         Symptom("has a config.json but no .safetensors file; upload the weights as safetensors.", "The weights are missing, or in another format such as GGUF.", "Upload them as safetensors."),
-        Symptom("does not load (…); it needs config.json and safetensors of a causal language model.", "A file is damaged, a shard is missing, the shapes are not config.json's, or it is no language model.", "Download it again; the words in the brackets are transformers' own."),
+        Symptom("The model in … does not load (…); ", "A file is damaged or a shard is missing.", "Download it again; the words in the brackets are the library's own."),
+        Symptom("choose a model whose architecture transformers … knows, or download this one again", "The architecture is newer than the trainer image, or config.json is damaged.", "Use a newer image, choose another model, or download it again."),
+        Symptom("which is no causal language model; choose one that is.", "It reads images or sound, or fills gaps in a text.", "Choose a model that writes text."),
+        Symptom("but config.json makes it …; download both again from one place.", "Weights and config.json are of two models.", "Take both from one place."),
         Symptom("weights, the first is …; download it again.", "The files lack weights that the architecture has.", "Download it again, all shards."),
-        Symptom("The tokenizer in … does not load", "tokenizer.json is missing or damaged, or needs code of its own.", "Put the files beside the weights that the tokenizer's `save_pretrained` writes."),
+        Symptom("The tokenizer in … does not load", "tokenizer.json is missing or damaged.", "Put the files beside the weights that the tokenizer's `save_pretrained` writes."),
     ),
     "A model that will not load: what it depends on": (
+        Symptom("needs Python code of its own (auto_map in tokenizer_config.json); set spec.model.trustRemoteCode to true if you trust it.", "The tokenizer is not part of transformers.", "Read that code; if you trust it, set `model.trustRemoteCode: true`."),
         Symptom("brings Python code of its own (auto_map in config.json); set spec.model.trustRemoteCode to true if you trust it.", "The architecture is not part of transformers.", "Read that code; if you trust it, set `model.trustRemoteCode: true`."),
         Symptom("spec.lora.targetModules: LoRA on … trains what is no linear layer", "A mixture of experts keeps its experts in tensors that are no layers; LoRA reaches them, but no scheme quantizes them.", "Name the attention's layers alone where they are half of the weights, or set `quantization.scheme: none`."),
         Symptom("finds no GPU in this pod; ", "The node's driver is older than PyTorch's CUDA, or the device plugin gave no GPU.", "Renew the driver (CUDA 13 needs the 580 series or newer), check the device plugin."),
@@ -118,9 +122,9 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         ),
     ),
     "Wrong data": (
-        Symptom("is empty; a dataset needs at least one row of JSON.", "The file has no row.", "Check what wrote it."),
+        Symptom("is empty, but a dataset needs at least one row; check what wrote it.", "The file has no row.", "Check what wrote it."),
         Symptom("is not UTF-8 text", "It is in another encoding, compressed, or Parquet.", "Save it as UTF-8 JSON Lines, one object a line."),
-        Symptom("is not JSON (…); a dataset holds one JSON object a line.", "A line is cut off, or one JSON document spans many lines.", "Write one object a line: `jq -c .[] rows.json > rows.jsonl`."),
+        Symptom("is not JSON (…); write one JSON object a line.", "A line is cut off, or one JSON document spans many lines.", "Write one object a line: `jq -c .[] rows.json > rows.jsonl`."),
         Symptom("but a row has messages, prompt and completion, instruction and output, or text; rename the columns.", "The columns have other names.", "Rename them."),
         Symptom("but the dataset's form is …; add it or set dataset.format.", "Rows of several forms, or `dataset.format` names another one.", "Keep to one form in a file."),
         Symptom("has no assistant turn, so there is nothing to learn from it; add one or drop the row.", "Only answers are trained.", "Add the answer, or drop the row."),
@@ -131,7 +135,8 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
         Symptom("the model's chat template does not render the whole … of turn …, so that it would not be trained; ", "Templates of reasoning models drop what stands before </think>; others know no reasoning, or no text beside a call.", "Take out of the row what the template leaves out, or write the row as prompt and completion texts."),
         Symptom("in its midst, behind which nothing would be trained; remove it.", "The text of an answer has the token that ends a turn.", "Remove it from the text; the template writes it."),
         Symptom("has columns that are not read: ", "No form of a row has a column of that name.", "Nothing, if nothing in it is to be learnt; else rename it."),
-        Symptom("the model's chat template refuses the conversation", "Two turns of one role in a row, a role that it does not know; or the template itself is wrong, or does what no template may.", "Change the turns, or mend the template."),
+        Symptom("refuses the conversation (…); change its turns", "Two turns of one role in a row, or a role that it does not know.", "Change the turns."),
+        Symptom("fails on the conversation (…); correct the template, or change the turns if other rows pass", "The template is wrong, loops for ever, or does what no template may; or it needs of a row what it lacks.", "Correct the template (chat_template.jinja, or in tokenizer_config.json), or change the turns if other rows pass."),
         Symptom("use the tokenizer that belongs to the model.", "The tokenizer has more tokens than the model has embeddings.", "Take both from one place."),
         Symptom("the model's chat template writes the turns before turn … otherwise once it is there; ", "What a model was asked is then no beginning of what it is to learn.", "Choose a model with another template, or write the row as prompt and completion texts."),
         Symptom("examples, since the model's chat template writes an answer otherwise once others follow.", "Some templates drop what was thought in earlier answers: each answer is trained behind the history that it has at inference.", "Nothing; an epoch has more steps. Rows of one answer cost less."),

@@ -99,7 +99,7 @@ def test_any_text_comes_back_as_it_was_written(tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("content", ["", "\n \n\n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_refused(content: str | bytes, tmp_path: Path) -> None:
-    assert "is empty; a dataset needs at least one row" in refusal(tmp_path, content)
+    assert "is empty, but a dataset needs at least one row" in refusal(tmp_path, content)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", GOOD.encode("utf-16"), b'{"text": "caf\xe9"}'])
@@ -129,13 +129,13 @@ def test_a_line_that_is_not_json_is_named(line: str, tmp_path: Path) -> None:
     assert "is not JSON" in second_line(tmp_path, line)
 
 
-@pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ('"text"', "str"), ("3", "int"), ("null", "NoneType")])
+@pytest.mark.parametrize(("line", "kind"), [("[1]", "an array"), ('"text"', "a string"), ("3", "a number"), ("null", "null")])
 def test_a_line_that_is_no_object_is_named(line: str, kind: str, tmp_path: Path) -> None:
-    assert f"is a JSON {kind}, but a row is an object" in second_line(tmp_path, line)
+    assert f"is {kind}, but a row is an object; write it as {{" in second_line(tmp_path, line)
 
 
 def test_an_array_of_rows_is_refused(tmp_path: Path) -> None:
-    assert "line 1 is a JSON list" in refusal(tmp_path, f"[{GOOD}, {GOOD}]")
+    assert "line 1 is an array" in refusal(tmp_path, f"[{GOOD}, {GOOD}]")
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "\\ud800", "completion": "x"}', '{"prompt": "x", "\\uDC00": "y", "completion": "x"}'])
@@ -170,20 +170,23 @@ def test_a_form_that_was_asked_for_is_held_to(tmp_path: Path) -> None:
     assert "line 1 has no column 'messages'" in refusal(tmp_path, GOOD, "chat")
 
 
-@pytest.mark.parametrize("value", [None, 3, 1.5, True, ["x"], {"x": "y"}])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(None, "null"), (3, "a number"), (1.5, "a number"), (True, "a truth value"), (["x"], "an array"), ({"x": "y"}, "an object")],
+)
 @pytest.mark.parametrize(
     ("form", "column"),
     [("prompt-completion", "completion"), ("instruction", "instruction"), ("instruction", "output"), ("text", "text")],
 )
-def test_a_column_of_the_wrong_type_is_named(form: str, column: str, value: Any, tmp_path: Path) -> None:
+def test_a_column_of_the_wrong_type_is_named(form: str, column: str, value: Any, kind: str, tmp_path: Path) -> None:
     line = json.dumps(ROWS[form] | {column: value})
     sentence = second_line(tmp_path, line, first=json.dumps(ROWS[form]))
-    assert f"column {column!r} is {type(value).__name__}, but a string is expected" in sentence
+    assert f"column {column!r} is {kind}, but a string is expected; write one" in sentence
 
 
 def test_an_input_of_the_wrong_type_is_named(tmp_path: Path) -> None:
     line = json.dumps(ROWS["instruction"] | {"input": 3})
-    assert "column 'input' is int" in second_line(tmp_path, line, first=json.dumps(ROWS["instruction"]))
+    assert "column 'input' is a number" in second_line(tmp_path, line, first=json.dumps(ROWS["instruction"]))
 
 
 @pytest.mark.parametrize("messages", [[], "Hi", None])

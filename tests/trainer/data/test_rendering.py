@@ -285,12 +285,23 @@ def test_an_answer_with_an_end_in_its_midst_is_refused() -> None:
 
 def test_a_conversation_that_the_template_refuses_is_refused_with_the_line() -> None:
     def strict(messages: Messages, generation_prompt: bool) -> str:
-        raise TemplateError("roles must alternate")
+        raise TemplateError("roles must alternate", refused=True)
 
     with pytest.raises(
-        DataError, match=r"rows\.jsonl, line 3: the model's chat template refuses the conversation \(roles must alternate\)"
+        DataError,
+        match=r"rows\.jsonl, line 3: the model's chat template refuses the conversation \(roles must alternate\); change its turns",
     ):
         rendered("chat", strict, messages=turns("a", "b"))
+
+
+def test_a_template_that_fails_is_said_to_be_at_fault() -> None:
+    def broken(messages: Messages, generation_prompt: bool) -> str:
+        raise TemplateError("division by zero")
+
+    with pytest.raises(
+        DataError, match=r"line 3: the model's chat template fails on the conversation \(division by zero\); correct the template"
+    ):
+        rendered("chat", broken, messages=turns("a", "b"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Rows become tokens: labels only on what is trained, what is cut off is counted, and the digest is exact."""
 
+import signal
 import tracemalloc
 from collections.abc import Sequence
 from datetime import datetime
@@ -7,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_trainer import tokenizing
 from finetune_trainer.batch import pad
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import DataError
 from finetune_trainer.example import IGNORED, Example, chunks, cut
 from finetune_trainer.rendering import Segment
 from finetune_trainer.stages import data
-from finetune_trainer.stages.data import Cuts, Data, tokenize
+from finetune_trainer.stages.data import Cuts, Data
+from finetune_trainer.tokenizing import tokenize
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.exact_models import lora_opt
@@ -37,7 +40,7 @@ def example(length: int) -> Example:
 
 
 def made(train: list[Example], held_out: list[Example]) -> Data:
-    return Data(tuple(train), tuple(held_out), Cuts(), "text", "here", "", {}, "")
+    return Data(tuple(train), tuple(held_out), Cuts(), "text", "here", "", {}, "", (1,) * len(held_out), 0)
 
 
 def run_context(folder: Path, rows: list[dict[str, Any]], *, max_length: int = 256, **evaluation: Any) -> RunContext:
@@ -287,6 +290,20 @@ def test_a_text_longer_than_a_row_becomes_several(tmp_path: Path) -> None:
     assert any("2 rows became 4 examples of at most training.maxLength (16 tokens)" in note for note in notes(ctx))
 
 
+def test_a_template_that_loops_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its ranges is within what the sandbox allows."""
+    monkeypatch.setattr(tokenizing, "RENDER_SECONDS", 0.2)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    handler, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)  # pytest-timeout's
+    with pytest.raises(
+        DataError, match=r"line 1: the model's chat template fails on the conversation \(it is not done after 0\.2 s\); correct"
+    ):
+        run(tmp_path, sums(4), tokenizer)
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert bool(signal.getitimer(signal.ITIMER_REAL)[0]) == bool(timer[0])
+
+
 def test_each_part_of_a_text_begins_as_a_text_does(tmp_path: Path) -> None:
     tokenizer = with_bos(chat=False)
     found = run(tmp_path, [{"text": "x" * 40}], tokenizer, max_length=16).train
@@ -300,6 +317,7 @@ def test_the_parts_of_a_text_are_on_one_side_of_the_split(tmp_path: Path) -> Non
     sides = [{text_of(item.input_ids)[0] for item in side} for side in (found.train, found.held_out)]
     assert (len(sides[0]), len(sides[1])) == (8, 2)
     assert sides[0].isdisjoint(sides[1])
+    assert found.held_out_rows == (3, 3)
 
 
 def test_rows_that_are_all_cut_off_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from finetune_trainer.memory import fit
 from finetune_trainer.memory.estimate import Needed
 from finetune_trainer.memory.gpus import GPU_BYTES
 from finetune_trainer.plan import Plan
+from support.exact_models import tiny_mixture
 from support.tiny_jobs import finetune, tiny_job
 from transformers import PreTrainedConfig
 
@@ -51,6 +52,16 @@ def test_a_share_of_steps_under_quantization_leaves_no_phase_out(percent: int, t
     assert estimate(tiny_job(tmp_path, {"quantization": {"qatPercent": percent}}), "--gpu", "nvidia-l4") == 0
     assert all(0 < plan.switch_step < plan.steps for plan in asked)
     assert asked
+
+
+def test_a_mixture_of_experts_that_cant_be_traced_is_told_in_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """torch would say it before us, with a traceback."""
+    tiny_mixture().save_pretrained(tmp_path / "model")
+    job = tiny_job(tmp_path, {"lora": {"targetModules": "q_proj,v_proj"}, "quantization": {"scheme": "none"}})
+    assert estimate(job) == ExitCode.CAPACITY
+    [said] = capfd.readouterr().err.strip().splitlines()
+    assert "This model can't be estimated" in said
+    assert "; give it a run" in said
 
 
 def test_a_gpu_that_is_not_in_the_table_is_refused_with_those_that_are(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from finetune_api.spec import QualitySpec
-from finetune_trainer.held_out import HeldOut
+from finetune_trainer.held_out import HeldOut, by_row, mean_loss
 from finetune_trainer.quality_gate import shortfall
 from finetune_trainer.stages.evaluate import agreement, difference, is_significant, recovered
 
@@ -49,7 +49,19 @@ def test_an_interval_lies_around_the_difference_of_the_means() -> None:
     assert not is_significant(difference(ROWS, ROWS, seed=0))
 
 
-def test_a_handful_of_examples_shows_nothing() -> None:
+def test_the_parts_of_a_row_are_no_independent_draws() -> None:
+    """Four parts of each row that say the same are as sure as one; counted by themselves they would look twice as sure."""
+    parts = [[losses[index] for index in range(len(losses)) for _ in range(4)] for losses in (HIGHER, ROWS)]
+    rows = [by_row(losses, [4] * len(ROWS)) for losses in parts]
+    assert difference(*rows, seed=0) == pytest.approx(difference(HIGHER, ROWS, seed=0))
+    (low, high), (low_parts, high_parts) = difference(*rows, seed=0) or (0, 0), difference(*parts, seed=0) or (0, 0)
+    assert high_parts - low_parts < 0.7 * (high - low)
+    assert mean_loss(by_row(ROWS, [1, 4, 15])) == pytest.approx(mean_loss(ROWS))
+    assert by_row(ROWS, [1] * len(ROWS)) == ROWS
+    assert difference(by_row(HIGHER, [20]), by_row(ROWS, [20]), seed=0) is None
+
+
+def test_a_handful_of_rows_shows_nothing() -> None:
     assert difference(HIGHER[:5], ROWS[:5], seed=0) is None
     assert difference(HIGHER[:6], ROWS[:6], seed=0) is not None
 

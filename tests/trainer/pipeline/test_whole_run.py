@@ -30,7 +30,7 @@ from support.run_contexts import RecordingReporter
 from support.tiny_jobs import STEPS, description, finetune, run, tiny_job
 from support.tiny_model import save_tiny_gemma3, save_tiny_model, tiny_tokenizer, write_jsonl
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where `run` trains
 BOTH = {"outputs": {"artifacts": ["adapter", "quantized"]}}
@@ -270,6 +270,17 @@ def test_a_mixture_learns_from_its_rows_alone_and_keeps_its_switches_of_the_rout
     assert trained.final_loss == pytest.approx(float(plain), rel=1e-5)
     config = trained.model.get_base_model().config
     assert {name: getattr(config, name) for name in switches} == switches
+
+
+def test_gpt2_whose_linear_layers_are_of_another_class_is_adapted_by_their_names(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, pad_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    job = tiny_job(tmp_path, {"lora": {"targetModules": "c_attn,c_proj"}, "quantization": {"scheme": "none"}})
+    run(job, tmp_path / "work")
+    weights = load_file(tmp_path / "work" / "lora_model" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in weights} == {"c_attn", "c_proj"}
+    assert all(weight.any() for weight in weights.values())
 
 
 def test_qat_from_the_first_step_has_no_reference_losses(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def process_room() -> int:
 
 
 def gpu_room() -> int:
-    """Bytes of the GPU that this process can come to, its caching allocator's included. Not yet run on a GPU."""
+    """Bytes of the GPU that this process can come to, its caching allocator's included."""
     import torch
 
     free, _ = torch.cuda.mem_get_info()

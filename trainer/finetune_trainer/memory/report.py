@@ -70,7 +70,10 @@ def tell(ctx: RunContext, gpu: str | None) -> Told:
                 one_row[name], found = _fit_all(ctx, base.config, same, on_gpu=on_gpu)
                 fitted += found
     except UntraceableError as error:
-        raise CapacityError(f"This model can't be estimated: its code looks at values, which only a run has ({error}).") from error
+        raise CapacityError(
+            f"This model can't be estimated: its code looks at values, which only a run has ({error}); "
+            "give it a run, which halves the micro-batch where memory runs out."
+        ) from error
     return Told(fetched.resolved, base.num_parameters(), tokens, one_row, tuple(fitted))
 
 

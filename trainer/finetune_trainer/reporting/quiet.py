@@ -18,6 +18,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("torch.utils._pytree", "torchao", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What it says in a traceback, it raises too; memory/dry_run.py asks many a model that can't be traced.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     for module in ("torchao", "transformers", "trl", "peft", "accelerate"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{module}\b")
 

@@ -124,4 +124,4 @@ def _metadata(api: Any, where: Location, found: Snapshot, name: str, *, dataset:
 def _may_read(api: Any, where: Location, found: Snapshot, name: str, *, dataset: bool) -> None:
     size = _metadata(api, where, found, name, dataset=dataset).size
     if dataset and size == 0:
-        raise DataError(f"{where.field}: {where.uri} is empty; a dataset needs at least one row.")
+        raise DataError(f"{where.field}: {where.uri} is empty, but a dataset needs at least one row; check what wrote it.")

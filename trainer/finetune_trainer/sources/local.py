@@ -66,7 +66,7 @@ def check_file(location: Location, path: Path) -> None:
     except PermissionError as error:
         raise _closed(location, path) from error
     if empty:
-        raise DataError(f"{location.field}: {path} is empty; a dataset needs at least one row.")
+        raise DataError(f"{location.field}: {path} is empty, but a dataset needs at least one row; check what wrote it.")
 
 
 def model_digest(location: Location, folder: Path, *, trust_remote_code: bool) -> str:

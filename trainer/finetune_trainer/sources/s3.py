@@ -100,7 +100,9 @@ def _find_object(client: Any, where: Location) -> Object:
             answer = client.get_object(Bucket=where.authority, Key=where.path, Range="bytes=0-0")
         except client.exceptions.ClientError as error:
             if error_code(error) == "InvalidRange":
-                raise DataError(f"{where.field}: {where.uri} is empty; a dataset needs at least one row.") from error
+                raise DataError(
+                    f"{where.field}: {where.uri} is empty, but a dataset needs at least one row; check what wrote it."
+                ) from error
             raise
         answer["Body"].close()
     size = int(answer.get("ContentRange", "/0").rpartition("/")[2])

@@ -1,32 +1,23 @@
 """Data: rows become token ids and labels; loss on completions only, end-of-sequence trained, padding never.
 
-The rows themselves are read and checked in dataset.py. Works on the CPU with the tokenizer alone. Chat templates that print today's date
-print 26 Jul 2024, whatever the day: the same rows are the same token ids, and a run that goes on after midnight keeps its checkpoints.
+The rows themselves are read and checked in dataset.py, and tokenizing.py has what the tokenizer makes of them. Works on the CPU with the tokenizer alone.
 """
 
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, tzinfo
 from itertools import chain
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
 
-from finetune_trainer import dataset, rendering, sources
-from finetune_trainer.chat_template import Render, TemplateError
+from finetune_trainer import dataset, sources, tokenizing
 from finetune_trainer.context import RunContext
-from finetune_trainer.conversation import Messages
 from finetune_trainer.dataset import Dataset, Form
 from finetune_trainer.errors import DataError
-from finetune_trainer.example import IGNORED, Example, chunks, cut
-from finetune_trainer.failures import first_line
+from finetune_trainer.example import Example, chunks, cut
 from finetune_trainer.plan import plan
-from finetune_trainer.rendering import Segment
 from finetune_trainer.split import also_trained, split
 
 _SPARE_POSITIONS = 2
@@ -77,6 +68,7 @@ class Data:
         held_out_resolved: likewise of held-out data that has a source of its own; else empty.
         identities: what changes with the content of the two and with nothing else, for the report.
         preview: the first example, with what is trained between ⟦ and ⟧.
+        held_out_rows: how many of the held-out examples each row has, in order.
         also_trained: held-out examples with the tokens of one that is trained on.
     """
 
@@ -88,7 +80,8 @@ class Data:
     held_out_resolved: str
     identities: dict[str, str]
     preview: str
-    also_trained: int = 0
+    held_out_rows: tuple[int, ...]
+    also_trained: int
 
     @property
     def digest(self) -> str:
@@ -123,17 +116,28 @@ def make(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
     examples, cuts = _examples(ctx, rows, tokenizer)
     if evaluation is not None:
         held, held_cuts = _examples(ctx, dataset.read_rows(evaluation.path, spec.evaluation.source, spec.format), tokenizer)
-        train, held_out, cuts = tuple(chain.from_iterable(examples)), tuple(chain.from_iterable(held)), cuts + held_cuts
+        sides, cuts = (examples, held), cuts + held_cuts
     else:
-        train, held_out = split(examples, spec.evaluation.percent, ctx.spec.training.seed)
+        sides = split(examples, spec.evaluation.percent, ctx.spec.training.seed)
+    train, held_out = (tuple(chain.from_iterable(side)) for side in sides)
     _require_comparison(ctx, train, held_out)
     if lost := " ".join(cuts.sentences(ctx.spec.training.max_length)):
         ctx.reporter.note(lost)
     if known := also_trained(train, held_out):
         ctx.reporter.note(f"{known} of {len(held_out)} held-out rows are also trained on, so losses look better than they are.")
-    shown = rendering.preview(rendering.render(next(iter(rows)), rows.form, _template(tokenizer), _eos(tokenizer), spec.source)[0])
     identities = {"dataset": fetched.identify(), "heldOut": evaluation.identify() if evaluation else ""}
-    return Data(train, held_out, cuts, rows.form, fetched.resolved, evaluation.resolved if evaluation else "", identities, shown, known)
+    return Data(
+        train,
+        held_out,
+        cuts,
+        rows.form,
+        fetched.resolved,
+        evaluation.resolved if evaluation else "",
+        identities,
+        tokenizing.preview(rows, tokenizer),
+        tuple(map(len, sides[1])),
+        known,
+    )
 
 
 def require_known_tokens(data: Data, model: PreTrainedModel) -> None:
@@ -159,32 +163,11 @@ def require_known_tokens(data: Data, model: PreTrainedModel) -> None:
         )
 
 
-def tokenize(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, *, bos: bool) -> Example:
-    """Token ids of the segments one after the other.
-
-    Args:
-        bos: whether the beginning-of-sequence token stands first; rendered chat templates bring their own.
-    """
-    input_ids: list[int] = [tokenizer.bos_token_id] if bos else []
-    labels: list[int] = [IGNORED] * len(input_ids)
-    text = ""
-    for segment in segments:
-        text += segment.text
-        whole = input_ids[: int(bos)] + tokenizer(text, add_special_tokens=False)["input_ids"]
-        # A tokenizer may treat the beginning of a text in its own way, so the whole is tokenized; the piece alone only where a token
-        # reaches across its border, since at inference the prompt ends there.
-        fits = whole[: len(input_ids)] == input_ids
-        tokens = whole[len(input_ids) :] if fits else tokenizer(segment.text, add_special_tokens=False)["input_ids"]
-        input_ids += tokens
-        labels += tokens if segment.trained else [IGNORED] * len(tokens)
-    return Example(input_ids, labels)
-
-
 def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[Example]], Cuts]:
     """The examples of each row that has something to learn, each of at most training.maxLength tokens."""
     kept: list[list[Example]] = []
     cuts, max_length = Cuts(), ctx.spec.training.max_length
-    for whole in _whole_examples(rows, tokenizer):
+    for whole in tokenizing.examples(rows, tokenizer):
         parts = [
             chunks(example, max_length, tokenizer.bos_token_id) if rows.form == "text" else [cut(example, max_length)] for example in whole
         ]
@@ -198,16 +181,6 @@ def _examples(ctx: RunContext, rows: Dataset, tokenizer: PreTrainedTokenizerBase
     for sentence in _told(rows, kept, max_length):
         ctx.reporter.note(sentence)
     return kept, cuts
-
-
-def _whole_examples(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Example]]:
-    """Those of each row, however long they are."""
-    template, eos, adds_bos = _template(tokenizer), _eos(tokenizer), _adds_bos(tokenizer)
-    for row in rows:
-        texts = rendering.render(row, rows.form, template, eos, rows.name)
-        begun = "".join(piece.text for piece in texts[0]).startswith(str(tokenizer.bos_token))
-        bos = adds_bos and not begun and not rendering.is_conversation(row, rows.form, has_template=template is not None)
-        yield [tokenize(text, tokenizer, bos=bos) for text in texts]
 
 
 def _told(rows: Dataset, kept: Sequence[Sequence[Example]], max_length: int) -> Iterator[str]:
@@ -245,50 +218,3 @@ def _require_comparison(ctx: RunContext, train: Sequence[Example], held_out: Seq
             f"{ctx.spec.dataset.source} is enough for a single optimizer step, which is a quantization-aware one, but quality.maxLossIncreasePercent "
             "compares with the model before such steps; add rows or epochs, lower training.batchSize or remove the limit."
         )
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> Render | None:
-    if not tokenizer.chat_template:
-        return None
-
-    def render(messages: Messages, generation_prompt: bool, /, **variables: Any) -> str:
-        try:
-            with _fixed_date():
-                return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **variables))
-        except RecursionError as error:
-            raise TemplateError("it calls itself without end") from error
-        except Exception as error:  # it is a program: a division by zero or a range without end is its own mistake too
-            raise TemplateError(first_line(error) or type(error).__name__) from error
-
-    return render
-
-
-class _FixedDate(datetime):
-    """A clock that stands at the date which Llama's templates fall back to."""
-
-    @classmethod
-    def now(cls, tz: tzinfo | None = None) -> "_FixedDate":
-        return cls(2024, 7, 26, tzinfo=tz)
-
-
-@contextmanager
-def _fixed_date() -> Iterator[None]:
-    # strftime_now reads transformers' own import of datetime; a function that is handed to the template reaches it as mere text.
-    clock = chat_template_utils.datetime
-    chat_template_utils.datetime = _FixedDate
-    try:
-        yield
-    finally:
-        chat_template_utils.datetime = clock
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.eos_token:
-        raise DataError(
-            "The model's tokenizer has no end-of-sequence token, so a model that is trained with it would never stop; set eos_token in its tokenizer_config.json."
-        )
-    return str(tokenizer.eos_token)
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

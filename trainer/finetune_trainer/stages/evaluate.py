@@ -10,7 +10,7 @@ from finetune_api.spec import Artifact
 from peft import PeftModel
 
 from finetune_trainer.context import RunContext
-from finetune_trainer.held_out import HeldOut, RowLosses, mean_loss, measure
+from finetune_trainer.held_out import HeldOut, RowLosses, by_row, mean_loss, measure
 from finetune_trainer.stages.data import Data
 from finetune_trainer.switch import Switch
 
@@ -73,29 +73,32 @@ def run(ctx: RunContext, model: PeftModel, data: Data, switch: Switch | None, *,
     if not data.held_out:
         ctx.reporter.note(NOTHING_HELD_OUT)
         return Losses()
+
+    def losses(measured: HeldOut) -> RowLosses:
+        return by_row(measured.rows, data.held_out_rows)
+
     with model.disable_adapter():
-        base = measure(model, data.held_out, fake_quant=False)
-    shipped = measure(model, data.held_out, fake_quant=quantized, keep_codes=keep_codes)
-    seed = ctx.spec.training.seed
-    over_base = difference(shipped.rows, base.rows, seed)
-    means = {"base": mean_loss(base.rows), "quantized" if quantized else "tuned": mean_loss(shipped.rows)}
-    known = Losses(**means, shipped_over_base=over_base)
+        base = losses(measure(model, data.held_out, fake_quant=False))
+    measured = measure(model, data.held_out, fake_quant=quantized, keep_codes=keep_codes)
+    shipped, seed = losses(measured), ctx.spec.training.seed
+    means = {"base": mean_loss(base), "quantized" if quantized else "tuned": mean_loss(shipped)}
+    known = Losses(**means, shipped_over_base=difference(shipped, base, seed))
     if quantized and Artifact.ADAPTER in ctx.spec.wanted_artifacts:
-        adapter = measure(model, data.held_out, fake_quant=False)
-        known = replace(known, adapter=mean_loss(adapter.rows), adapter_over_base=difference(adapter.rows, base.rows, seed))
+        adapter = losses(measure(model, data.held_out, fake_quant=False))
+        known = replace(known, adapter=mean_loss(adapter), adapter_over_base=difference(adapter, base, seed))
     if switch is None or switch.tuned is None or switch.ptq is None:
         return known
-    nearest = switch.nearest
+    tuned, ptq, nearest = losses(switch.tuned), losses(switch.ptq), losses(switch.nearest) if switch.nearest else None
     return replace(
         known,
-        nearest=mean_loss(nearest.rows) if nearest else None,
-        nearest_recovered=recovered(switch.tuned.rows, nearest.rows, shipped.rows, seed) if nearest else None,
-        tuned=mean_loss(switch.tuned.rows),
-        ptq=mean_loss(switch.ptq.rows),
-        recovered=recovered(switch.tuned.rows, switch.ptq.rows, shipped.rows, seed),
-        agreement=agreement(shipped, switch.tuned),
-        ptq_over_tuned=difference(switch.ptq.rows, switch.tuned.rows, seed),
-        shipped_over_ptq=difference(shipped.rows, switch.ptq.rows, seed),
+        nearest=mean_loss(nearest) if nearest else None,
+        nearest_recovered=recovered(tuned, nearest, shipped, seed) if nearest else None,
+        tuned=mean_loss(tuned),
+        ptq=mean_loss(ptq),
+        recovered=recovered(tuned, ptq, shipped, seed),
+        agreement=agreement(measured, switch.tuned),
+        ptq_over_tuned=difference(ptq, tuned, seed),
+        shipped_over_ptq=difference(shipped, ptq, seed),
     )
 
 
@@ -117,14 +120,14 @@ def is_significant(interval: Interval | None) -> bool:
 
 
 def difference(one: RowLosses, other: RowLosses, seed: int) -> Interval | None:
-    """How much the first model's mean loss lies above the other's on the same examples: paired bootstrap over examples, 95 % two-sided.
+    """How much the first model's mean loss lies above the other's on the same rows: paired bootstrap over rows, 95 % two-sided.
 
     Args:
-        one, other: losses of the same examples.
+        one, other: losses of the same rows.
         seed: of the resampling.
 
     Returns:
-        None for fewer than 6 examples, of which not even one sign in all of them would be significant.
+        None for fewer than 6 rows, of which not even one sign in all of them would be significant.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, percentile interval.
     """

@@ -118,14 +118,20 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
 
     Raises:
         DataError: it does not load.
+        SpecError: it needs code of its own and the spec does not allow that.
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise SpecError(
+                f"The tokenizer in {folder} needs Python code of its own (auto_map in tokenizer_config.json); "
+                "set spec.model.trustRemoteCode to true if you trust it."
+            ) from error
         raise DataError(
-            f"The tokenizer in {folder} does not load ({first_line(error)}); the folder needs the files that save_pretrained writes."
+            f"The tokenizer in {folder} does not load ({first_line(error)}); download it again, with every file that its save_pretrained writes."
         ) from error
 
 
