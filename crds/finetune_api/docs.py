@@ -28,7 +28,7 @@ What `kubectl explain ftj.spec` says, on one page. An edit of a field does one o
 |---|---|
 | train | changes the weights: the old Job stops, a new run trains |
 | run | makes a new Job, which starts from what the same training already has |
-| live | is patched onto the Job; nothing restarts |
+| live | is patched onto the Job, without a new run (`suspend` stops the pod, and later lets another one go on from its checkpoint) |
 """
 
 
@@ -80,9 +80,9 @@ A job that wants a GPU is first checked by a Job without one. Its pod tolerates 
 
 A `scheduling.runtimeClassName` such as a sandbox's holds for preflight too; only those of GPU nodes (the chart's `trainer.gpuRuntimeClasses`) are left out.
 
-A selector that leaves the zone open, or none, leaves it open to preflight as well: if the GPU nodes are in some zones only, the new volume of a claim may lie in another, and
-the training waits as `Unschedulable` with `volume node affinity conflict`. Then name the zone or the GPU nodes' label in `scheduling.nodeSelector`, or set
-`runPolicy.preflight: Skip`; a claim whose volume is in the wrong zone already must be made anew.
+**Claim and GPU nodes in different zones.** A new claim's disk is made in the zone of the first pod that uses it, and that is preflight's. If the GPU nodes are in another
+zone, the training waits as `Unschedulable` with `volume node affinity conflict`. Avoid it: put the zone, or the GPU nodes' label, into `scheduling.nodeSelector`, or set
+`runPolicy.preflight: Skip`. If it has happened: delete the claim and make it anew.
 """
 
 

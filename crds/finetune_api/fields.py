@@ -18,7 +18,7 @@ class FieldClass(StrEnum):
 
     TRAIN = "train"  # changes the weights: the old Job stops, a new run trains
     RUN = "run"  # a new Job, which starts from what the same trainDigest already has
-    LIVE = "live"  # patched onto the Job; nothing restarts
+    LIVE = "live"  # patched onto the Job, without a new run
 
 
 class ApiModel(BaseModel):

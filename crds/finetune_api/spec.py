@@ -103,7 +103,7 @@ class DatasetSpec(ApiModel):
         "builtin://python-docs. No default.",
     )
     credentials: SecretReference = spec_field(
-        "Secret that opens the source. Default: none.", default=SecretReference, field_class=FieldClass.RUN
+        "Secret that opens source and evaluation.source. Default: none.", default=SecretReference, field_class=FieldClass.RUN
     )
     endpoint: Endpoint = spec_field("S3 endpoint of source and evaluation.source. Default: AWS.", default="", field_class=FieldClass.RUN)
     format: Literal["auto", "chat", "prompt-completion", "instruction", "text"] = spec_field(
@@ -142,13 +142,13 @@ class QuantizationSpec(ApiModel):
         default=None,
     )
     qat_percent: int = spec_field(
-        "Share of the optimizer steps, at the end, under exact quantization-aware training, in percent; below 100 the first step is never one, unless it is the only one. "
-        "Default 20. 100 is QAT from the first step, 0 quantizes after training.",
+        "Percent of the optimizer steps, the last ones, that train with rounded weights (exact quantization-aware training, QAT); the steps before are plain LoRA, at least "
+        "one where there are two or more. Default 20. 100: QAT from the first step. 0: quantization after training only.",
         default=20, ge=0, le=100,
     )  # fmt: skip
     distill: bool = spec_field(
-        "Half of the loss of the QAT steps is the divergence from the adapter at the switch, which costs an adapter and a forward pass. "
-        "Without effect at qatPercent 0 and 100. Default true.",
+        "During the QAT steps, half of the loss is how far the rounded model strays from the adapter as it was before them, which costs one more adapter in memory and one "
+        "more forward pass. Without effect at qatPercent 0 and 100. Default true.",
         default=True,
     )  # fmt: skip
     accept_inexact: bool = spec_field(
@@ -206,7 +206,7 @@ class OutputsSpec(ApiModel):
     """What is shipped, and where to."""
 
     artifacts: tuple[Artifact, ...] = spec_field(
-        "adapter, quantized, merged. Default: adapter, and quantized unless the scheme is none.",
+        "adapter and quantized (merged is not served yet). Default: adapter, and quantized unless the scheme is none.",
         default=(),
         max_length=3,
         not_yet="merged 16-bit models are not served yet; use adapter, quantized or both",
@@ -219,7 +219,7 @@ class ResourcesSpec(ApiModel):
     """What the training pod asks for."""
 
     gpus: int = spec_field(
-        "GPUs (nvidia.com/gpu) of the pod. Default 1. 0 trains on the CPU.",
+        "GPUs (nvidia.com/gpu) of the pod: 1, or 0 to train on the CPU; more are not served yet. Default 1.",
         default=1,
         ge=0,
         le=16,
@@ -232,7 +232,12 @@ class ResourcesSpec(ApiModel):
         default="",
     )
     nodes: int = spec_field(
-        "Nodes of the job. Default 1.", default=1, ge=1, le=64, not_yet="more than one node is not served yet; use 1", served=(1,)
+        "Nodes of the job: 1; more are not served yet. Default 1.",
+        default=1,
+        ge=1,
+        le=64,
+        not_yet="more than one node is not served yet; use 1",
+        served=(1,),
     )
     memory: Quantity = spec_field("Memory request and limit of the pod. Default 16Gi.", default="16Gi")
     cpu: Quantity = spec_field("CPU request of the pod; there is no CPU limit. Default 2.", default="2")
@@ -255,7 +260,7 @@ class SchedulingSpec(ApiModel):
     priority_class_name: OptionalName = spec_field("PriorityClass of the pod. Default: the cluster's.", default="")
     runtime_class_name: OptionalName = spec_field("RuntimeClass of the pod. Default: the cluster's.", default="")
     queue_name: OptionalName = spec_field(
-        "Kueue LocalQueue. Default: none.", default="", not_yet="Kueue is not served yet; remove scheduling.queueName"
+        "Kueue LocalQueue, not served yet. Default: none.", default="", not_yet="Kueue is not served yet; remove scheduling.queueName"
     )
 
 
@@ -271,16 +276,22 @@ class PodSpec(ApiModel):
     )
 
 
-class ClaimSpec(ApiModel):
-    """A volume that lasts."""
+class CacheSpec(ApiModel):
+    """Where downloaded models are kept."""
 
-    persistent_volume_claim: OptionalName = spec_field("Name of a PersistentVolumeClaim. Default: none.", default="")
+    persistent_volume_claim: OptionalName = spec_field(
+        "Claim that keeps downloaded models. Default: none, they go with the pod.", default=""
+    )
 
 
-class WorkspaceSpec(ClaimSpec):
+class WorkspaceSpec(ApiModel):
     """Where outputs/, lora_model/ and model-torchao/ are written."""
 
-    size: Quantity = spec_field("Space for checkpoints and artifacts. Default 50Gi.", default="50Gi")
+    persistent_volume_claim: OptionalName = spec_field(
+        "Claim for the working directory, which then outlasts the pod; each training has a folder of its own in it, and checkpoints are not mirrored. Default: none.",
+        default="",
+    )
+    size: Quantity = spec_field("Space for checkpoints and artifacts, where there is no claim. Default 50Gi.", default="50Gi")
     storage_class_name: OptionalName = spec_field(
         "StorageClass of a volume that lives as long as the pod. Default: an emptyDir of that size.", default=""
     )
@@ -289,7 +300,10 @@ class WorkspaceSpec(ClaimSpec):
 class CheckpointsSpec(ApiModel):
     """Where checkpoints are mirrored when the workspace does not last."""
 
-    uri: CheckpointUri = spec_field("s3://bucket/prefix. Default: .checkpoints/<trainDigest>/ under the first s3 destination.", default="")
+    uri: CheckpointUri = spec_field(
+        "s3://bucket/prefix; checkpoints lie in <trainDigest>/ under it. Default: .checkpoints under the first s3 destination. Ignored with a workspace claim.",
+        default="",
+    )
     credentials: SecretReference = spec_field("Secret with write access. Default: the destination's.", default=SecretReference)
     endpoint: Endpoint = spec_field("S3 endpoint. Default: the destination's.", default="")
 
@@ -297,7 +311,7 @@ class CheckpointsSpec(ApiModel):
 class StorageSpec(ApiModel):
     """Volumes and the checkpoint mirror."""
 
-    cache: ClaimSpec = spec_field("Keeps downloaded models between jobs. Default: gone with the pod.", default=ClaimSpec)
+    cache: CacheSpec = spec_field("Keeps downloaded models between jobs. Default: gone with the pod.", default=CacheSpec)
     workspace: WorkspaceSpec = spec_field("Working directory. Default: an emptyDir of 50Gi.", default=WorkspaceSpec)
     checkpoints: CheckpointsSpec = spec_field("Checkpoint mirror. Default: under the first s3 destination.", default=CheckpointsSpec)
 
@@ -324,7 +338,7 @@ class RunPolicySpec(ApiModel):
         field_class=FieldClass.LIVE,
     )
     active_deadline_seconds: int | None = spec_field(
-        "Seconds after which the run is stopped as failed. Default: no limit. Resuming a suspended job restarts it.",
+        "Seconds after which a Job is stopped as failed, preflight's and the training's each; waiting for a node counts. Default: no limit. Resuming a suspended job restarts it.",
         default=None, ge=1, le=31536000, field_class=FieldClass.LIVE,
     )  # fmt: skip
     ttl_seconds_after_finished: int | None = spec_field(

@@ -75,7 +75,7 @@ class Progress(ApiModel):
     loss: Loss = Field("", description="Training loss of the last step, 4 significant digits.")
     tokens_per_second: Count = Field(0, description="Tokens per second since the start of this attempt.")
     eta_seconds: Count = Field(0, description="Estimated seconds to the last step.")
-    updated_at: Timestamp | None = Field(None, description="When the trainer said so.")
+    updated_at: Timestamp | None = Field(None, description="When the operator read it.")
 
 
 class Attempt(ApiModel):
@@ -156,7 +156,7 @@ class FineTuneJobStatus(ApiModel):
     """What the operator reports."""
 
     observed_generation: Count = Field(0, description="Generation of the spec this status speaks of.")
-    phase: Phase | None = Field(None, description="Pending, Queued, Running, Succeeded, Failed or Suspended.")
+    phase: Phase | None = Field(None, description="Pending, Running, Succeeded, Failed or Suspended (Queued: not yet).")
     stage: Stage | None = Field(None, description="What the trainer is doing.")
     message: Text = Field("", description="One sentence a person can act on.")
     conditions: tuple[Condition, ...] = Field(

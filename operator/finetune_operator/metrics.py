@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finetune_api import names
 from finetune_api.status import Phase
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -118,9 +119,18 @@ The operator serves `/healthz`, `/readyz` and `/metrics` (Prometheus) on one por
 """
 
 
+_TAIL = f"""
+## What a trainer's pod serves
+
+Each training pod has a `/metrics` of its own on port {names.PROGRESS_PORT} (named `progress`), as long as it runs: `finetune_step`, `finetune_total_steps`, `finetune_loss` (nats per token),
+`finetune_tokens_per_second`, and `finetune_stage` with the label `stage`. The chart's PodMonitor selects the operator alone: to scrape trainers, select pods that have the label
+`{names.LABEL_JOB}`, and let your Prometheus in where a [NetworkPolicy](security.md) stands.
+"""
+
+
 def metrics_markdown() -> str:
     """The content of docs/metrics.md."""
-    return _HEAD + "".join(_rows())
+    return _HEAD + "".join(_rows()) + _TAIL
 
 
 def _rows() -> Iterator[str]:

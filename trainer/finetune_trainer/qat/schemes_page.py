@@ -46,7 +46,8 @@ _NOTES = """
   the model reads and writes float32, which those kernels do not take.
 - A token of zeros, such as padding, stays zero under every scheme.
 - What is proved on a CPU is the file. The proof on a GPU also holds each layer's kernel against training, within rounding, and fails the job where they differ; it ran on an
-  H200 for every scheme. `int8` and `int8-int4` are slow there: torchao dequantizes them step by step, 2 to 30 times the time of 16 bits.
+  H200 for every scheme. Uncompiled, `int8`, `int8-int4` and `fp8-fp8` are slower there than 16 bits (up to 33 times, least with many tokens); `int4` gained with 16 tokens only,
+  `fp8-int4` with 4,096 only ([BENCHMARKS.md](../BENCHMARKS.md)).
 """
 
 LOSSES = ("base", "tuned", "nearest", "ptq", "quantized")
