@@ -19,7 +19,7 @@ from pathlib import Path
 from finetune_trainer import rendering
 from finetune_trainer.dataset import Row
 from finetune_trainer.example import Example
-from finetune_trainer.stages.data import tokenize
+from finetune_trainer.tokenizing import tokenize
 from transformers import PreTrainedTokenizerBase
 
 LONGEST_TOKENS = 112
