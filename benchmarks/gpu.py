@@ -24,12 +24,12 @@ from finetune_trainer.memory.fit import estimates_of
 from finetune_trainer.plan import Plan
 from finetune_trainer.qat import linear
 from finetune_trainer.qat.export import exported_tensor
-from finetune_trainer.qat.kernels import kernel_of
+from finetune_trainer.qat.kernels import kernel_of, steps_off
 from finetune_trainer.qat.prepare import exact_layers, follow_optimizer, mode_of, prepare
 from finetune_trainer.qat.quantizers import WeightQuantizer
 from finetune_trainer.qat.quantizers.float8 import MslkFloat8Activations
 from finetune_trainer.qat.schemes import SCHEMES
-from finetune_trainer.qat.tensors import activations_of, dequantized, reference_linear
+from finetune_trainer.qat.tensors import dequantized, reference_linear
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -298,18 +298,10 @@ def kernel_figures(scheme: Scheme) -> dict[str, Any]:
     for tokens in (1, 16, 256, 4096):
         x = torch.randn(tokens, layer.in_features, device="cuda", dtype=torch.bfloat16)
         output, reference = shipped(x), reference_linear(x, shipped.weight, None)
-        figures[f"rounding_steps_{tokens}"] = rounding_steps(x, shipped.weight, output, reference)
+        figures[f"steps_off_{tokens}"] = round(steps_off(shipped, x, output), 3)
         figures[f"equal_{tokens}"] = bool(torch.equal(output, reference))
         figures[f"us_{tokens}"] = [round(microseconds(call), 1) for call in (lambda x=x: shipped(x), lambda x=x: F.linear(x, trained))]
     return figures
-
-
-def rounding_steps(x: Tensor, weight: Tensor, output: Tensor, reference: Tensor) -> float:
-    """As qat/kernels.py has them for the proof."""
-    quantizer = activations_of(weight)
-    read = x if quantizer is None else quantizer.dequantize(quantizer.quantize(x), x.dtype)
-    size = F.linear(read.double().abs(), dequantized(weight).double().abs())
-    return round(float(((output.double() - reference.double()).abs() / (size * torch.finfo(x.dtype).eps)).max()), 3)
 
 
 def bytes_of(weight: Tensor) -> int:

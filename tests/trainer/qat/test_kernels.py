@@ -6,9 +6,10 @@ import pytest
 import torch
 from finetune_api.spec import Scheme
 from finetune_trainer.qat.export import plain_model
-from finetune_trainer.qat.kernels import REFERENCE, kernel_errors, kernel_of, quantized_layers, reference_arithmetic
+from finetune_trainer.qat.kernels import REFERENCE, kernel_errors, kernel_of, quantized_layers, reference_arithmetic, steps_off
 from finetune_trainer.qat.prepare import training_logits
 from finetune_trainer.qat.schemes import SCHEMES as TABLE
+from finetune_trainer.qat.tensors import activations_of, dequantized, reference_linear
 from finetune_trainer.stages.convert import reference_batch
 from support.exact_models import DTYPES, KERNELS, exact_model
 from transformers import PreTrainedModel
@@ -48,7 +49,40 @@ def test_where_no_kernel_is_said_to_run_none_does(scheme: Scheme) -> None:
 def test_the_float8_kernel_of_the_cpu_is_the_training_within_rounding(dtype: torch.dtype) -> None:
     errors = kernel_errors(shipped(Scheme.FP8_FP8, dtype), BATCH)
     assert len(errors) == 14
-    assert max(errors.values()) < 2
+    assert max(errors.values()) < 0.5
+
+
+@pytest.mark.parametrize("inputs", [512, 4096])
+@pytest.mark.parametrize("scheme", [Scheme.INT4, Scheme.FP8_INT4, Scheme.FP8_FP8])
+def test_a_wrong_kernel_is_above_the_limit_in_the_dtype_that_is_served_however_many_products_there_are(scheme: Scheme, inputs: int) -> None:
+    layer = one_layer(scheme, inputs)
+    x = torch.randn(64, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
+    right, scaled = reference_linear(x, layer.weight, None), dequantized(layer.weight).double()
+    channel, token = torch.ones(right.shape[-1]), torch.ones(len(x), 1)
+    channel[7], token[5] = 1.05, 1.3
+    wrong = {
+        "another scale": right * 1.05,
+        "another scale of one channel": (right * channel).bfloat16(),
+        "another scale of one token": (right * token).bfloat16(),
+        "nothing": right * 0,
+        "the next group's scale": (x.double() @ scaled.roll(128, 1).T).bfloat16(),
+        **({"the input as it is": (x.double() @ scaled.T).bfloat16()} if TABLE[scheme].activations else {}),
+    }
+    assert steps_off(layer, x, right) == 0.0
+    read = activations_of(layer.weight)
+    exact = (read.dequantize(read.quantize(x), x.dtype) if read else x).double() @ scaled.T
+    assert steps_off(layer, x, exact.bfloat16()) < 0.5
+    assert {name: error for name, result in wrong.items() if (error := steps_off(layer, x, result)) <= 2.0} == {}
+
+
+def one_layer(scheme: Scheme, inputs: int) -> torch.nn.Linear:
+    """A shipped layer of 64 outputs in bfloat16."""
+    info = TABLE[scheme]
+    quantizer = info.quantizer(128 if info.group_sizes else None)
+    weight = torch.randn(64, inputs, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
+    layer = torch.nn.Linear(inputs, 64, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(info.tensor(quantizer.quantize(weight), quantizer.block(inputs)), requires_grad=False)
+    return layer
 
 
 @pytest.mark.parametrize("scheme", KERNELS)

@@ -127,11 +127,19 @@ def test_int4_weights_in_float32_are_those_of_torchaos_fake_quantizer(rows: int,
 
 @settings(max_examples=30)
 @given(rows=st.integers(1, 9), groups=st.integers(1, 4), power=st.integers(-12, 3), seed=st.integers(0, 2**32 - 1))
-def test_fp8_int4_weights_that_float8_holds_are_those_of_torchaos_fake_quantizer(rows: int, groups: int, power: int, seed: int) -> None:
+def test_fp8_int4_weights_that_float8_holds_are_those_of_torchaos_fake_quantizer_as_float8(
+    rows: int, groups: int, power: int, seed: int
+) -> None:
     drawn = torch.randn(rows, groups * GROUP, generator=torch.Generator().manual_seed(seed)) * 100
     drawn[:, 0] = 448.0  # the largest of float8, so that its scale is a power of two
     weight = drawn.clamp(-448, 448).to(torch.float8_e4m3fn).float() * 2.0**power
-    assert_bit_equal(fake_quantized(weight, Scheme.FP8_INT4), torchao_int4_fake_quantized(weight, torch.float8_e4m3fn))
+    theirs = torchao_int4_fake_quantized(weight, torch.float8_e4m3fn)  # `code * scale`, which the kernel rounds to float8
+    assert_bit_equal(fake_quantized(weight, Scheme.FP8_INT4), theirs.to(torch.float8_e4m3fn).float())
+
+
+def test_small_fp8_int4_weights_get_the_steps_of_float8() -> None:
+    weight = random_rows(4, GROUP, 0.004, 0, torch.bfloat16)
+    assert torch.equal(fake_quantized(weight, Scheme.FP8_INT4) * 2**9 % 1, torch.zeros(4, GROUP))
 
 
 @pytest.mark.parametrize("scheme", [Scheme.INT4, Scheme.FP8_INT4])

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +23,14 @@ _FLOAT8_CAPABILITY, _MSLK_CAPABILITY = (8, 9), (9, 0)
 
 
 def kernel_of(model: nn.Module, device: torch.device) -> str:
-    """What computes the model's quantized layers on a device, in words; empty where nothing does."""
-    weights = {type(layer.weight) for _, layer in quantized_layers(model)}
+    """What computes the model's quantized layers on a device, in words; empty where nothing does, as for float32 on a GPU."""
+    layers = [layer for _, layer in quantized_layers(model)]
+    weights = {type(layer.weight) for layer in layers}
     if weights <= {IntxUnpackedToInt8Tensor}:
         return REFERENCE
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if capability and any(layer.weight.dtype != torch.bfloat16 for layer in layers):
+        return ""
     # torchao takes mslk's kernels wherever they are and run.
     mslk = capability is not None and capability >= _MSLK_CAPABILITY and find_spec("mslk") is not None
     if weights == {Float8Tensor} and not mslk:
@@ -57,10 +59,7 @@ def reference_arithmetic(model: nn.Module) -> Iterator[None]:
 
 
 def kernel_errors(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
-    """For each quantized layer how far its kernel is from the reference on the input that it gets in this batch.
-
-    The unit is one rounding step of the model's dtype, relative to the sum of the absolute products of each output; a few are rounding.
-    """
+    """For each quantized layer how far its kernel is from the reference on the input that it gets in this batch, as `steps_off` has it."""
     errors: dict[str, float] = {}
     hooks = [layer.register_forward_hook(partial(_note_error, errors, name)) for name, layer in quantized_layers(model)]
     try:
@@ -72,17 +71,30 @@ def kernel_errors(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, float
     return errors
 
 
+def steps_off(layer: nn.Linear, x: Tensor, output: Tensor) -> float:
+    """How far what a kernel gave for x is from the reference, in rounding steps, 0 or more; infinite where it is no number.
+
+    One step of an output y is eps (sqrt(sum p^2) + |y|), with eps of the model's dtype and p its products: about what rounding each product, and y, can cost. It is of
+    y's own size, unlike the sum of |p|, which grows with the number of products. Of each output channel the root mean square over all tokens is taken, so
+    that one wrong scale shows, and the worst channel counts.
+
+    Args:
+        layer: with a shipped weight [out, in].
+        x: [..., in], in the model's dtype.
+        output: [..., out].
+    """
+    quantizer = activations_of(layer.weight)
+    read = x if quantizer is None else quantizer.dequantize(quantizer.quantize(x), x.dtype)
+    products = F.linear(read.double().square(), dequantized(layer.weight).double().square()).sqrt()
+    expected = reference_linear(x, layer.weight, layer.bias).double()
+    step = (products + expected.abs()) * torch.finfo(x.dtype).eps
+    steps = (output.double() - expected) / step.clamp(min=torch.finfo(torch.float64).tiny)
+    return float(steps.flatten(end_dim=-2).square().mean(dim=0).sqrt().nan_to_num(nan=math.inf).max())
+
+
 def _reference_forward(layer: nn.Linear, x: Tensor) -> Tensor:
     return reference_linear(x, layer.weight, layer.bias)
 
 
-def _note_error(errors: dict[str, float], name: str, layer: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> None:
-    (x,) = inputs
-    quantizer = activations_of(layer.weight)
-    read = x if quantizer is None else quantizer.dequantize(quantizer.quantize(x), x.dtype)
-    bias = None if layer.bias is None else layer.bias.double().abs()
-    size = F.linear(read.double().abs(), dequantized(layer.weight).double().abs(), bias)
-    difference = (output.double() - reference_linear(x, layer.weight, layer.bias).double()).abs()
-    steps = difference / (size * torch.finfo(x.dtype).eps).clamp(min=torch.finfo(torch.float64).tiny)
-    # Of two numbers, one of them NaN, max() gives the first.
-    errors[name] = max(errors.get(name, 0.0), float(steps.nan_to_num(nan=math.inf).max()))
+def _note_error(errors: dict[str, float], name: str, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+    errors[name] = max(errors.get(name, 0.0), steps_off(layer, *inputs, output))

@@ -14,7 +14,7 @@ from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor 
 from finetune_trainer.qat.quantizers import ActivationQuantizer, WeightCodes
 from finetune_trainer.qat.quantizers.activations import Int8Activations
 from finetune_trainer.qat.quantizers.float8 import FLOAT8, LEAST_LARGEST, Float8Activations, MslkFloat8Activations
-from finetune_trainer.qat.quantizers.int4 import ZeroPointGrid, pack, unpack
+from finetune_trainer.qat.quantizers.int4 import EighthsGrid, ZeroPointGrid, pack, unpack
 
 QUANTIZED = (IntxUnpackedToInt8Tensor, Int4Tensor, Float8Tensor)
 
@@ -57,7 +57,8 @@ def dequantized(weight: Tensor) -> Tensor:
     if isinstance(weight, Int4Tensor):  # torchao 0.18 has no dequantize for it
         codes = unpack(weight.qdata)
         grouped = codes.view(codes.shape[0], -1, weight.block_size[-1])
-        values = ZeroPointGrid().dequantize(grouped, weight.scale.t(), weight.zero_point.t(), weight.dtype)
+        grid = EighthsGrid() if weight.activation_dtype == FLOAT8 else ZeroPointGrid()
+        values = grid.dequantize(grouped, weight.scale.t(), weight.zero_point.t(), weight.dtype)
         return values.view(codes.shape)
     return weight.dequantize() if isinstance(weight, QUANTIZED) else weight
 

@@ -15,7 +15,7 @@ LEAST_LARGEST = 1e-12
 """A row's largest value counts as at least this, so that a row of zeros stays zero; the exported tensor names it for its activations."""
 
 _MSLK_LEAST_LARGEST = 1.0 / 512.0
-_LARGEST = torch.finfo(FLOAT8).max
+LARGEST = torch.finfo(FLOAT8).max
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Float8Grid:
     @property
     def bounds(self) -> tuple[int, int]:
         """Smallest and largest code."""
-        return -int(_LARGEST), int(_LARGEST)
+        return -int(LARGEST), int(LARGEST)
 
     def quantize(self, grouped: Tensor, clip_ratio: Tensor | None) -> tuple[Tensor, Tensor, None]:
         """float8_e4m3fn codes, float32 scales."""
@@ -75,7 +75,7 @@ class MslkFloat8Activations:
     def quantize(self, activation: Tensor) -> ActivationCodes:
         """float8_e4m3fn codes [..., features], float32 scale [..., 1]."""
         largest = activation.abs().amax(dim=-1, keepdim=True).to(torch.float32)
-        scale = largest.clamp_(min=_MSLK_LEAST_LARGEST).div_(_LARGEST)
+        scale = largest.clamp_(min=_MSLK_LEAST_LARGEST).div_(LARGEST)
         return ActivationCodes(_rounded(activation, scale), scale)
 
     @torch.no_grad()
@@ -85,11 +85,11 @@ class MslkFloat8Activations:
 
 
 def _torchao_scale(largest: Tensor) -> Tensor:
-    return largest.clamp(min=LEAST_LARGEST).div_(_LARGEST).to(torch.float32)
+    return largest.clamp(min=LEAST_LARGEST).div_(LARGEST).to(torch.float32)
 
 
 def _rounded(values: Tensor, scale: Tensor) -> Tensor:
-    return values.to(torch.float32).div(scale).clamp_(-_LARGEST, _LARGEST).to(FLOAT8)
+    return values.to(torch.float32).div(scale).clamp_(-LARGEST, LARGEST).to(FLOAT8)
 
 
 def _scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
