@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune_trainer import atomic
 from finetune_trainer.destinations.model_card import base_model, hub_revision
 from finetune_trainer.errors import SpecError
+from finetune_trainer.failures import first_line
 from finetune_trainer.language_model import foreign_linears
 
 
@@ -20,9 +21,15 @@ def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
     """The base model with a LoRA adapter: A random, B zero, no dropout.
 
     Raises:
-        SpecError: a target module that the model does not have, or its output head.
+        SpecError: a target module that the model does not have, its output head, or one that peft has no adapter for.
     """
-    return get_peft_model(base, lora_config(base, lora))
+    config = lora_config(base, lora)
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:  # such as a Mamba block's projection, whose weight a kernel reads past any adapter
+        raise SpecError(
+            f"spec.lora.targetModules {lora.target_modules!r} does not suit this model ({first_line(error)}); name the layers that do, such as q_proj,v_proj."
+        ) from error
 
 
 def lora_config(base: PreTrainedModel, lora: LoraSpec) -> LoraConfig:

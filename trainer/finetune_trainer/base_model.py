@@ -46,6 +46,14 @@ def check_weights(folder: Path, *, trust_remote_code: bool) -> None:
     _from_safetensors(folder, dtype=torch.float32, trust_remote_code=trust_remote_code, device_map="meta")
 
 
+def note_untied(model: PreTrainedModel) -> None:
+    """Where the files have an output head that is not the embedding, though config.json ties them, transformers loads both; the exported config.json must say so."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embeddings.weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
 def _config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     with refusing(folder, f"choose a model whose architecture transformers {__version__} knows, or download this one again"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

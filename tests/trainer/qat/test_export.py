@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_api.spec import Scheme
+from finetune_api.spec import LoraSpec, Scheme
+from finetune_trainer.adapter import add_adapter
+from finetune_trainer.base_model import note_untied
 from finetune_trainer.errors import DataError
 from finetune_trainer.qat import export
 from finetune_trainer.qat.export import exported_tensor, plain_model, tensor_digest, trained_digests, weight_digests
@@ -22,6 +24,7 @@ from finetune_trainer.stages.convert import reference_batch
 from peft import PeftModel
 from safetensors import safe_open
 from support.exact_models import DTYPES, KERNELS, SCHEMES, WIDE, exact_layer, exact_model, lora_model, lora_opt, quantization
+from support.tiny_model import tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -124,6 +127,38 @@ def test_untied_heads_biases_and_frozen_layers_are_exported_exactly(changes: dic
     loaded = reloaded(exported(model, Scheme.INT8_INT4), tmp_path)
     assert float((plain_logits(loaded) - training_logits(model, IDS, MASK)).abs().max()) == 0.0
     assert weight_digests(loaded) == trained_digests(model)
+
+
+def test_a_head_of_its_own_is_exported_though_config_json_ties_it_to_the_embedding(tmp_path: Path) -> None:
+    """As peft's modules_to_save leaves it; transformers loads both and says that config.json is wrong."""
+    base = tiny_llama(tie_word_embeddings=False)
+    base.config.tie_word_embeddings = True
+    base.save_pretrained(tmp_path / "base")
+    with safe_open(tmp_path / "base" / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" in file.keys()  # noqa: SIM118 not a mapping
+    loaded_base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    note_untied(loaded_base)
+    model = add_adapter(loaded_base, LoraSpec(rank=4))
+    prepare(model, quantization())
+    loaded = reloaded(exported(model, Scheme.INT8_INT4), tmp_path / "exported")
+    assert loaded.config.tie_word_embeddings is False
+    assert weight_digests(loaded) == trained_digests(model)
+    assert float((plain_logits(loaded) - training_logits(model, IDS, MASK)).abs().max()) == 0.0
+
+
+def test_buffers_that_are_saved_are_proved_too() -> None:
+    """Under the names of the exported model; what is not saved, such as rotary frequencies, comes from its code."""
+    model = exact_model()
+    layer = base_linear(exact_layer(model, "0.self_attn.q_proj"))
+    layer.register_buffer("gain", torch.tensor([2.0]))
+    layer.register_buffer("table", torch.tensor([2.0]), persistent=False)
+    name = "model.layers.0.self_attn.q_proj"
+    before = trained_digests(model)
+    layer.gain += 1
+    assert trained_digests(model)[f"{name}.gain"] != before[f"{name}.gain"]
+    assert f"{name}.table" not in before
+    assert weight_digests(layer)["gain"] == trained_digests(model)[f"{name}.gain"]
+    assert "table" not in weight_digests(layer)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

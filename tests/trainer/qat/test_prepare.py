@@ -32,7 +32,7 @@ from support.exact_models import (
     token_ids,
 )
 from support.tiny_model import tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import FalconH1Config, FalconH1ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 NARROW = {"hidden_size": 128, "intermediate_size": 96}  # all but down_proj divide into groups of 128
 PER_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -115,7 +115,9 @@ def test_an_adapter_on_the_output_head_is_refused(tied: bool) -> None:
 
 
 def test_the_output_head_is_not_among_the_layers_that_are_offered() -> None:
-    with pytest.raises(SpecError, match=r"linear layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\."):
+    with pytest.raises(
+        SpecError, match=r"; choose from its linear layers: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\."
+    ):
         lora_model(targets="no_such_proj")
 
 
@@ -134,6 +136,58 @@ def test_a_mixture_is_refused_before_its_experts_are_trained_for_nothing() -> No
 def test_a_mixture_whose_attention_alone_is_trained_counts_its_experts_as_not_quantized() -> None:
     with pytest.raises(SpecError, match=r"would quantize only \d+% of this model's linear weights.*its experts share tensors"):
         prepare(add_adapter(tiny_mixture(), LoraSpec(rank=4, target_modules="q_proj,k_proj,v_proj,o_proj")), quantization())
+
+
+class Transposing(torch.nn.Linear):
+    """As Falcon's layers: torchao's tensors can't be transposed, so what is shipped would not run."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 torch's name
+        return input @ self.weight.T
+
+
+def test_a_frozen_layer_that_computes_in_a_way_of_its_own_is_not_quantized_and_counts() -> None:
+    model = lora_model(targets="q_proj")
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer.__class__ = Transposing
+    prepared = prepare(model, quantization())
+    assert prepared.skipped == {"lm_head": "output head", "model.layers.0.mlp.up_proj": "computes in a way of its own"}
+    assert type(layer) is Transposing
+    assert prepared.coverage == pytest.approx(1 - layer.weight.numel() / linear_weights(model))
+
+
+def test_an_adapter_on_a_layer_that_computes_in_a_way_of_its_own_is_refused() -> None:
+    model = lora_model()
+    model.get_base_model().model.layers[0].mlp.up_proj.get_base_layer().__class__ = Transposing
+    with pytest.raises(SpecError, match=r"targetModules: model\.layers\.0\.mlp\.up_proj computes in a way of its own.*leave it out"):
+        prepare(model, quantization())
+
+
+def test_a_model_of_such_layers_alone_is_refused() -> None:
+    model = lora_model()
+    for module in list(model.get_base_model().modules()):
+        if type(module) is torch.nn.Linear and module.bias is None and module.in_features >= 64 and module.out_features < 260:
+            module.__class__ = Transposing
+    with pytest.raises(SpecError, match=r"quantize only 0%.*its layers compute in a way of their own.*choose scheme none"):
+        prepare(model, quantization())
+
+
+def linear_weights(model: PeftModel) -> int:
+    """Of all linear layers but the output head."""
+    return sum(layer.weight.numel() for name, layer in model.get_base_model().named_modules() if name.endswith("_proj"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_peft_has_no_adapter_for_is_refused_in_a_sentence() -> None:
+    config = FalconH1Config(
+        vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, mamba_d_ssm=64,
+        mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        base = FalconH1ForCausalLM(config)
+    with pytest.raises(
+        SpecError, match=r"spec\.lora\.targetModules 'all-linear' does not suit this model \(.*out_proj.*name the layers that do"
+    ):
+        add_adapter(base, LoraSpec(rank=4))
 
 
 def test_lora_dropout_is_refused() -> None:

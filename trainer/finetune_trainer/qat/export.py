@@ -61,7 +61,7 @@ def plain_model(
         if ".lora_" not in name and not _is_head_tied(name, base):
             _assign(plain, plain_name(name.replace(".base_layer", "")), parameter.detach())
     for name, buffer in base.named_buffers():
-        path, _, attribute = name.rpartition(".")
+        path, _, attribute = plain_name(name.replace(".base_layer", "")).rpartition(".")
         setattr(plain.get_submodule(path), attribute, buffer)
     for name, layer in merged_layers(model):
         _assign(plain, f"{name}.weight", merged_weight(layer))
@@ -84,8 +84,9 @@ def free_weight(layer: ExactLinear) -> None:
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
-    """sha256 of every parameter's values, dequantized; equal digests are equal bits."""
-    return {name: tensor_digest(dequantized(parameter.detach())) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    """sha256 of the values of every parameter, dequantized, and of every buffer that is saved; equal digests are equal bits."""
+    weights = {name: tensor_digest(dequantized(parameter.detach())) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return weights | _buffer_digests(model)
 
 
 def trained_digests(model: PeftModel) -> dict[str, str]:
@@ -96,9 +97,15 @@ def trained_digests(model: PeftModel) -> dict[str, str]:
         for name, parameter in base.named_parameters(remove_duplicate=False)
         if ".lora_" not in name
     }
+    digests |= {plain_name(name.replace(".base_layer", "")): digest for name, digest in _buffer_digests(base).items()}
     digests |= {f"{name}.weight": tensor_digest(fake_quantized_weight(layer)) for name, layer in exact_layers(model)}
     digests |= {f"{name}.weight": tensor_digest(merged_weight(layer)) for name, layer in merged_layers(model)}
     return digests
+
+
+def _buffer_digests(model: nn.Module) -> dict[str, str]:
+    saved = set(model.state_dict())
+    return {name: tensor_digest(buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved}
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -110,8 +117,8 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def _is_head_tied(name: str, base: PreTrainedModel) -> bool:
-    head = base.get_output_embeddings()
-    return bool(base.config.tie_word_embeddings) and head is not None and name.endswith("lm_head.weight")
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    return head is not None and head.weight is embeddings.weight and name.endswith("lm_head.weight")
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

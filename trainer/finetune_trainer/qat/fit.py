@@ -75,7 +75,11 @@ def _unfit(scheme: Scheme, group_size: int | None, out_features: int, in_feature
 
 def _refusal(found: Fit, shapes: Shapes, fused: int) -> str:
     groups = f" in groups of {found.group_size}" if found.group_size else ""
-    missing = "its experts share tensors, which are no linear layers" if fused else "it has no linear layer besides the output head"
+    missing = (
+        "its experts share tensors, or its layers compute in a way of their own"
+        if fused
+        else "it has no linear layer besides the output head"
+    )
     reason = next(iter(found.unfit.values()), missing)
     better = sorted({text for scheme in SCHEMES for text in _better(scheme, found, shapes, fused)})
     mend = f"choose {' or '.join(better)}" if better else "choose scheme none"

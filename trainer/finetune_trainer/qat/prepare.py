@@ -23,7 +23,7 @@ from finetune_trainer.qat.fit import best_fit
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLinear, ExactLoraLinear, ExactMode, ExactState
 from finetune_trainer.qat.schemes import SCHEMES
 
-_HEAD, _FOREIGN = "output head", "not part of the language model"
+_HEAD, _FOREIGN, _OWN_WAY = "output head", "not part of the language model", "computes in a way of its own"
 _FUSED_DIMENSIONS = 3  # [experts, out, in]
 
 
@@ -60,14 +60,14 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
         enabled: whether fake quantization is on from now on.
 
     Raises:
-        SpecError: LoRA dropout, DoRA or another LoRA variant, an adapter on what is no linear layer, or less than half of the linear weights fit the scheme.
+        SpecError: LoRA dropout, DoRA or another LoRA variant, an adapter on what is no plain linear layer, or less than half of the linear weights fit the scheme.
     """
     _require_linear_adapters(model)
-    linears, head = list(_linears(model)), model.get_base_model().get_output_embeddings()
-    layers = {plain_name(path): (module, _base(module)) for path, module in linears}
-    foreign = set(foreign_linears(model.get_base_model()))
-    shapes = {name: (base.out_features, base.in_features) for name, (_, base) in layers.items() if base is not head and name not in foreign}
-    found = best_fit(quantization, shapes, _fused(model))
+    layers = {plain_name(path): (module, _base(module)) for path, module in _linears(model)}
+    outside = _outside(model, {name: base for name, (_, base) in layers.items()})
+    shapes = {name: (base.out_features, base.in_features) for name, (_, base) in layers.items() if name not in outside}
+    own_way = sum(layers[name][1].weight.numel() for name, reason in outside.items() if reason == _OWN_WAY)
+    found = best_fit(quantization, shapes, _fused(model) + own_way)
     mode = ExactMode(enabled=enabled)
     scheme = SCHEMES[quantization.scheme]
     quantizer = scheme.quantizer(found.group_size)
@@ -76,9 +76,9 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
         if name in shapes and name not in found.unfit:
             _make_exact(module, ExactState(mode, quantizer, scheme.activations), name)
         elif isinstance(module, LoraLinear):
+            _require_plain_forward(name, outside)
             _make_exact(module, ExactState(mode, None, None), name)
     model.register_load_state_dict_post_hook(lambda *_: mode.drop_caches())
-    outside = {name: _FOREIGN if name in foreign else _HEAD for name in layers if name not in shapes}
     skipped = outside | found.unfit
     return Prepared(tuple(name for name in layers if name not in skipped), skipped, found.coverage, found.group_size)
 
@@ -215,6 +215,30 @@ def _linears(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear) or (isinstance(module, nn.Linear) and ".lora_" not in path and not path.endswith(".base_layer")):
             yield path, module
+
+
+def _outside(model: PeftModel, linears: dict[str, nn.Linear]) -> dict[str, str]:
+    """Layers that no scheme takes, with the reason."""
+    base, outside = model.get_base_model(), dict[str, str]()
+    head, foreign = base.get_output_embeddings(), set(foreign_linears(base))
+    for name, linear in linears.items():
+        if linear is head:
+            outside[name] = _HEAD
+        elif name in foreign:
+            outside[name] = _FOREIGN
+        elif type(linear).forward is not nn.Linear.forward:
+            outside[name] = (
+                _OWN_WAY  # such as Falcon's, which transposes its weight: torchao's tensors can't, and the shipped model would not run
+            )
+    return outside
+
+
+def _require_plain_forward(name: str, outside: dict[str, str]) -> None:
+    if outside.get(name) == _OWN_WAY:
+        raise SpecError(
+            f"spec.lora.targetModules: {name} {_OWN_WAY}, which is not known to be that of a linear layer, so exact quantization-aware training could not merge its "
+            "adapter; leave it out, or choose scheme none."
+        )
 
 
 def _fused(model: PeftModel) -> int:

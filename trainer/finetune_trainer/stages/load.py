@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from finetune_trainer import base_model
 from finetune_trainer.backends import Backend
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import CapacityError, DataError, SpecError
@@ -107,6 +108,7 @@ def run(ctx: RunContext, fetched: Fetched, tokenizer: PreTrainedTokenizerBase, b
     identity = fetched.identify()
     set_seed(ctx.spec.training.seed)
     base = backend.load_base(fetched.path, ctx.spec.model.dtype, trust_remote_code=ctx.spec.model.trust_remote_code)
+    base_model.note_untied(base)
     _require_finite(base)
     size, dtype = base.num_parameters() / 1e6, str(base.dtype).removeprefix("torch.")
     ctx.reporter.note(f"Loaded {size:,.0f} million parameters as {dtype} on the {base.device.type.upper()}.")

@@ -32,7 +32,7 @@ from finetune_trainer.mirror import Mirror
 from finetune_trainer.phases import Phases, StepDropped, Work
 from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.gptq import calibration_rows
-from finetune_trainer.qat.prepare import Prepared, prepare, require_effect, serving_note
+from finetune_trainer.qat.prepare import Prepared, free_codes, prepare, require_effect, serving_note
 from finetune_trainer.qat.roundtrip import require_roundtrip
 from finetune_trainer.row_order import GroupedByLength, micro_batches
 from finetune_trainer.schedule import ADAPT_PEAK, rate_factor
@@ -161,6 +161,7 @@ def _prepare(ctx: RunContext, loaded: Loaded, data: Data) -> Prepared | None:
     prepared = prepare(loaded.model, ctx.spec.quantization, enabled=False)
     require_roundtrip(loaded.model, ctx.spec.quantization.scheme)
     require_effect(loaded.model, torch.tensor([data.train[0].input_ids[:32]], device=loaded.model.device))
+    free_codes(loaded.model, frozen=True)  # plain LoRA comes first, which reads none
     ctx.reporter.note(prepared.sentence)
     if note := serving_note(loaded.model, ctx.spec.quantization.scheme):
         ctx.reporter.note(note)
