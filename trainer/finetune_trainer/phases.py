@@ -97,8 +97,8 @@ class Phases(TrainerCallback):
             mode.keep_codes = self.plan.keeps_codes and reread
 
     def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Turns to exact QAT at the switch; a run that resumes behind it turns at once."""
-        if self._quantizes and state.global_step >= self._work.plan.switch_step:
+        """Turns to exact QAT at the switch; a run that resumes behind it turns at once, and one that is to stop not any more: that takes minutes."""
+        if not self.stopping and self._quantizes and state.global_step >= self._work.plan.switch_step:
             self._adapt()
 
     def on_pre_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
@@ -119,7 +119,7 @@ class Phases(TrainerCallback):
             self.meter.step_done(state.global_step, float(logs["loss"]), float(logs.get("epoch", 0.0)), self._tokens)
             self._stop_if_asked(control)
 
-    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Seals what transformers wrote, and mirrors it. A mirror that fails costs nothing as long as this pod lives."""
         folder = checkpoints.folder_of(Path(args.output_dir), state.global_step)
         if self.switch is not None:
@@ -132,6 +132,7 @@ class Phases(TrainerCallback):
                     mirror.push(folder)
         except FineTuneError as error:
             self._work.ctx.reporter.note(f"The checkpoint of step {state.global_step} was not mirrored: {error}")
+        control.should_training_stop = control.should_training_stop or self.stopping
 
     def finish(self) -> None:
         """After the last step: quantization after training (qatPercent 0) is measured here, fake quantization stays on, no codes are kept."""

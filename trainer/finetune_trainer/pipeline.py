@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from finetune_api.job import JobDescription
-from finetune_api.spec import Artifact, QualitySpec, Scheme
+from finetune_api.spec import Artifact, FineTuneJobSpec, Scheme
 from finetune_api.status import Stage
 
 from finetune_trainer import atomic, backends, finished, quality_gate, sources
@@ -48,7 +48,7 @@ def run(job: JobDescription, workdir: Path, cache: Path) -> dict[str, Any]:
         alone.enter_context(_alone(ctx))
         identities = functools.cache(lambda: _identities(ctx))  # of a model on a claim all weights are read for it
         report = _finished_report(ctx, identities) or _published_report(ctx, identities) or _make(ctx, reporter)
-        _tell(reporter, report, job.spec.quality)
+        _tell(reporter, report, job.spec)
         quality_gate.require_quality(ctx, report["losses"])
         _publish(ctx, reporter, report)
         remove_mirror(ctx)
@@ -220,7 +220,7 @@ def remove_mirror(ctx: RunContext) -> None:
         ctx.reporter.note(f"The mirrored checkpoints were not removed: {error}")
 
 
-def _tell(reporter: RunReporter, report: dict[str, Any], spec: QualitySpec) -> None:
+def _tell(reporter: RunReporter, report: dict[str, Any], spec: FineTuneJobSpec) -> None:
     from finetune_trainer.results.report import qat, quality
 
     resolved = {name: report["sources"][name] for name in ("model", "dataset")}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune_api.spec import QualitySpec
+from finetune_api.spec import Artifact, FineTuneJobSpec, QualitySpec
 
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import QualityError
@@ -18,7 +18,7 @@ def require_quality(ctx: RunContext, losses: dict[str, Any]) -> None:
     Raises:
         QualityError: it falls short and onFailure is Fail.
     """
-    sentence = shortfall(ctx.spec.quality, losses)
+    sentence = shortfall(ctx.spec, losses)
     if not sentence:
         return
     if ctx.spec.quality.on_failure == "Fail":
@@ -26,9 +26,10 @@ def require_quality(ctx: RunContext, losses: dict[str, Any]) -> None:
     ctx.reporter.note(sentence)
 
 
-def shortfall(quality: QualitySpec, losses: dict[str, Any]) -> str:
+def shortfall(spec: FineTuneJobSpec, losses: dict[str, Any]) -> str:
     """What the shipped model falls short of, in one sentence with a mend; empty when of nothing."""
-    return _above_limit(quality, losses) or _worse_than_ptq(losses) or _worse_than_base(losses) or _adapter_worse_than_base(losses)
+    found = _above_limit(spec.quality, losses) or _worse_than_ptq(losses) or _worse_than_base(losses)
+    return found or (_adapter_worse_than_base(losses) if Artifact.ADAPTER in spec.wanted_artifacts else "")
 
 
 def loss_increase_percent(losses: dict[str, Any]) -> float | None:

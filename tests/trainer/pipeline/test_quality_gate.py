@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
-from finetune_api.spec import QualitySpec
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.held_out import HeldOut, by_row, mean_loss
 from finetune_trainer.quality_gate import shortfall
 from finetune_trainer.stages.evaluate import agreement, difference, is_significant, recovered
+from support.run_contexts import run_spec
 
 MEASURED = {"base": 3.0, "tuned": 2.0, "ptq": 2.5, "quantized": 2.1, "shipped_over_ptq": [-0.5, -0.3], "shipped_over_base": [-1.0, -0.8]}
 
@@ -32,9 +33,23 @@ MEASURED = {"base": 3.0, "tuned": 2.0, "ptq": 2.5, "quantized": 2.1, "shipped_ov
     ],
 )
 def test_the_first_thing_that_falls_short_is_said(limit: str | None, changes: dict[str, Any], expected: str) -> None:
-    found = shortfall(QualitySpec(max_loss_increase_percent=limit), MEASURED | changes)
+    found = shortfall(spec(limit), MEASURED | changes)
     assert expected in found
     assert bool(found) == bool(expected)
+
+
+def spec(limit: str | None = None, artifacts: tuple[str, ...] = ("adapter", "quantized")) -> FineTuneJobSpec:
+    """Of a job with this gate that ships these."""
+    written = run_spec(quality={"maxLossIncreasePercent": limit})
+    written["outputs"]["artifacts"] = artifacts
+    return FineTuneJobSpec.model_validate(written)
+
+
+def test_an_adapter_that_is_not_shipped_stops_nothing() -> None:
+    """To leave it out is what the sentence advises."""
+    losses = MEASURED | {"adapter": 3.1, "adapter_over_base": [0.01, 0.2]}
+    assert "leave adapter out of outputs.artifacts" in shortfall(spec(), losses)
+    assert shortfall(spec(artifacts=("quantized",)), losses) == ""
 
 
 ROWS = [(10.0 + index % 3, 5) for index in range(20)]

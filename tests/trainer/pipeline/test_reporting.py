@@ -19,7 +19,7 @@ from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.reporting.reporter import LogScreen, RunReporter, TerminalScreen
 from finetune_trainer.reporting.server import Endpoint, serving
 from finetune_trainer.reporting.session import ENV_TERMINATION_LOG, reporting
-from finetune_trainer.results import hints
+from finetune_trainer.results import hints, summary
 from support.run_contexts import context, run_spec
 from support.tiny_jobs import description, finetune, run, tiny_job
 
@@ -174,3 +174,9 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = all_that_came(master)
     assert "1/4" in shown
     assert "loss 2.314" in shown
+
+
+def test_what_a_model_writes_is_shown_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    """It may look like rich's markup, of which [/INST] would close what was never opened, behind everything that is published."""
+    summary._print_table([("the shipped model writes", "The [/INST] answer is [b]bold[/b] :smile:")])
+    assert "The [/INST] answer is [b]bold[/b] :smile:" in capfd.readouterr().out

@@ -138,6 +138,26 @@ def test_sigterm_before_the_first_step_says_that_nothing_is_saved(tmp_path: Path
     assert not list((tmp_path / "work" / "outputs").glob("checkpoint-*"))
 
 
+def test_sigterm_while_the_checkpoint_of_the_switch_is_saved_measures_nothing_any_more(undisturbed: bytes, tmp_path: Path) -> None:
+    """Measuring and choosing the rounding take minutes, and Kubernetes kills what does not end in time."""
+    job, seal, fit = tiny_job(tmp_path), checkpoints.seal, phases.measure
+    asked: list[bool] = []
+
+    def sealed(folder: Path, *args: Any) -> None:
+        seal(folder, *args)
+        if folder.name == f"checkpoint-{STEPS // 2}":
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "seal", sealed)
+        patch.setattr(phases, "measure", lambda *args, **options: asked.append(True) or fit(*args, **options))
+        with pytest.raises(Checkpointed, match=f"after step {STEPS // 2} of {STEPS}"):
+            run(job, tmp_path / "work")
+    assert not asked
+    assert run(job, tmp_path / "work")["training"]["resumedFrom"] == STEPS // 2
+    assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
+
+
 def test_sigterm_while_the_switch_is_measured_costs_no_step(undisturbed: bytes, tmp_path: Path) -> None:
     job = tiny_job(tmp_path, EVERY_100)
 

@@ -51,7 +51,7 @@ def model_card(job: JobDescription, report: dict[str, Any], folders: dict[Artifa
         _front_matter(job, folders),
         f"# {job.name}\n",
         _summary(job, report),
-        _quality(report),
+        _quality(report, folders),
         _proof(report),
         _loading(job, report, folders),
         _origin(job, report),
@@ -95,8 +95,10 @@ def _summary(job: JobDescription, report: dict[str, Any]) -> str:
     return f"Fine-tuned by finetune-operator from `{job.spec.model.source}`: {how}.{covered}\n"
 
 
-def _quality(report: dict[str, Any]) -> str:
-    losses = report.get("losses") or {}
+def _quality(report: dict[str, Any], folders: dict[Artifact, str]) -> str:
+    losses = dict(report.get("losses") or {})
+    if Artifact.ADAPTER not in folders:
+        losses.pop("adapter", None)
     rows = [f"| {label} | {_figure(losses[name])} |" for name, label in _LOSSES.items() if losses.get(name) is not None]
     if not rows:
         return "## Quality\n\nNo held-out loss was measured.\n"

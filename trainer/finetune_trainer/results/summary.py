@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api import names
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from finetune_trainer.memory.report import Told
@@ -57,7 +58,7 @@ def _print_table(rows: list[tuple[str, str]]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in rows:
-        table.add_row(label, value)
+        table.add_row(Text(label), Text(value))  # as it is: what a model or a file says may look like rich's markup
     console = Console(highlight=False)
     console.print()
     console.print(table)
@@ -70,7 +71,7 @@ def _losses(report: dict[str, Any]) -> list[tuple[str, str]]:
         "nearest": "  tuned, then quantized with nearest values",
         "ptq": "  tuned, then quantized (PTQ)",
         "quantized": "  shipped quantized model",
-        "adapter": "  shipped adapter, not quantized",
+        "adapter": "  its adapter, not quantized",
     }
     losses = report["losses"]
     rows = [(label, f"{losses[name]:.4g}") for name, label in labels.items() if losses.get(name) is not None]
@@ -142,7 +143,11 @@ def print_estimate(told: "Told") -> None:
         fitted = ("does not fit", "") if place.needed is None else (str(place.needed.rows), _gigabytes(place.needed.peak))
         places.add_row(place.name, _gigabytes(place.room), *fitted)
     console = Console(highlight=False)
-    console.print(f"{told.model}: {told.parameters / 1e6:,.0f} million parameters; one row of {told.tokens} tokens needs", soft_wrap=True)
+    console.print(
+        f"{told.model}: {told.parameters / 1e6:,.0f} million parameters; one row of {told.tokens} tokens needs",
+        soft_wrap=True,
+        markup=False,
+    )
     for table in (parts, places):
         console.print()
         console.print(table)
