@@ -110,7 +110,7 @@ SCHEMES: dict[Scheme, SchemeInfo] = {
     Scheme.FP8_INT4: SchemeInfo(
         purpose="The file of int4, and float8 arithmetic: GPU servers that answer many requests at once.",
         grid=EighthsGrid(),
-        weights="4-bit integers, one scale for each group",
+        weights="4-bit integers, one scale for each group, read as float8",
         activations=MslkFloat8Activations(),
         group_sizes=(128,),
         multiple_of=1,
