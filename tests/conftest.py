@@ -8,13 +8,17 @@ import secrets
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import settings
 from support.kubernetes import Cluster, running_cluster, what_is_missing
 from support.kwok import running_kwok
 from support.s3_server import S3Server, running_s3
 
-settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), deadline=None)
-settings.load_profile("patient")
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("hypothesispytest"):  # the unsloth environment has none, and runs no property tests
+        from hypothesis import settings
+
+        settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+        settings.load_profile("patient")
 
 
 def require_cluster(missing: str | None) -> None:
