@@ -1,7 +1,7 @@
 """How much of the loss that quantization costs comes back (`make bench-quality`): plain LoRA, its PTQ, split QAT and exact QAT, on real text.
 
 Makes the cells that benchmarks/results/quality/ lacks, one at a time (a quarter of an hour each at most on two idle cores), and prints the table.
-Stop it whenever you like: the same command goes on. `--fresh 2` makes two cells picked at random again and fails where they differ.
+Stop it whenever you like: the same command goes on. `--fresh 2` makes two cells of a processor like this, picked at random, again and fails where they differ.
 """
 
 import argparse
@@ -70,21 +70,28 @@ def result(name: str, cache: Path | None = None, until: float = math.inf) -> dic
 
 
 def again(count: int) -> None:
-    """Makes finished cells again from nothing, and ends with an error where a held-out loss is another one on a processor of the same kind."""
+    """Makes finished cells of a processor like this again from nothing, and ends with an error where a held-out loss is another one."""
     import tempfile
 
     import quality_grid
 
-    done = sorted(name for name in quality_grid.CELLS if (RESULTS / f"{name}.json").is_file())
+    done = [
+        name for name in sorted(quality_grid.CELLS) if (RESULTS / f"{name}.json").is_file() and _known(name)["processor"] == _processor()
+    ]
+    if not done:
+        sys.exit(f"No cell was made on a processor like this ({_processor()}); on another one the last bits differ.")
     differing = []
     for name in random.sample(done, min(count, len(done))):
         with tempfile.TemporaryDirectory(dir=_cache()) as empty:
-            found, known = result(name, Path(empty)), json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        equal = found["losses"] == known["losses"]
-        print(f"{name}: {'the same' if equal else 'differs'} (made on {known['processor']}, now on {found['processor']})")
-        differing += [name] if not equal and found["processor"] == known["processor"] else []
+            equal = result(name, Path(empty))["losses"] == _known(name)["losses"]
+        print(f"{name}: {'the same' if equal else 'differs'}")
+        differing += [] if equal else [name]
     if differing:
         sys.exit(f"These cells came out differently: {', '.join(differing)}.")
+
+
+def _known(name: str) -> dict[str, Any]:
+    return dict(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def _write(name: str, made: dict[str, Any]) -> None:

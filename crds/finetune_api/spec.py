@@ -142,8 +142,8 @@ class QuantizationSpec(ApiModel):
         default=None,
     )
     qat_percent: int = spec_field(
-        "Percent of the optimizer steps, the last ones, that train with rounded weights (exact quantization-aware training, QAT); the steps before are plain LoRA, at least "
-        "one where there are two or more. Default 20. 100: QAT from the first step. 0: quantization after training only.",
+        "Percent of the optimizer steps, the last ones, that train with rounded weights (exact quantization-aware training, QAT); the steps before are plain LoRA, below "
+        "100 at least one where there are two or more. Default 20. 100: QAT from the first step. 0: quantization after training only.",
         default=20, ge=0, le=100,
     )  # fmt: skip
     distill: bool = spec_field(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, __version__
 
-from finetune_trainer.errors import DataError
+from finetune_trainer.errors import DataError, SpecError
 from finetune_trainer.failures import first_line, is_out_of_memory
 
 
@@ -20,6 +20,7 @@ def load_base(folder: Path, dtype: str, *, trust_remote_code: bool) -> PreTraine
 
     Raises:
         DataError: no such architecture, a damaged file, or weights that are missing or of another shape.
+        SpecError: it needs code of its own and the spec does not allow that.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = training_dtype(dtype, on_gpu=device == "cuda")
@@ -57,10 +58,15 @@ def note_untied(model: PreTrainedModel) -> None:
 def _config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     with refusing(folder, f"choose a model whose architecture transformers {__version__} knows, or download this one again"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    own = getattr(config, "auto_map", None) or {}
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and AutoModelForCausalLM.__name__ not in own:
-        raise DataError(f"The model in {folder} is of the type {config.model_type}, which is no causal language model; choose one that is.")
-    return config
+    own_code = AutoModelForCausalLM.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code):
+        return config
+    if own_code:
+        raise SpecError(
+            f"The model in {folder} is a causal language model by Python code of its own (auto_map in config.json); "
+            "set spec.model.trustRemoteCode to true if you trust it."
+        )
+    raise DataError(f"The model in {folder} is of the type {config.model_type}, which is no causal language model; choose one that is.")
 
 
 def _from_safetensors(folder: Path, *, trust_remote_code: bool, **options: Any) -> PreTrainedModel:

@@ -62,7 +62,7 @@ def answers(messages: Messages, given: int, variables: dict[str, Any], template:
 
     Raises:
         RowError: the template leaves out a part of an answer, or the row's tools, or writes what stands before an answer otherwise behind it.
-        TemplateError: it refuses the conversation.
+        TemplateError: it refuses the conversation, or fails on it.
     """
     learnt = [index for index, message in enumerate(messages) if is_learnt(message) and index >= given]
     _require_use(messages[: learnt[-1] + 1], variables, template)

@@ -19,6 +19,8 @@ from finetune_trainer.row_order import micro_batches
 from finetune_trainer.token_loss import output_head, predict, token_losses
 
 TOKENS_AT_ONCE = 2048
+FEWEST_ROWS = 6
+"""Of fewer not even one sign in all of them would be significant: stages/evaluate.py."""
 
 RowLosses = list[tuple[float, int]]
 """(summed loss in nats, trained tokens) of each held-out example or row, in order."""

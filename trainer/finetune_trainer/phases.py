@@ -1,4 +1,4 @@
-"""What happens at the step boundaries of a training: the switch to exact QAT, checkpoints and their mirror, progress, SIGTERM.
+"""What happens at the step boundaries of a training: the switch to exact QAT, checkpoints and their mirror, progress, SIGTERM and Ctrl-C.
 
 stages/train.py makes one and hands it to the trainer as its callback. What is known from the switch on (switch.py) is part of a checkpoint.
 """
@@ -50,14 +50,14 @@ class Work:
 
 
 class StepDropped(Exception):  # noqa: N818 no error: the step is done again by the next attempt
-    """SIGTERM came in the midst of an optimizer step, which may take longer than a pod's grace period."""
+    """SIGTERM or Ctrl-C came in the midst of an optimizer step, which may take longer than a pod's grace period."""
 
 
 class Phases(TrainerCallback):
     """The trainer's callback.
 
     Attributes:
-        stopping: SIGTERM came; this attempt ends with the micro-batch in hand.
+        stopping: SIGTERM or Ctrl-C came; this attempt ends with the micro-batch in hand.
         switch: what is known from the switch on; None before it.
     """
 
@@ -86,7 +86,7 @@ class Phases(TrainerCallback):
         """SIGTERM or Ctrl-C came."""
         self.stopping = True
         # From a thread of its own: a signal handler would wait for ever for a lock that the code below it holds.
-        Thread(target=self._work.ctx.reporter.note, args=("Stopping; the last completed step is saved.",)).start()
+        Thread(target=self._work.ctx.reporter.note, args=("Stopping.",)).start()
 
     def on_train_begin(self, _args: Any, _state: Any, _control: Any, optimizer: Any = None, **_: Any) -> None:
         """Weight codes live until the next optimizer step, where they are read again: by other micro-batches, or by a GPU's checkpointed layers."""
@@ -162,7 +162,7 @@ class Phases(TrainerCallback):
         """Asked before each micro-batch.
 
         Raises:
-            StepDropped: SIGTERM came.
+            StepDropped: SIGTERM or Ctrl-C came.
         """
         if self.stopping:
             raise StepDropped
@@ -176,7 +176,7 @@ class Phases(TrainerCallback):
         """Fake quantization from here on, with scales and rounding that fit the adapter at the switch, whether this attempt saw it or not."""
         if self._adapting:
             return
-        with stopping_at_once():
+        with stopping_at_once(for_interrupts=True):
             if self.switch is None:
                 self.switch = self._switch()
             else:

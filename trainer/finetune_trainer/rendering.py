@@ -27,12 +27,12 @@ def render(row: Row, form: Form, template: Render | None, eos: str, name: str) -
     Args:
         row: a checked row.
         form: its form.
-        template: renders messages as the model's chat template does, and raises TemplateError for what that refuses; None when the model has none.
+        template: renders messages as the model's chat template does, and raises TemplateError for what that refuses or fails on; None when the model has none.
         eos: the end-of-sequence token, which is always trained.
         name: how messages call the dataset.
 
     Raises:
-        DataError: chat rows for a model without a chat template, or a conversation that the template refuses, rewrites or leaves a part of out.
+        DataError: chat rows for a model without a chat template, or a conversation that the template refuses, fails on, rewrites or leaves a part of out.
     """
     if form == "text":
         return [[Segment(_ended(row.values["text"], eos), trained=True)]]

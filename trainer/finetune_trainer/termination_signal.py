@@ -7,7 +7,7 @@ both do nothing.
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 
@@ -16,13 +16,13 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def stopping_at_once() -> Iterator[None]:
-    """Raises Terminated wherever the block is when the signal comes."""
+def stopping_at_once(*, for_interrupts: bool = False) -> Iterator[None]:
+    """Raises Terminated wherever the block is when the signal comes, or with `for_interrupts` Ctrl-C."""
 
     def stop(*_: Any) -> None:
         raise Terminated
 
-    with _handling(signal.SIGTERM, stop):
+    with _handling(signal.SIGTERM, stop), _handling(signal.SIGINT, stop) if for_interrupts else nullcontext():
         yield
 
 
@@ -50,7 +50,8 @@ def _done(*_: Any) -> None:
 
 @contextmanager
 def _handling(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(number) is signal.SIG_IGN  # as a shell has it for what a script starts in the background
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(number, handler)

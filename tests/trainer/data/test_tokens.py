@@ -325,6 +325,15 @@ def test_rows_that_are_all_cut_off_are_refused(tmp_path: Path) -> None:
         run(tmp_path, [{"prompt": "p" * 20, "completion": "yes"}], max_length=16)
 
 
+@pytest.mark.parametrize(("count", "told"), [(5, True), (6, False)])
+def test_too_few_held_out_rows_for_any_significance_are_told(count: int, told: bool, tmp_path: Path) -> None:
+    spec = run_spec(dataset=f"file://{write_jsonl(tmp_path / 'rows.jsonl', sums(20))}")
+    spec["dataset"]["evaluation"] = {"source": f"file://{write_jsonl(tmp_path / 'held.jsonl', sums(20 + count)[20:])}"}
+    ctx = context(tmp_path, spec)
+    data.make(ctx, TOKENIZER)
+    assert any(note.startswith(f"Only {count} rows are held out") for note in notes(ctx)) == told
+
+
 def test_held_out_data_of_its_own_is_not_trained_on(tmp_path: Path) -> None:
     held_out = write_jsonl(tmp_path / "held.jsonl", sums(3))
     found = run(tmp_path, sums(10), source=f"file://{held_out}")

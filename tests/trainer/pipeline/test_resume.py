@@ -86,6 +86,17 @@ def test_sigterm_or_ctrl_c_saves_the_step_and_the_next_run_goes_on(
     assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
 
 
+def test_ctrl_c_does_not_reach_a_training_that_a_script_started_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        steps = at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        run(tiny_job(tmp_path), tmp_path / "work")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert steps == list(range(1, STEPS + 1))
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGINT)
 
@@ -158,12 +169,13 @@ def test_sigterm_while_the_checkpoint_of_the_switch_is_saved_measures_nothing_an
     assert (tmp_path / "work" / ADAPTER).read_bytes() == undisturbed
 
 
-def test_sigterm_while_the_switch_is_measured_costs_no_step(undisturbed: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_switch_is_measured_costs_no_step(number: signal.Signals, undisturbed: bytes, tmp_path: Path) -> None:
     job = tiny_job(tmp_path, EVERY_100)
 
     def measure(*_: Any, **__: Any) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        raise AssertionError("SIGTERM did not stop the measurement")
+        signal.raise_signal(number)
+        raise AssertionError("the signal did not stop the measurement")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phases, "measure", measure)

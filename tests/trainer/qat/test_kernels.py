@@ -10,6 +10,7 @@ from finetune_trainer.qat.kernels import REFERENCE, kernel_errors, kernel_of, qu
 from finetune_trainer.qat.prepare import training_logits
 from finetune_trainer.qat.schemes import SCHEMES as TABLE
 from finetune_trainer.qat.tensors import activations_of, dequantized, reference_linear
+from finetune_trainer.stages import verify
 from finetune_trainer.stages.convert import reference_batch
 from support.exact_models import DTYPES, KERNELS, exact_model
 from transformers import PreTrainedModel
@@ -72,7 +73,7 @@ def test_a_wrong_kernel_is_above_the_limit_in_the_dtype_that_is_served_however_m
     read = activations_of(layer.weight)
     exact = (read.dequantize(read.quantize(x), x.dtype) if read else x).double() @ scaled.T
     assert steps_off(layer, x, exact.bfloat16()) < 0.5
-    assert {name: error for name, result in wrong.items() if (error := steps_off(layer, x, result)) <= 2.0} == {}
+    assert {name: error for name, result in wrong.items() if (error := steps_off(layer, x, result)) <= verify._ROUNDING_STEPS} == {}
 
 
 def one_layer(scheme: Scheme, inputs: int) -> torch.nn.Linear:

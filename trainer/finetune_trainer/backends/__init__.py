@@ -42,7 +42,7 @@ class Backend(Protocol):
         """The base model with a fresh LoRA adapter, drawn from torch's seed; its layers are peft's own where a scheme will replace them.
 
         Raises:
-            SpecError: a target module that the model does not have, or its output head.
+            SpecError: a target module that the model does not have, its output head, or one that peft has no adapter for.
         """
 
 

@@ -15,6 +15,6 @@ def add_adapter(base: PreTrainedModel, lora: LoraSpec, scheme: Scheme) -> PeftMo
     """peft's own adapter.
 
     Raises:
-        SpecError: a target module that the model does not have, or its output head.
+        SpecError: a target module that the model does not have, its output head, or one that peft has no adapter for.
     """
     return adapter.add_adapter(base, lora)

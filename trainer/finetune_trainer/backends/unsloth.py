@@ -52,7 +52,7 @@ def add_adapter(base: PreTrainedModel, lora: LoraSpec, scheme: Scheme) -> PeftMo
     """FastLanguageModel's adapter for scheme none, else peft's own.
 
     Raises:
-        SpecError: a target module that the model does not have, or its output head.
+        SpecError: a target module that the model does not have, its output head, or one that peft has no adapter for.
     """
     if scheme is not Scheme.NONE:
         return adapter.add_adapter(base, lora)

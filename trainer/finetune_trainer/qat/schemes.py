@@ -44,7 +44,6 @@ class SchemeInfo:
         runs_on_cpu: whether torchao computes the layer on a CPU, too.
         served_by: where the exported model runs.
         served_in: the one dtype that its kernels take; None where any does.
-        kernel_steps: how far the proof lets a real kernel be from the arithmetic of the training, in the rounding steps of kernels.py.
     """
 
     purpose: str
@@ -59,7 +58,6 @@ class SchemeInfo:
     runs_on_cpu: bool
     served_by: str
     served_in: torch.dtype | None = None
-    kernel_steps: float = 2.0
 
     def quantizer(self, group_size: int | None) -> WeightQuantizer:
         """The one quantizer that serves fake quantization and export of a weight."""
@@ -120,7 +118,6 @@ SCHEMES: dict[Scheme, SchemeInfo] = {
         runs_on_cpu=False,
         served_by="an NVIDIA GPU of compute capability 9.0 (H100, H200) with the mslk package",
         served_in=torch.bfloat16,
-        kernel_steps=8.0,  # until its kernel has been run against EighthsGrid's rounding
     ),
     Scheme.FP8_FP8: SchemeInfo(
         purpose="Half the size of 16 bits at next to no loss, with float8 arithmetic. Measured uncompiled on an H200 it is no faster than 16 bits yet.",

@@ -44,7 +44,7 @@ def reporting(job: JobDescription, *, serve: bool = True) -> Iterator[RunReporte
             stack.enter_context(stopping_at_once())
             yield reporter
         except Terminated as error:
-            failure = Checkpointed(f"Stopped by SIGTERM while {reporter.stage.value}; run again to go on with what is done.")
+            failure = Checkpointed(f"Stopped while {reporter.stage.value}; run again to go on with what is done.")
             reporter.end(failure)
             raise failure from error
         except Exception as error:

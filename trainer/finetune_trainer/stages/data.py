@@ -17,6 +17,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.dataset import Dataset, Form
 from finetune_trainer.errors import DataError
 from finetune_trainer.example import Example, chunks, cut
+from finetune_trainer.held_out import FEWEST_ROWS
 from finetune_trainer.plan import plan
 from finetune_trainer.split import also_trained, split
 
@@ -123,6 +124,10 @@ def make(ctx: RunContext, tokenizer: PreTrainedTokenizerBase) -> Data:
     _require_comparison(ctx, train, held_out)
     if lost := " ".join(cuts.sentences(ctx.spec.training.max_length)):
         ctx.reporter.note(lost)
+    if 0 < len(sides[1]) < FEWEST_ROWS:
+        ctx.reporter.note(
+            f"Only {len(sides[1])} rows are held out: with fewer than {FEWEST_ROWS} no difference of losses is called significant; raise dataset.evaluation.percent."
+        )
     if known := also_trained(train, held_out):
         ctx.reporter.note(f"{known} of {len(held_out)} held-out rows are also trained on, so losses look better than they are.")
     identities = {"dataset": fetched.identify(), "heldOut": evaluation.identify() if evaluation else ""}

@@ -9,13 +9,12 @@ import torch
 from peft import PeftModel
 
 from finetune_trainer.context import RunContext
-from finetune_trainer.held_out import HeldOut, RowLosses, by_row, mean_loss, measure
+from finetune_trainer.held_out import FEWEST_ROWS, HeldOut, RowLosses, by_row, mean_loss, measure
 from finetune_trainer.stages.data import Data
 from finetune_trainer.switch import Switch
 
 NOTHING_HELD_OUT = "No held-out data: no loss is measured (dataset.evaluation)."
 _RESAMPLES = 1000
-_FEWEST_ROWS = 6
 
 
 Interval = list[float]
@@ -130,7 +129,7 @@ def difference(one: RowLosses, other: RowLosses, seed: int) -> Interval | None:
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, percentile interval.
     """
-    if len(one) < _FEWEST_ROWS:
+    if len(one) < FEWEST_ROWS:
         return None
     generator = torch.Generator().manual_seed(seed)
     apart = torch.tensor([first - second for (first, _), (second, _) in zip(one, other, strict=True)], dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Train: LoRA first (tune), then the last steps under exact quantization-aware training (adapt), on trl's SFTTrainer.
 
-Resumable at any step, bit for bit on a CPU. SIGTERM saves the last completed step. What happens between steps is in phases.py.
+Resumable at any step, bit for bit on a CPU. SIGTERM and Ctrl-C save the last completed step. What happens between steps is in phases.py.
 On a GPU: bfloat16 and activation checkpointing; there flash attention's backward pass adds up in no fixed order, so that steps of large models differ in the last bits.
 """
 
@@ -230,7 +230,7 @@ class _PhasedTrainer(SFTTrainer):
     _random_state: list[torch.Tensor]
 
     def train_from(self, start: Checkpoint | None) -> None:
-        """Trains to the end, or until SIGTERM has been obeyed; the last completed step is saved."""
+        """Trains to the end, or until SIGTERM or Ctrl-C has been obeyed; the last completed step is saved."""
         try:
             self.train(resume_from_checkpoint=str(start.folder) if start else None)
         except StepDropped:
