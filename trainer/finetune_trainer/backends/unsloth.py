@@ -49,14 +49,14 @@ def load_base(folder: Path, dtype: str, *, trust_remote_code: bool) -> PreTraine
 
 
 def add_adapter(base: PreTrainedModel, lora: LoraSpec, scheme: Scheme) -> PeftModel:
-    """FastLanguageModel's adapter for scheme none, else peft's own.
+    """FastLanguageModel's adapter for scheme none, else peft's own, and for GPT-2's transposed layers, which FastLanguageModel does not know.
 
     Raises:
         SpecError: a target module that the model does not have, its output head, or one that peft has no adapter for.
     """
-    if scheme is not Scheme.NONE:
-        return adapter.add_adapter(base, lora)
     config = adapter.lora_config(base, lora)
+    if scheme is not Scheme.NONE or config.fan_in_fan_out:
+        return adapter.add_adapter(base, lora)
     with redirect_stdout(StringIO()):
         return FastLanguageModel.get_peft_model(
             base,
