@@ -73,7 +73,7 @@ def world(kube: Cluster, operator: str, system: str, s3: S3Server, hub: HubServe
     """Model, dataset and Secrets, where the jobs look for them."""
     bucket = s3.make_bucket("models")
     client = s3.client()
-    for path in sorted(builtin.fetch_model(CACHE).iterdir()):
+    for path in sorted(builtin.fetch_model(CACHE, print).iterdir()):
         client.upload_file(str(path), bucket, f"smollm2/{path.name}")
     first, *others = instruction_rows(topics, ROWS)
     rows = "".join(json.dumps(row) + "\n" for row in [first | {"output": f"{first['output']} {ROW}"}, *others])

@@ -12,12 +12,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from finetune_api.job import JobDescription
 from finetune_api.spec import Artifact, FineTuneJobSpec, Scheme
 from finetune_api.status import Stage
 
-from finetune_trainer import atomic, backends, finished, quality_gate, sources
+from finetune_trainer import atomic, backends, finished, locks, quality_gate, sources
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import FineTuneError, InfrastructureError, ProofError
 from finetune_trainer.reporting.quiet import quiet_bars
@@ -86,14 +86,10 @@ def _alone(ctx: RunContext) -> Iterator[None]:
     Raises:
         InfrastructureError: another run is at work there.
     """
-    # No marker in place of a lock: nobody would remove that of a killed pod.
-    lock = FileLock(ctx.workdir / ".lock", timeout=_LOCK_SECONDS if ctx.job.in_cluster else 0, fallback_to_soft=False)
     try:
-        lock.acquire()
+        lock = locks.take(ctx.workdir / ".lock", timeout_seconds=_LOCK_SECONDS if ctx.job.in_cluster else 0)
     except Timeout as error:
         raise InfrastructureError(f"Another run is at work in {ctx.workdir}; wait for its end, or choose another --workdir.") from error
-    except (OSError, NotImplementedError):
-        pass
     try:
         yield
     finally:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from finetune_trainer import destinations
 from finetune_trainer.context import RunContext
 from finetune_trainer.destinations import s3_upload
-from finetune_trainer.destinations.s3 import REPLACED
+from finetune_trainer.destinations.s3 import UNFINISHED
 from finetune_trainer.errors import AccessError, InfrastructureError
 from finetune_trainer.sources.location import destinations as locations
 from support.run_contexts import CONFIG, MODEL_FILES, WEIGHTS, context, read_files, refused, report_of, run_spec, write_artifacts
@@ -46,6 +46,17 @@ def breaking_off(server: S3Server, operation: str, key: str) -> Callable[[str, s
     return before
 
 
+def refusing(*operations: str) -> Callable[[str, str], None]:
+    """What answers these operations as a server does whose policy gives the keys no right to them."""
+
+    def before(operation: str, _: str) -> None:
+        if operation in operations:
+            code = "403" if operation == "HeadObject" else "AccessDenied"
+            raise ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 403}}, operation)
+
+    return before
+
+
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
     """Parts of 5 MiB, the smallest that S3 takes, sent one after the other."""
@@ -71,7 +82,8 @@ def test_the_artifacts_arrive_as_they_are(s3_laptop: S3Server, inside: Any, tmp_
 def test_the_manifest_goes_last(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
     publish(shipping(tmp_path, s3_laptop, inside.name))
 
-    sent = s3_calls.keys("PutObject")
+    first, *sent = s3_calls.keys("PutObject")
+    assert first == f"bot/{UNFINISHED}"
     assert sent[-1] == "bot/manifest.json"
     assert sorted(sent) == inside.listed()
 
@@ -233,7 +245,7 @@ def test_a_newer_model_replaces_the_older_one_wholly(s3_laptop: S3Server, inside
     publish(shipping(tmp_path / "new", s3_laptop, inside.name, ONE_SHARD))
 
     assert model_of(inside.read()) == ONE_SHARD
-    assert f"bot/{REPLACED}" not in inside.listed()
+    assert f"bot/{UNFINISHED}" not in inside.listed()
 
 
 def test_a_reader_never_sees_a_mixture(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path) -> None:
@@ -288,6 +300,72 @@ def test_stale_files_are_removed_by_the_next_publication_where_one_was_killed_be
     publish(shipping(tmp_path / "newest", s3_laptop, inside.name, newest))
 
     assert model_of(inside.read()) == newest
+
+
+@pytest.mark.parametrize("earlier", [None, ONE_SHARD], ids=["the first one", "after another"])
+@pytest.mark.parametrize("left", ["model-torchao/model-2.safetensors", "manifest.json"], ids=["in the middle", "at the end"])
+def test_what_a_broken_off_publication_has_left_goes_with_the_next(
+    s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path, left: str, earlier: dict[str, bytes] | None
+) -> None:
+    if earlier:
+        publish(shipping(tmp_path / "earlier", s3_laptop, inside.name, earlier))
+    s3_calls.before = breaking_off(s3_laptop, "PutObject", f"bot/{left}")
+    with refused(InfrastructureError, FIELD):
+        publish(shipping(tmp_path / "broken", s3_laptop, inside.name, TWO_SHARDS | {"chat_template.jinja": b"other"}))
+    assert "bot/model-torchao/chat_template.jinja" in inside.listed()
+    s3_calls.before = lambda _operation, _key: None
+
+    publish(shipping(tmp_path / "new", s3_laptop, inside.name, ONE_SHARD))
+
+    assert model_of(inside.read()) == ONE_SHARD
+    assert f"bot/{UNFINISHED}" not in inside.listed()
+
+
+def test_what_two_broken_off_publications_have_left_goes_with_the_next(
+    s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path
+) -> None:
+    s3_calls.before = breaking_off(s3_laptop, "PutObject", "bot/manifest.json")
+    for name in ("first", "second"):
+        with refused(InfrastructureError, FIELD):
+            publish(shipping(tmp_path / name, s3_laptop, inside.name, ONE_SHARD | {f"{name}.jinja": b"other"}))
+    s3_calls.before = lambda _operation, _key: None
+
+    publish(shipping(tmp_path / "new", s3_laptop, inside.name, ONE_SHARD))
+
+    assert model_of(inside.read()) == ONE_SHARD
+
+
+def test_a_file_of_others_that_a_broken_off_publication_would_have_replaced_is_left_alone(
+    s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path
+) -> None:
+    inside.put({"bot/model-torchao/model-2.safetensors": b"mine"})
+    s3_calls.before = breaking_off(s3_laptop, "PutObject", "bot/model-torchao/model-1.safetensors")
+    with refused(InfrastructureError, FIELD):
+        publish(shipping(tmp_path / "broken", s3_laptop, inside.name, TWO_SHARDS))
+    s3_calls.before = lambda _operation, _key: None
+
+    publish(shipping(tmp_path / "new", s3_laptop, inside.name, ONE_SHARD))
+
+    assert model_of(inside.read()) == ONE_SHARD | {"model-2.safetensors": b"mine"}
+
+
+@pytest.mark.parametrize(
+    "denied", [("GetObject", "HeadObject"), ("GetObject", "HeadObject", "DeleteObject")], ids=["to read", "to read and delete"]
+)
+def test_keys_that_may_not_read_show_no_reader_a_mixture(
+    s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path, denied: tuple[str, ...]
+) -> None:
+    publish(shipping(tmp_path / "old", s3_laptop, inside.name, TWO_SHARDS))
+    refuse, seen = refusing(*denied), []
+
+    def look_and_refuse(operation: str, key: str) -> None:
+        seen.append(what_a_reader_sees(inside.read()))
+        refuse(operation, key)
+
+    s3_calls.before = look_and_refuse
+    publish(shipping(tmp_path / "new", s3_laptop, inside.name, ONE_SHARD))
+
+    assert list(dict.fromkeys(seen)) == ["model-1.safetensors", "nothing", "model.safetensors"]
 
 
 def test_a_foreign_manifest_deletes_nothing_outside_the_prefix(s3_laptop: S3Server, inside: Any, tmp_path: Path) -> None:
@@ -352,9 +430,10 @@ def model_of(arrived: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def what_a_reader_sees(arrived: dict[str, bytes]) -> str:
-    """The first weights that the manifest names, once all that it names is held against its digests; "nothing" without a manifest."""
-    if "bot/manifest.json" not in arrived:
+    """The first weights that the manifest names, once all that it names is held against its digests; "nothing" without one that names any."""
+    listed = json.loads(arrived.get("bot/manifest.json", b"{}")).get("files")
+    if not listed:
         return "nothing"
-    named = {item["path"]: item["sha256"] for item in json.loads(arrived["bot/manifest.json"])["files"]}
+    named = {item["path"]: item["sha256"] for item in listed}
     assert {path: hashlib.sha256(arrived[f"bot/{path}"]).hexdigest() for path in named} == named
     return min(path for path in named if path.startswith("model-torchao/model")).removeprefix("model-torchao/")

@@ -6,6 +6,7 @@ twice is nothing. Called by destinations/__init__.py; read by each destination.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,6 +46,11 @@ class Publication:
         """sha256 of the manifest: one name for the whole content."""
         return f"sha256:{hashlib.sha256(self.manifest).hexdigest()}"
 
+    @property
+    def paths(self) -> frozenset[str]:
+        """Where the files lie at the destination; the manifest is not among them."""
+        return frozenset(item.path for item in self.files)
+
     def bytes_under(self, folder: str) -> int:
         """Bytes of the files under a folder of the destination."""
         return sum(item.bytes for item in self.files if _is_under(item.path, folder))
@@ -75,6 +81,11 @@ def named_files(manifest: bytes) -> frozenset[str]:
     except (ValueError, KeyError, TypeError):
         return frozenset()
     return frozenset(path for path in paths if isinstance(path, str) and _is_safe(path))
+
+
+def naming(paths: Iterable[str]) -> bytes:
+    """What `named_files` reads as these paths, and what is no manifest of any training."""
+    return json.dumps({"files": [{"path": path} for path in sorted(paths)]}, indent=2).encode()
 
 
 def published_files(manifest: bytes, train_digest: str) -> dict[str, str]:

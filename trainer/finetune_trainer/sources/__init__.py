@@ -53,7 +53,7 @@ def fetch_model(ctx: RunContext, *, weights: bool = True) -> Fetched:
     if where.scheme == "hf":
         return Fetched.of(*hub.fetch_model(ctx, where, weights=weights))
     builtin.check(where, builtin.MODEL)
-    return Fetched.of(builtin.fetch_model(ctx.cache, weights=weights), where.uri, where.uri)
+    return Fetched.of(builtin.fetch_model(ctx.cache, ctx.reporter.note, weights=weights), where.uri, where.uri)
 
 
 def keeps_weights(ctx: RunContext) -> bool:

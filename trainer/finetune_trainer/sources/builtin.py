@@ -12,8 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
+from finetune_trainer import locks
 from finetune_trainer.errors import CapacityError, SpecError
 from finetune_trainer.sources.location import Location
 from finetune_trainer.sources.model_files import require_model
@@ -56,23 +55,17 @@ def fetch_dataset(cache: Path) -> Path:
     return target
 
 
-def fetch_model(cache: Path, *, weights: bool = True) -> Path:
+def fetch_model(cache: Path, note: Callable[[str], None], *, weights: bool = True) -> Path:
     """The folder of the converted model; converts it when the cache has none (about 30 s, and 12 s without `weights`)."""
     target = cache / "builtin" / MODEL
     if not weights and not target.is_dir():
-        return _made(target.with_name(f"{MODEL}-description"), _describe)
-    return _made(target, _convert)
+        return locks.make_once(target.with_name(f"{MODEL}-description"), lambda folder: _make(folder, _describe), note)
+    return locks.make_once(target, lambda folder: _make(folder, _convert), note)
 
 
-def _made(target: Path, make: Callable[[Path, Path], None]) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if not target.is_dir():
-            partial = target.with_name(f".{target.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            make(_gguf_file(), partial)
-            partial.rename(target)
-    return target
+def _make(folder: Path, make: Callable[[Path, Path], None]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # a conversion that was broken off starts over
+    make(_gguf_file(), folder)
 
 
 def _gguf_file() -> Path:

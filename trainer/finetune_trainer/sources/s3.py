@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from finetune_trainer import locks
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import DataError, InfrastructureError
 from finetune_trainer.sources.credentials import s3_client
@@ -60,7 +59,7 @@ def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str, str]:
     """
     client = _client(ctx, where)
     found = _find_object(client, where)
-    folder = _download(client, where, {Path(where.path).name: found}, ctx.cache)
+    folder = _download(client, where, {Path(where.path).name: found}, ctx)
     pinned = f"versionId={found.version}" if found.version else f"etag={found.etag}"
     return folder / Path(where.path).name, f"{where.uri}?{pinned}", found.etag
 
@@ -74,7 +73,7 @@ def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Pat
     client = _client(ctx, where)
     objects = _find_model(client, where, trust_remote_code=ctx.spec.model.trust_remote_code)
     wanted = wanted_files(objects, trust_remote_code=ctx.spec.model.trust_remote_code, weights=weights)
-    folder = _download(client, where, {name: objects[name] for name in wanted}, ctx.cache)
+    folder = _download(client, where, {name: objects[name] for name in wanted}, ctx)
     lines = [f"{name} {item.etag} {item.size}\n" for name, item in sorted(objects.items())]
     identity = hashlib.sha256("".join(lines).encode()).hexdigest()
     return folder, f"{where.uri}?etags={content_key(where, objects.values())[:16]}", identity
@@ -123,18 +122,19 @@ def _find_model(client: Any, where: Location, *, trust_remote_code: bool) -> dic
     return {name: named[name] for name in wanted_files(named, trust_remote_code=trust_remote_code)}
 
 
-def _download(client: Any, where: Location, objects: dict[str, Object], cache: Path) -> Path:
+def _download(client: Any, where: Location, objects: dict[str, Object], ctx: RunContext) -> Path:
     """The cache's folder with these objects under these names; what an earlier attempt has got is kept."""
-    target = cache / "s3" / content_key(where, objects.values())[:32]
+    target = ctx.cache / "s3" / content_key(where, objects.values())[:32]
     with s3_errors(where):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_suffix(".lock")):
-            if not target.is_dir():
-                partial = target.with_suffix(".partial")
-                for name, item in objects.items():
-                    _download_one(client, where, item, partial / name)
-                partial.rename(target)
-    return target
+        return locks.make_once(target, lambda folder: _fill(client, where, objects, folder), ctx.reporter.note)
+
+
+def _fill(client: Any, where: Location, objects: dict[str, Object], folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and str(path.relative_to(folder)) not in objects:
+            path.unlink()  # of a download that was killed: boto3 writes beside the file
+    for name, item in objects.items():
+        _download_one(client, where, item, folder / name)
 
 
 def _download_one(client: Any, where: Location, item: Object, path: Path) -> None:
