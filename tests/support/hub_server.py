@@ -221,9 +221,13 @@ class _Routes:
     async def tree(self, request: web.Request) -> web.Response:
         repository, commit = self._find(request)
         files = repository.commits[commit].items()
-        return web.json_response(
-            [{"type": "file", "path": path, "oid": digest[:40], "size": self.server.blob(digest).stat().st_size} for path, digest in files]
-        )
+        return web.json_response([self._tree_entry(path, digest, path in repository.lfs) for path, digest in files])
+
+    def _tree_entry(self, path: str, digest: str, lfs: bool) -> dict[str, Any]:
+        content = self.server.blob(digest).read_bytes()
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n".encode()
+        entry = {"type": "file", "path": path, "size": len(content), "oid": _git_blob(pointer if lfs else content)}
+        return entry | ({"lfs": {"oid": digest, "size": len(content), "pointerSize": len(pointer)}} if lfs else {})
 
     async def create_branch(self, request: web.Request) -> web.Response:
         repository, branch = self._repository(request), request.match_info["branch"]
@@ -321,6 +325,11 @@ class _Refused(Exception):  # noqa: N818 an answer, not an error of ours
     def __init__(self, answer: web.Response) -> None:
         super().__init__(answer.status)
         self.answer = answer
+
+
+def _git_blob(content: bytes) -> str:
+    """What git calls a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _name(request: web.Request) -> str:

@@ -94,6 +94,34 @@ def test_publishing_twice_makes_no_second_commit(hub_laptop: HubServer, tmp_path
     assert len(titles(hub_laptop)) == 2
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "lora_model/adapter_model.safetensors"])
+@pytest.mark.parametrize("how", ["deleted", "replaced by as many bytes"])
+def test_what_somebody_has_changed_is_put_back(hub_laptop: HubServer, tmp_path: Path, name: str, how: str) -> None:
+    publish(shipping(tmp_path))
+    repository, before = hub_laptop.repository("acme/bot"), hub_laptop.files("acme/bot")
+    blobs = dict(repository.commits[repository.branches["main"]])
+    if how == "deleted":
+        del blobs[name]
+    else:
+        blobs[name] = hub_laptop.store(before[name][::-1])
+    repository.commit("main", blobs, "by hand")
+
+    adapter, _ = publish(shipping(tmp_path))
+
+    assert hub_laptop.files("acme/bot") == before
+    assert adapter.uri == f"hf://acme/bot@{repository.branches['main']}/lora_model"
+
+
+def test_a_file_of_others_is_no_reason_for_a_commit(hub_laptop: HubServer, tmp_path: Path) -> None:
+    publish(shipping(tmp_path))
+    hub_laptop.put("acme/bot", {"notes.txt": b"mine"})
+    before = titles(hub_laptop)
+
+    publish(shipping(tmp_path))
+
+    assert titles(hub_laptop) == before
+
+
 def test_a_commit_that_fails_leaves_the_repository_as_it_was(hub_laptop: HubServer, tmp_path: Path) -> None:
     hub_laptop.refuse = lambda _, path: 500 if "/commit/" in path else None
 

@@ -1,16 +1,18 @@
 """hf:// destinations: one commit with the model, the adapter, the report, the model card and the manifest.
 
-A commit is all or nothing, so a reader never sees half a model; when the manifest that is there is the same, there is nothing to do.
+A commit is all or nothing, so a reader never sees half a model; when all that is there is the same, there is nothing to do.
 """
 
+import hashlib
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from finetune_api.names import MANIFEST
 
 from finetune_trainer.context import RunContext
-from finetune_trainer.destinations.manifest import Publication, named_files
+from finetune_trainer.destinations.manifest import Publication, PublishedFile, named_files
 from finetune_trainer.errors import AccessError
 from finetune_trainer.sources.credentials import hub_api
 from finetune_trainer.sources.hub_errors import give_token, hub_errors
@@ -58,9 +60,17 @@ def publish(ctx: RunContext, where: Location, publication: Publication) -> str:
         if branch:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         older = _manifest_there(api, repo_id, branch)
-        if older == publication.manifest:
+        there = _files_there(api, repo_id, branch)
+        changed = [item for item in publication.files if not _is_same(there.get(item.path), item)]
+        if older == publication.manifest and not changed:
             return f"hf://{repo_id}@{api.model_info(repo_id, revision=branch).sha}"
-        commit = _commit(api, repo_id, branch, publication, older, f"{ctx.job.name}: run {ctx.job.run_digest[:12]}")
+        stale = (named_files(older or b"") - publication.paths - {MANIFEST}) & there.keys()
+        commit = api.create_commit(
+            repo_id,
+            revision=branch,
+            commit_message=f"{ctx.job.name}: run {ctx.job.run_digest[:12]}",
+            operations=_operations(changed, publication.manifest, stale),
+        )
     return f"hf://{repo_id}@{commit.oid}"
 
 
@@ -103,18 +113,31 @@ def _manifest_there(api: Any, repo_id: str, branch: str | None) -> bytes | None:
             return None
 
 
-def _commit(api: Any, repo_id: str, branch: str | None, publication: Publication, older: bytes | None, title: str) -> Any:
+def _files_there(api: Any, repo_id: str, branch: str | None) -> dict[str, Any]:
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=branch)
+    return {item.path: item for item in tree if isinstance(item, RepoFile)}
+
+
+def _is_same(there: Any, item: PublishedFile) -> bool:
+    """Whether the Hub has this content: it knows a large file by its sha256, a small one by what git calls it."""
+    if there is None or there.size != item.bytes:
+        return False
+    if there.lfs is not None:
+        return bool(there.lfs.sha256 == item.sha256)
+    return bool(there.blob_id == _git_blob(item.local.read_bytes()))
+
+
+def _git_blob(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _operations(changed: list[PublishedFile], manifest: bytes, stale: Iterable[str]) -> list[Any]:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    stale = named_files(older or b"") - {item.path for item in publication.files} - {MANIFEST}
-    there = set(api.list_repo_files(repo_id, revision=branch)) if stale else set()
-    return api.create_commit(
-        repo_id,
-        revision=branch,
-        commit_message=title,
-        operations=[
-            *(CommitOperationAdd(item.path, str(item.local)) for item in publication.files),
-            CommitOperationAdd(MANIFEST, publication.manifest),
-            *(CommitOperationDelete(path) for path in sorted(stale & there)),
-        ],
-    )
+    return [
+        *(CommitOperationAdd(item.path, str(item.local)) for item in changed),
+        CommitOperationAdd(MANIFEST, manifest),
+        *(CommitOperationDelete(path) for path in sorted(stale)),
+    ]
