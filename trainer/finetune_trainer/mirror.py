@@ -20,7 +20,7 @@ from finetune_trainer.destinations.manifest import PublishedFile
 from finetune_trainer.destinations.s3_upload import upload
 from finetune_trainer.sources.credentials import s3_client
 from finetune_trainer.sources.location import Location
-from finetune_trainer.sources.s3_errors import s3_errors
+from finetune_trainer.sources.s3_errors import error_code, s3_errors
 
 DEFAULT_FOLDER = ".checkpoints"
 _KEPT = 2
@@ -79,7 +79,9 @@ class Mirror:
                 self._delete(f"checkpoint-{step}/")
 
     def fetch_latest(self, outputs: Path, warn: Callable[[str], None]) -> None:
-        """Downloads the newest complete checkpoint into `outputs`; nothing when there is none. Damaged ones are removed, here and there, with a warning.
+        """Downloads the newest complete checkpoint into `outputs`; nothing when there is none.
+
+        Damaged ones are removed, here and there, with a warning; one that is removed meanwhile is passed over like them.
 
         Raises:
             AccessError, CapacityError, InfrastructureError: one sentence each.
@@ -105,15 +107,25 @@ class Mirror:
 
     def _download(self, folder: Path) -> str:
         """Downloads a checkpoint; returns what is wrong with it, and leaves nothing then."""
+        keys = self._keys(f"{folder.name}/")
         with atomic.folder(folder) as partial:
-            for key in self._keys(f"{folder.name}/"):
-                target = partial / key.removeprefix(self._key(f"{folder.name}/"))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self.client.download_file(self.where.authority, key, str(target))
-        problem = problem_of(folder)
+            targets = [partial / key.removeprefix(self._key(f"{folder.name}/")) for key in keys]
+            whole = bool(keys) and all(self._fetch(key, target) for key, target in zip(keys, targets, strict=True))
+        problem = problem_of(folder) if whole else "it was removed while it was fetched"
         if problem:
             shutil.rmtree(folder)
         return problem
+
+    def _fetch(self, key: str, target: Path) -> bool:
+        """Whether an object is there still: another run of this training may be finished, or have newer checkpoints, and remove this one."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.client.download_file(self.where.authority, key, str(target))
+        except self.client.exceptions.ClientError as error:
+            if error_code(error) in ("NoSuchKey", "404"):
+                return False
+            raise
+        return True
 
     def _key(self, name: str) -> str:
         return f"{self.where.path}/{name}"

@@ -151,6 +151,29 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(pod: Any, mirror_of: A
     assert notes(new) == ["The mirrored checkpoint-20 is passed over: adapter_model.safetensors is damaged."]
 
 
+@pytest.mark.parametrize(("pruned", "left"), [("checkpoint-20/", 10), ("", None)], ids=["pruned", "all of them"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", SEAL])
+def test_a_checkpoint_that_another_run_removes_meanwhile_is_passed_over(
+    pod: Any, mirror_of: Any, s3_calls: Any, tmp_path: Path, pruned: str, left: int | None, name: str
+) -> None:
+    old, new = pod(tmp_path / "old"), pod(tmp_path / "new")
+    for step in (10, 20):
+        mirror_of(old).push(checkpoint(old, step))
+    other = mirror_of(old)
+
+    def remove_first(operation: str, key: str) -> None:
+        if operation == "HeadObject" and key.endswith(f"checkpoint-20/{name}"):
+            other._delete(pruned)
+
+    s3_calls.before = remove_first
+    mirror_of(new).fetch_latest(new.outputs, new.reporter.note)
+
+    found = newest(new)
+    assert (found and found.step) == left
+    assert notes(new)[0] == "The mirrored checkpoint-20 is passed over: it was removed while it was fetched."
+    assert [path.name for path in new.outputs.iterdir()] == ([f"checkpoint-{left}"] if left else [])
+
+
 def test_a_checkpoint_that_is_damaged_on_its_way_is_fetched_again(
     pod: Any, mirror_of: Any, inside: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
