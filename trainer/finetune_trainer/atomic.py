@@ -12,21 +12,31 @@ from pathlib import Path
 
 @contextmanager
 def folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `target`; on success its files are synced and it takes `target`'s place."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Yields an empty folder beside `target`; on success its files are synced and it takes `target`'s place. Nothing else of it stays, whatever the block raises."""
+    partial, older = _asides(target)
+    remove_leftovers(target)  # first: a model that a kill left here would take the room of the new one
     partial.mkdir(parents=True)
-    yield partial
-    sync_tree(partial)
-    if target.exists():
-        older = target.with_name(f".{target.name}.replaced")
-        shutil.rmtree(older, ignore_errors=True)
-        target.rename(older)
+    try:
+        yield partial
+        sync_tree(partial)
+        if target.exists():
+            target.rename(older)
         partial.rename(target)
-        shutil.rmtree(older, ignore_errors=True)
-    else:
-        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)
     sync(target.parent)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Removes what an attempt to write this folder that was killed has left beside it."""
+    for aside in _asides(target):
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _asides(target: Path) -> tuple[Path, Path]:
+    """Where a folder is written, and where the older one lies while it is replaced."""
+    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.replaced")
 
 
 def write_text(target: Path, text: str) -> None:

@@ -34,7 +34,7 @@ def test_a_folder_that_broke_off_does_not_appear(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         break_off(tmp_path / "model", b"1")
 
-    assert not (tmp_path / "model").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_broke_off_leaves_the_older_one(tmp_path: Path) -> None:
@@ -43,12 +43,11 @@ def test_a_folder_that_broke_off_leaves_the_older_one(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         break_off(tmp_path / "model", b"new")
 
-    assert read_files(tmp_path / "model") == {"a": b"old"}
+    assert read_files(tmp_path) == {"model/a": b"old"}
 
 
 def test_what_an_earlier_attempt_has_left_is_not_taken_over(tmp_path: Path) -> None:
-    with pytest.raises(Killed):
-        break_off(tmp_path / "model", b"1")
+    write_files(tmp_path, {".model.partial/half": b"1"})
 
     with atomic.folder(tmp_path / "model") as partial:
         write_files(partial, {"a": b"1"})
@@ -65,13 +64,32 @@ def test_a_newer_folder_replaces_the_older_one_wholly(tmp_path: Path) -> None:
     assert read_files(tmp_path) == {"model/a": b"new"}
 
 
-def test_a_kill_between_the_two_renames_is_no_obstacle(tmp_path: Path) -> None:
-    write_files(tmp_path, {".model.replaced/a": b"old", ".model.partial/a": b"half"})
+@pytest.mark.parametrize("written_since", [False, True])
+def test_a_kill_between_the_two_renames_is_no_obstacle_and_takes_no_room(written_since: bool, tmp_path: Path) -> None:
+    write_files(tmp_path, {".model.replaced/a": b"old", ".model.partial/a": b"half"} | ({"model/a": b"later"} if written_since else {}))
 
     with atomic.folder(tmp_path / "model") as partial:
+        assert not (tmp_path / ".model.replaced").exists()
         write_files(partial, {"a": b"new"})
 
-    assert (tmp_path / "model" / "a").read_bytes() == b"new"
+    assert read_files(tmp_path) == {"model/a": b"new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_older_folder_outlives_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path / "model", {"a": b"old"})
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == ".model.partial":
+            raise OSError
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError), atomic.folder(tmp_path / "model"):
+        pass
+
+    assert read_files(tmp_path) == {".model.replaced/a": b"old"}
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:

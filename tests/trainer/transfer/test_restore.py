@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from finetune_trainer.stages import train
+from support.run_contexts import write_files
 from support.s3_server import S3Server
 from support.tiny_jobs import STEPS, run, tiny_job
 
@@ -39,7 +40,11 @@ def test_another_destination_costs_no_step(s3_laptop: S3Server, bucket: str, pub
     assert report == published
     for name in ("lora_model/adapter_model.safetensors", "model-torchao/model.safetensors", "proof/reference.safetensors", "manifest.json"):
         assert (tmp_path / "elsewhere" / name).is_file()
-    assert not (tmp_path / "work" / "restored").exists()
+    assert leftovers(tmp_path / "work") == []
+
+
+def leftovers(work: Path) -> list[str]:
+    return [path.name for path in work.rglob("*") if "restored" in path.name or path.name.endswith((".partial", ".replaced"))]
 
 
 def test_another_training_is_not_taken_up(s3_laptop: S3Server, bucket: str, published: dict[str, Any], tmp_path: Path) -> None:
@@ -66,7 +71,7 @@ def test_a_publication_that_has_lost_a_file_is_made_again(s3_laptop: S3Server, b
     run(tiny_job(tmp_path, outputs(s3_laptop, bucket)), tmp_path / "work")
     assert (tmp_path / "work" / "stages").is_dir()  # made here, not fetched
     assert "bot/model-torchao/model.safetensors" in inside.read()
-    assert not (tmp_path / "work" / "restored").exists()
+    assert leftovers(tmp_path / "work") == []
 
 
 def test_an_artifact_that_was_not_published_is_made(s3_laptop: S3Server, bucket: str, tmp_path: Path) -> None:
@@ -74,3 +79,9 @@ def test_an_artifact_that_was_not_published_is_made(s3_laptop: S3Server, bucket:
     shutil.rmtree(tmp_path / "work")
     run(tiny_job(tmp_path, outputs(s3_laptop, bucket)), tmp_path / "work")
     assert (tmp_path / "work" / "model-torchao").is_dir()
+
+
+def test_a_download_that_was_killed_takes_no_room_from_a_training(s3_laptop: S3Server, bucket: str, tmp_path: Path) -> None:
+    write_files(tmp_path / "work", {".restored.partial/lora_model/a": b"half", "restored/other/a": b"whole"})
+    run(tiny_job(tmp_path, outputs(s3_laptop, bucket, artifacts=["adapter"])), tmp_path / "work")
+    assert leftovers(tmp_path / "work") == []

@@ -35,7 +35,13 @@ def restore(ctx: RunContext, identities: Callable[[], dict[str, str]]) -> bool:
     Raises:
         CapacityError, InfrastructureError: one sentence each.
     """
+    atomic.remove_leftovers(_fetched(ctx))  # of a download that was killed; this time there may be nothing to take up
+    shutil.rmtree(_fetched(ctx), ignore_errors=True)
     return any(_restore_from(ctx, where, identities) for where in destinations(ctx.job) if where.scheme == "s3")
+
+
+def _fetched(ctx: RunContext) -> Path:
+    return ctx.workdir / "restored"
 
 
 def _restore_from(ctx: RunContext, where: Location, identities: Callable[[], dict[str, str]]) -> bool:
@@ -44,7 +50,7 @@ def _restore_from(ctx: RunContext, where: Location, identities: Callable[[], dic
         files = published_files(place.read(names.MANIFEST) or b"", ctx.job.train_digest)
         if not _is_whole(ctx, files) or _made_from(place) != identities():
             return False
-    fetched = ctx.workdir / "restored"
+    fetched = _fetched(ctx)
     try:
         with s3_errors(where):
             _download(place, files, fetched)
