@@ -1,7 +1,10 @@
 """builtin:// sources: what comes with the installed packages, checked without converting anything."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,19 @@ def test_a_killed_conversion_is_started_over(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(builtin, "_convert", lambda _, folder: write_files(folder, MODEL_FILES))
 
     assert read_files(sources.fetch_model(ctx).path) == MODEL_FILES
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_cache_that_can_not_be_locked_is_no_obstacle(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    monkeypatch.setattr(builtin, "_convert", lambda _, folder: write_files(folder, MODEL_FILES))
+    write_files(tmp_path / "cache" / "builtin", {f"{builtin.MODEL}.lock": b"1\nanother-host\n"})  # the marker of a killed pod
+
+    assert read_files(sources.fetch_model(context(tmp_path, run_spec())).path) == MODEL_FILES
 
 
 def test_a_check_converts_nothing(tmp_path: Path) -> None:

@@ -171,6 +171,8 @@ def test_a_killed_download_holds_no_lock_and_is_continued(s3_laptop: S3Server, i
         assert child.stdout is not None
         assert child.stdout.readline() == "here\n"
         child.send_signal(signal.SIGKILL)
+    (partial,) = (tmp_path / "cache" / "s3").glob(".*.partial")
+    (partial / "tokenizer.json.1a2B3c4D").write_bytes(b"half")  # what boto3 writes until a file is whole
 
     fetched = sources.fetch_model(reading(tmp_path, s3_laptop.endpoint, model=f"s3://{inside.name}"))
 
