@@ -217,7 +217,7 @@ def _folder(name: str) -> Path:
 
     cache = user_cache()
     if name == MODELS[0]:
-        return builtin.fetch_model(cache)
+        return builtin.fetch_model(cache, print)
     folder = cache / "bench" / "llama-2x1024"
     if not (folder / "config.json").exists():
         settings = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 16, "vocab_size": 32000}

@@ -62,7 +62,7 @@ def language_reference() -> list[int]:
     cache = user_cache()
     with TemporaryDirectory() as name:
         ctx = RunContext(JobDescription.of({"name": "padding"}, spec, in_cluster=False), Path(name), cache, RecordingReporter())
-        rows = data.run(ctx, AutoTokenizer.from_pretrained(builtin.fetch_model(cache)))
+        rows = data.run(ctx, AutoTokenizer.from_pretrained(builtin.fetch_model(cache, print)))
     return [len(row.input_ids) for row in rows.train]
 
 

@@ -115,7 +115,7 @@ def _model(shape: Shape, dtype: str, arm: str) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(builtin.fetch_model(user_cache()), dtype=getattr(torch, dtype))
+    base = AutoModelForCausalLM.from_pretrained(builtin.fetch_model(user_cache(), print), dtype=getattr(torch, dtype))
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config).train()
     if shape.checkpointed:

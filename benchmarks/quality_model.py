@@ -25,7 +25,7 @@ def rotated_model(cache: Path) -> Path:
     if not target.is_dir():
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        _make(builtin.fetch_model(cache), partial)
+        _make(builtin.fetch_model(cache, print), partial)
         partial.rename(target)
     return target
 
