@@ -36,7 +36,7 @@ class Work:
 
     Attributes:
         calibration: rows of the training data that the rounding of weights is chosen by.
-        inputs: digest of the base model's revision and the rows; a checkpoint of others is not resumed from.
+        inputs: digest of the base model's revision and dtype and of the rows; a checkpoint of others is not resumed from.
         start: the checkpoint to go on from.
     """
 

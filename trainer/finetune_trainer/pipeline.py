@@ -101,6 +101,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     reporter.enter(Stage.LOADING)
     # Here, not above: what preflight refuses needs no torch. The backend first: unsloth patches what the stages import.
     backend = backends.take(ctx)
+    from finetune_trainer import machine
     from finetune_trainer.adapter import save_adapter
     from finetune_trainer.results.hints import hints
     from finetune_trainer.results.measured import measured
@@ -122,8 +123,15 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     trained = train.run(ctx, loaded, rows)
     device = trained.model.device.type
     save_adapter(trained.model, trained.tokenizer, ctx.job, loaded.resolved, ctx.adapter)
-    weights = finished.digest_of(ctx.job.train_digest, loaded.identity, rows.digest, ctx.adapter / "adapter_model.safetensors")
-    stages = finished.FinishedStages(ctx.workdir / finished.FOLDER, weights)
+    # With the machine: this one rounds the same weights in its own way, and a proof holds logits that must be its own.
+    inputs = (
+        ctx.job.train_digest,
+        loaded.identity,
+        rows.digest,
+        machine.description(loaded.model),
+        ctx.adapter / "adapter_model.safetensors",
+    )
+    stages = finished.FinishedStages(ctx.workdir / finished.FOLDER, finished.digest_of(*inputs))
 
     reporter.enter(Stage.EVALUATING)
     quantized = ctx.spec.quantization.scheme is not Scheme.NONE

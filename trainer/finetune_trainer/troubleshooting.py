@@ -172,7 +172,7 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
     ),
     "A run that was stopped": (
         Symptom("is passed over: ", "A checkpoint was not finished, or its files are not what its seal says.", "Nothing: the one before it is used."),
-        Symptom("The model or the data has changed since the checkpoint of step", "A source has other content under the same name.", "Nothing, if that was meant; else pin a revision."),
+        Symptom("The model, its dtype or the data has changed since the checkpoint of step", "A source has other content under the same name, or `model.dtype` is auto and the run moved between a GPU and a CPU.", "Nothing, if that was meant; else pin a revision, or set `model.dtype`."),
         Symptom("is not taken up: ", "A file of an earlier publication is gone, unreadable, or has other bytes.", "Nothing: it is made and published again."),
         Symptom("Another run is at work in", "Two runs in one working directory would remove each other's checkpoints.", "Wait for its end, or give this one another `--workdir`."),
         Symptom("was not mirrored: ", "S3 refused or did not answer; the training went on.", "Mend what the sentence names: what is not mirrored ends with the pod."),

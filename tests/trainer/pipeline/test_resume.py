@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_trainer import checkpoints, destinations, phases, pipeline, plan
+from finetune_trainer import base_model, checkpoints, destinations, machine, phases, pipeline, plan
 from finetune_trainer.errors import Checkpointed, InfrastructureError, NotPublishedError
+from finetune_trainer.finished import tree_digest
 from finetune_trainer.reporting.progress import ProgressMeter
 from finetune_trainer.reporting.reporter import RunReporter
 from finetune_trainer.results import summary
-from finetune_trainer.stages import evaluate, verify
-from safetensors.torch import load_file
+from finetune_trainer.stages import convert, evaluate, verify
+from safetensors.torch import load_file, save_file
 from support.power_loss import recorded_disk
 from support.tiny_jobs import STEPS, finetune, run, tiny_job
 from support.tiny_model import save_tiny_model, sums, write_jsonl
@@ -416,6 +417,53 @@ def test_a_model_that_was_lost_is_made_and_proved_again(tmp_path: Path, monkeypa
         run(job, tmp_path / "work")
     assert steps == []
     assert proofs == [1, 1]
+
+
+def test_what_another_machine_has_converted_is_converted_and_proved_again_without_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny_job(tmp_path, {"outputs": {"artifacts": ["adapter", "quantized"]}})
+    did: list[str] = []
+    for stage in (convert, verify):
+        monkeypatch.setattr(
+            stage, "run", lambda *args, stage=stage, original=stage.run: did.append(stage.__name__.rpartition(".")[2]) or original(*args)
+        )
+
+    def stop(*_: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "run", stop)
+        with pytest.raises(Killed):
+            run(job, tmp_path / "work")
+    # Its logits, as a machine computes them that rounds otherwise.
+    reference = tmp_path / "work" / "proof" / "reference.safetensors"
+    recorded = load_file(reference)
+    save_file(recorded | {"logits": recorded["logits"] + 1e-6}, reference)
+    marker = tmp_path / "work" / "stages" / "converting.json"
+    kept = json.loads(marker.read_text())
+    marker.write_text(json.dumps(kept | {"made": tree_digest((tmp_path / "work" / "model-torchao", tmp_path / "work" / "proof"))}))
+    monkeypatch.setattr(machine, "description", lambda _: "another machine")
+    with pytest.MonkeyPatch.context() as patch:
+        steps = at_step(patch, 0, kill)
+        report = run(job, tmp_path / "work")
+    assert steps == []
+    assert did == ["convert", "convert", "verify"]
+    assert report["proof"]["holds"]
+
+
+def test_a_checkpoint_of_another_dtype_is_not_gone_on_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As of a pod with a GPU, whose next one has none."""
+    job = tiny_job(tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(base_model, "training_dtype", lambda *_, **__: torch.bfloat16)
+        at_step(patch, 3, kill)
+        run(job, tmp_path / "work")
+    with pytest.MonkeyPatch.context() as patch:
+        steps = at_step(patch, 0, kill)
+        run(job, tmp_path / "work")
+    assert steps == list(range(1, STEPS + 1))
+    assert "The model, its dtype or the data has changed since the checkpoint of step 2" in capfd.readouterr().out
 
 
 def test_a_finished_model_that_has_changed_since_its_proof_is_not_published(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
         DataError: a loss or gradient is not finite, or a token is unknown to the model.
     """
     require_known_tokens(data, loaded.model)
-    inputs = finished.digest_of(loaded.identity, data.digest, loaded.backend.NAME)
+    inputs = finished.digest_of(loaded.identity, data.digest, loaded.backend.NAME, str(loaded.model.dtype))
     prepared = _prepare(ctx, loaded, data)
     start = find_checkpoint(ctx, inputs)
     _remove_others(ctx, start)
@@ -134,14 +134,16 @@ def find_checkpoint(ctx: RunContext, inputs: str) -> Checkpoint | None:
     """The newest complete checkpoint of this training, from the working directory or else from the mirror.
 
     Args:
-        inputs: digest of the base model's files and the rows; where a source has changed under the same name, training begins anew.
+        inputs: digest of the base model's files and dtype and of the rows; where a source has changed under the same name, training begins anew.
     """
     found = checkpoints.newest(ctx.outputs, ctx.job.train_digest, ctx.reporter.note)
     if found is None and (mirror := Mirror.of(ctx)):
         mirror.fetch_latest(ctx.outputs, ctx.reporter.note)
         found = checkpoints.newest(ctx.outputs, ctx.job.train_digest, ctx.reporter.note)
     if found and found.facts.get("inputs") != inputs:
-        ctx.reporter.note(f"The model or the data has changed since the checkpoint of step {found.step}, so training begins anew.")
+        ctx.reporter.note(
+            f"The model, its dtype or the data has changed since the checkpoint of step {found.step}, so training begins anew."
+        )
         return None
     return found
 
