@@ -178,7 +178,8 @@ class _FreshProcess:
         self._process.start()
 
     def run(self, command: list[str], *, env: dict[str, str], **_: Any) -> "subprocess.CompletedProcess[str]":
-        self._ask.send((command[2], command[3:], env))
+        module = command.index("-m") + 1
+        self._ask.send((command[module], command[module + 1 :], env))
         self._process.join()
         said = Path(self._output).read_text()
         return subprocess.CompletedProcess(command, self._process.exitcode or 0, said, said)

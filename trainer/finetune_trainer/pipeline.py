@@ -129,6 +129,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
         loaded.identity,
         rows.digest,
         machine.description(loaded.model),
+        *sorted(ctx.spec.wanted_artifacts),  # an adapter that is not shipped is not measured
         ctx.adapter / "adapter_model.safetensors",
     )
     stages = finished.FinishedStages(ctx.workdir / finished.FOLDER, finished.digest_of(*inputs))

@@ -419,6 +419,17 @@ def test_a_model_that_was_lost_is_made_and_proved_again(tmp_path: Path, monkeypa
     assert proofs == [1, 1]
 
 
+def test_an_adapter_that_is_shipped_later_is_measured_without_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate holds it against the base model; without a measurement it would let any pass."""
+    only = run(tiny_job(tmp_path, {"outputs": {"artifacts": ["quantized"]}}), tmp_path / "work")
+    assert only["losses"]["adapter"] is None
+    steps = at_step(monkeypatch, 0, kill)
+    both = run(tiny_job(tmp_path, {"outputs": {"artifacts": ["adapter", "quantized"]}}), tmp_path / "work")
+    assert steps == []
+    assert both["losses"]["adapter"] is not None
+    assert both["losses"]["adapter_over_base"] is not None
+
+
 def test_what_another_machine_has_converted_is_converted_and_proved_again_without_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

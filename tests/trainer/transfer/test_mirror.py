@@ -18,6 +18,7 @@ from finetune_trainer.stages import preflight
 from support.run_contexts import context, notes, read_files, refused, run_spec, write_files
 from support.s3_server import S3Server
 from support.tiny_model import tiny_llama
+from transformers import TrainerControl
 
 FIELD = "spec.storage.checkpoints.uri"
 FACTS = {"tuned": 2.5}
@@ -207,7 +208,7 @@ def test_each_checkpoint_is_pushed_with_the_keys_of_its_own_time(pod: Any, insid
     def save(step: int) -> list[str]:
         """The steps in the mirror once this one was saved."""
         write_files(checkpoints.folder_of(ctx.outputs, step), {"adapter_model.safetensors": b"adapter"})
-        phases.on_save(SimpleNamespace(output_dir=str(ctx.outputs)), SimpleNamespace(global_step=step), None)
+        phases.on_save(SimpleNamespace(output_dir=str(ctx.outputs)), SimpleNamespace(global_step=step), TrainerControl())
         return sorted({key.split("/checkpoint-")[1].split("/")[0] for key in inside.listed()})
 
     assert save(1) == ["1"]

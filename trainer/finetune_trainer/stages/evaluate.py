@@ -6,6 +6,7 @@ What one model does is measured in held_out.py; here the models are held against
 from dataclasses import dataclass, replace
 
 import torch
+from finetune_api.spec import Artifact
 from peft import PeftModel
 
 from finetune_trainer.context import RunContext
@@ -31,7 +32,7 @@ class Losses:
         nearest: the adapter at the switch, quantized as torchao's quantize_ does: scales of the largest value, each weight to the nearest one.
         ptq: the same with scales and rounding chosen, which is what qatPercent 0 ships; and what `nearest` would be, where that is None.
         quantized: the shipped quantized model.
-        adapter: the final adapter on the base model that is not quantized: behind quantization-aware steps it is not what it was at the switch.
+        adapter: the shipped adapter on the base model that is not quantized: behind quantization-aware steps it is not what it was at the switch.
         recovered: (PTQ - quantized) / (PTQ - tuned), the share of PTQ's damage that quantization-aware steps took back; only where that
             damage is significant.
         nearest_recovered: the same of `nearest`, which the choice of scales and rounding took back a part of.
@@ -39,7 +40,7 @@ class Losses:
         ptq_over_tuned: interval of the difference of two losses, as those below.
         shipped_over_ptq: where quantization-aware steps followed.
         shipped_over_base: of the quantized model, or of the tuned one where nothing is quantized.
-        adapter_over_base: of the adapter, where it is measured apart.
+        adapter_over_base: of the adapter, where it is shipped and measured apart.
     """
 
     base: float | None = None
@@ -81,7 +82,7 @@ def run(ctx: RunContext, model: PeftModel, data: Data, switch: Switch | None, *,
     shipped, seed = losses(measured), ctx.spec.training.seed
     means = {"base": mean_loss(base), "quantized" if quantized else "tuned": mean_loss(shipped)}
     known = Losses(**means, shipped_over_base=difference(shipped, base, seed))
-    if quantized:  # also where it is not shipped: the next run may ship it, and finds this measured
+    if quantized and Artifact.ADAPTER in ctx.spec.wanted_artifacts:
         adapter = losses(measure(model, data.held_out, fake_quant=False))
         known = replace(known, adapter=mean_loss(adapter), adapter_over_base=difference(adapter, base, seed))
     if switch is None or switch.tuned is None or switch.ptq is None:
