@@ -17,7 +17,7 @@ from finetune_trainer import atomic
 from finetune_trainer.checkpoints import SEAL, folder_of, problem_of, step_of
 from finetune_trainer.context import RunContext
 from finetune_trainer.destinations.manifest import PublishedFile
-from finetune_trainer.destinations.s3_upload import upload
+from finetune_trainer.destinations.s3_upload import abort_uploads, upload
 from finetune_trainer.sources.credentials import s3_client
 from finetune_trainer.sources.location import Location
 from finetune_trainer.sources.s3_errors import error_code, s3_errors
@@ -77,6 +77,7 @@ class Mirror:
             kept = [step for step in steps if step <= step_of(folder)][-_KEPT:]
             for step in set(steps) - set(kept):
                 self._delete(f"checkpoint-{step}/")
+            self._abort("checkpoint-")  # this one is whole, and nobody goes on sending another
 
     def fetch_latest(self, outputs: Path, warn: Callable[[str], None]) -> None:
         """Downloads the newest complete checkpoint into `outputs`; nothing when there is none.
@@ -104,6 +105,7 @@ class Mirror:
         """
         with s3_errors(self.where):
             self._delete("")
+            self._abort("")
 
     def _download(self, folder: Path) -> str:
         """Downloads a checkpoint; returns what is wrong with it, and leaves nothing then."""
@@ -144,6 +146,9 @@ class Mirror:
         # The seal first: from then on nobody takes what is left for a checkpoint.
         for key in sorted(self._keys(prefix), key=lambda key: not key.endswith(f"/{SEAL}")):
             self.client.delete_object(Bucket=self.where.authority, Key=key)
+
+    def _abort(self, prefix: str) -> None:
+        abort_uploads(self.client, self.where.authority, self._key(prefix), lambda _: True)
 
 
 def mirror_location(ctx: RunContext) -> Location | None:

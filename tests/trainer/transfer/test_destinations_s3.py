@@ -57,6 +57,11 @@ def refusing(*operations: str) -> Callable[[str, str], None]:
     return before
 
 
+def start_upload(inside: Any, key: str) -> None:
+    """An upload in parts that nobody finishes."""
+    inside.client.create_multipart_upload(Bucket=inside.name, Key=key, ChecksumAlgorithm="SHA256")
+
+
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
     """Parts of 5 MiB, the smallest that S3 takes, sent one after the other."""
@@ -224,6 +229,35 @@ def test_a_large_file_that_broke_off_keeps_its_finished_parts(
     assert s3_calls.keys("CreateMultipartUpload") == []
     assert inside.read()["bot/model-torchao/model.safetensors"] == weights
     assert inside.unfinished() == []
+
+
+def test_a_large_file_that_is_whole_leaves_no_other_attempt(
+    s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path, small_parts: int
+) -> None:
+    for _ in range(3):
+        start_upload(inside, "bot/model-torchao/model.safetensors")
+    start_upload(inside, "bot/model-torchao/model.safetensors.of-others")
+    s3_calls.before = breaking_off(s3_laptop, "PutObject", "bot/manifest.json")
+
+    with refused(InfrastructureError, FIELD):
+        publish(shipping(tmp_path, s3_laptop, inside.name, {"config.json": CONFIG, "model.safetensors": b"w" * (small_parts + 1)}))
+
+    assert inside.unfinished() == ["bot/model-torchao/model.safetensors.of-others"]
+
+
+def test_a_half_sent_file_of_a_broken_off_publication_goes_with_the_next(
+    s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path, small_parts: int
+) -> None:
+    s3_calls.before = breaking_off(s3_laptop, "UploadPart", "bot/model-torchao/model-1.safetensors")
+    with refused(InfrastructureError, FIELD):
+        publish(shipping(tmp_path / "broken", s3_laptop, inside.name, TWO_SHARDS | {"model-1.safetensors": b"w" * (small_parts + 1)}))
+    assert inside.unfinished() == ["bot/model-torchao/model-1.safetensors"]
+    s3_calls.before = lambda _operation, _key: None
+    start_upload(inside, "bot/of-others")
+
+    publish(shipping(tmp_path / "new", s3_laptop, inside.name, ONE_SHARD))
+
+    assert inside.unfinished() == ["bot/of-others"]
 
 
 def test_parts_of_other_content_are_sent_anew(s3_laptop: S3Server, inside: Any, s3_calls: Any, tmp_path: Path, small_parts: int) -> None:

@@ -260,6 +260,22 @@ def test_after_success_nothing_is_left(pod: Any, mirror_of: Any, inside: Any, tm
     assert inside.unfinished() == []
 
 
+@pytest.mark.parametrize("end", ["removed", "pushed"])
+def test_a_half_sent_file_of_a_checkpoint_is_not_left(pod: Any, mirror_of: Any, inside: Any, tmp_path: Path, end: str) -> None:
+    ctx = pod(tmp_path)
+    mirror = mirror_of(ctx)
+    others = "bot/.checkpoints/other-training/checkpoint-10/optimizer.pt"
+    for key in (f"{mirror.where.path}/checkpoint-10/optimizer.pt", others):
+        inside.client.create_multipart_upload(Bucket=inside.name, Key=key, ChecksumAlgorithm="SHA256")
+
+    if end == "pushed":
+        mirror.push(checkpoint(ctx, 20))
+    else:
+        mirror.remove()
+
+    assert inside.unfinished() == [others]
+
+
 def test_a_removal_that_is_refused_fails_no_run_that_is_published(pod: Any, mirror_of: Any, s3_calls: Any, tmp_path: Path) -> None:
     ctx = pod(tmp_path)
     mirror_of(ctx).push(checkpoint(ctx, 10))

@@ -12,7 +12,7 @@ from finetune_api.names import MANIFEST
 
 from finetune_trainer.context import RunContext
 from finetune_trainer.destinations.manifest import Publication, PublishedFile, named_files, naming
-from finetune_trainer.destinations.s3_upload import put_bytes, upload
+from finetune_trainer.destinations.s3_upload import abort_uploads, put_bytes, upload
 from finetune_trainer.sources.credentials import s3_client
 from finetune_trainer.sources.location import Location
 from finetune_trainer.sources.s3_errors import error_code, s3_errors
@@ -124,8 +124,11 @@ def _remove_stale(place: Place, current: frozenset[str]) -> None:
     noted = place.read(UNFINISHED)
     if noted is None:
         return
-    for path in sorted(named_files(noted) - current - {MANIFEST}):
+    stale = named_files(noted) - current - {MANIFEST}
+    for path in sorted(stale):
         place.delete(path)
+    dead = {place.key(path) for path in stale | current}  # everything current is whole
+    abort_uploads(place.client, place.bucket, place.key(""), dead.__contains__)
     place.withdraw(UNFINISHED)
 
 

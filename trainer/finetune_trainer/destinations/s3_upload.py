@@ -1,14 +1,15 @@
 """One file to one S3 object, checked by the server and resumable. Used by destinations/s3.py and mirror.py; raises what boto3 raises.
 
 Small files are one PUT with the file's SHA256. Large ones are multipart uploads with a SHA256 per part; parts that an interrupted attempt
-has left on the server are kept when their checksums are right, so a killed upload continues. Whether an object is there already is decided
+has left on the server are kept when their checksums are right, so a killed upload continues; what nobody goes on with is ended. Whether an object is there already is decided
 by the checksum that the server verified, never by what someone wrote into its metadata.
 """
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from finetune_trainer.destinations.manifest import PublishedFile
@@ -37,6 +38,16 @@ def upload(client: Any, bucket: str, key: str, item: PublishedFile) -> None:
             client.put_object(Bucket=bucket, Key=key, Body=body, ChecksumSHA256=checksum)
     else:
         _put_in_parts(client, bucket, key, item)
+
+
+def abort_uploads(client: Any, bucket: str, prefix: str, is_dead: Callable[[str], bool]) -> None:
+    """Ends the half-sent uploads below a prefix whose key is one that nobody goes on with: no listing of objects shows them, and all are paid for.
+
+    What may not be listed or ended stays: nothing that is read depends on it.
+    """
+    for item in _unfinished_uploads(client, bucket, prefix):
+        if is_dead(item["Key"]):
+            _abort(client, bucket, item)
 
 
 def part_bytes(size: int) -> int:
@@ -76,7 +87,8 @@ def _checksum_on_server(client: Any, bucket: str, key: str) -> str | None:
 
 
 def _put_in_parts(client: Any, bucket: str, key: str, item: PublishedFile) -> None:
-    upload_id = _unfinished_upload(client, bucket, key)
+    found = [item for item in _unfinished_uploads(client, bucket, key) if item["Key"] == key]
+    upload_id = _latest(found)
     kept = _parts_on_server(client, bucket, key, upload_id) if upload_id else {}
     upload_id = upload_id or client.create_multipart_upload(Bucket=bucket, Key=key, ChecksumAlgorithm="SHA256")["UploadId"]
 
@@ -92,17 +104,29 @@ def _put_in_parts(client: Any, bucket: str, key: str, item: PublishedFile) -> No
     with ThreadPoolExecutor(PARALLEL_PARTS) as pool:
         parts = list(pool.map(send, _parts(item)))
     client.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts})
+    for item in found:
+        if item["UploadId"] != upload_id:
+            _abort(client, bucket, item)
 
 
-def _unfinished_upload(client: Any, bucket: str, key: str) -> str | None:
-    """The latest upload to this key that an interrupted attempt has left; None as well where it may not be looked up."""
+def _unfinished_uploads(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
+    """What interrupted attempts have left half sent below a prefix; nothing where it may not be looked up."""
     try:
-        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key)
-        found = [item for page in pages for item in page.get("Uploads", ()) if item["Key"] == key]
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
+        return [item for page in pages for item in page.get("Uploads", ())]
     except client.exceptions.ClientError:
-        return None
-    ours = [item for item in found if item.get("ChecksumAlgorithm") == "SHA256"]
+        return []
+
+
+def _latest(uploads: list[dict[str, Any]]) -> str | None:
+    """The latest upload that can be gone on with."""
+    ours = [item for item in uploads if item.get("ChecksumAlgorithm") == "SHA256"]
     return max(ours, key=lambda item: item["Initiated"])["UploadId"] if ours else None
+
+
+def _abort(client: Any, bucket: str, unfinished: dict[str, Any]) -> None:
+    with suppress(client.exceptions.ClientError):  # another run may have ended it already, or these keys may not
+        client.abort_multipart_upload(Bucket=bucket, Key=unfinished["Key"], UploadId=unfinished["UploadId"])
 
 
 def _parts_on_server(client: Any, bucket: str, key: str, upload_id: str) -> dict[int, dict[str, Any]]:
