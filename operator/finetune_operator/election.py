@@ -20,6 +20,7 @@ from finetune_operator.cluster import UNANSWERED
 
 LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15, 10, 2
 STOP_SECONDS = 5
+REQUEST_SECONDS = 3  # the election looks at its deadline only between attempts: two that get no answer, and their pauses, end with it
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +91,10 @@ class PatientLock(LeaseLock):  # type: ignore[misc] # the client carries no type
     async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
         """Reads the Lease: (whether there is one, the record or the error)."""
         try:
-            found: tuple[bool, Any] = await super().get(name, namespace)
+            async with asyncio.timeout(REQUEST_SECONDS):
+                found: tuple[bool, Any] = await super().get(name, namespace)
         except UNANSWERED as error:
-            return False, ApiException(status=0, reason=f"{type(error).__name__}: {error}")
+            return False, ApiException(status=0, reason=_told(error))
         is_there, record = found
         if is_there and record.holder_identity not in (None, self.identity):
             self._follow()
@@ -111,17 +113,25 @@ class PatientLock(LeaseLock):  # type: ignore[misc] # the client carries no type
     async def release(self) -> None:
         """Gives the Lease back, so that nobody has to wait for its end. A failure is only logged."""
         try:
-            lease = await self.api_instance.read_namespaced_lease(self.name, self.namespace)
-            if lease.spec.holder_identity == self.identity:
-                lease.spec.holder_identity = None
-                await self.api_instance.replace_namespaced_lease(self.name, self.namespace, lease)
+            async with asyncio.timeout(REQUEST_SECONDS):
+                lease = await self.api_instance.read_namespaced_lease(self.name, self.namespace)
+                if lease.spec.holder_identity == self.identity:
+                    lease.spec.holder_identity = None
+                    await self.api_instance.replace_namespaced_lease(self.name, self.namespace, lease)
         except (ApiException, *UNANSWERED) as error:
-            logger.warning("The Lease was not given back: %s", error)
+            logger.warning("The Lease was not given back: %s", _told(error))
 
     async def _obtained(self, request: Awaitable[Any]) -> bool:
         try:
-            await request
+            async with asyncio.timeout(REQUEST_SECONDS):
+                await request
         except (ApiException, *UNANSWERED) as error:
-            logger.warning("The Lease can't be written: %s: %s", type(error).__name__, str(error).splitlines()[0])
+            logger.warning("The Lease can't be written: %s", _told(error))
             return False
         return True
+
+
+def _told(error: Exception) -> str:
+    """The error in one line; one of a time limit has no words of its own."""
+    words, _, _ = str(error).partition("\n")
+    return f"{type(error).__name__}: {words}"
