@@ -16,6 +16,7 @@ class Reason(StrEnum):
     # Ready is False, Reconciling is True: it goes on without anybody.
     JOB_CREATED = "JobCreated"
     JOB_REFUSED = "JobRefused"
+    CHANGE_REFUSED = "ChangeRefused"
     REPLACING = "Replacing"
     POD_NOT_CREATED = "PodNotCreated"
     UNSCHEDULABLE = "Unschedulable"
@@ -74,6 +75,11 @@ STATES: dict[str, State] = {
         _PENDING,
         "the API server takes no such Job: a quota is used up, an admission policy says no or its webhook does not answer, or (with Stalled) the pod is not valid",
         "free or raise the quota, mend the policy or the field that the message names; it is tried again by itself",
+    ),
+    Reason.CHANGE_REFUSED: State(
+        "Pending, Running, Suspended",
+        "the API server does not let the run's Job be changed as runPolicy asks (suspend, backoffLimit, activeDeadlineSeconds): an admission policy says no, or its webhook does not answer; the run goes on as it was",
+        "take the edit back, or mend the policy that the message names; it is tried again by itself",
     ),
     Reason.REPLACING: State(_PENDING, "the Job or pod of an earlier spec is still ending; two trainers never run for one object", "nothing"),
     Reason.POD_NOT_CREATED: State(_PENDING, "the Job can't make its pod, such as for a quota on pods", "mend what the message names"),

@@ -10,7 +10,7 @@ from datetime import datetime
 
 from finetune_api.exits import ExitCode
 from finetune_api.states import Reason
-from finetune_api.status import FineTuneJobStatus, Phase
+from finetune_api.status import ConditionType, FineTuneJobStatus, Phase
 
 from finetune_operator.conditions import Standing, Verdict
 from finetune_operator.desired import build_job, build_live_fields, build_preflight_job
@@ -144,7 +144,7 @@ def check_before_a_gpu_is_asked_for(situation: Situation) -> Plan | None:
         return Plan(_fenced(_write(situation, status), (create,)), FIRST_LOOK_SECONDS)
     if status.phase is Phase.FAILED:
         return Plan(_write(situation, status))
-    return Plan((*_live(situation), *_write(situation, status)), again_seconds(world, situation.now))
+    return Plan(_going_on(situation, status), again_seconds(world, situation.now))
 
 
 def create_what_is_missing(situation: Situation) -> Plan | None:
@@ -191,7 +191,7 @@ def report_what_is_seen(situation: Situation) -> Plan | None:
     status = observed_status(world, job, situation.now, situation.settings.stuck_after)
     if status.phase in FINAL:
         return Plan((*_write(situation, status), *_ttl(situation)))
-    return Plan((*_live(situation), *_write(situation, status)), again_seconds(world, situation.now))
+    return Plan(_going_on(situation, status), again_seconds(world, situation.now))
 
 
 Policy = Callable[[Situation], Plan | None]
@@ -222,6 +222,23 @@ def report_a_refused_job(situation: Situation, refusal: str, *, needs_edit: bool
     return Plan(_pending(situation, standing, Reason.JOB_REFUSED, sentence))
 
 
+def report_a_refused_change(situation: Situation, refusal: str, *, needs_edit: bool) -> Plan:
+    """The API server does not let the Job be changed as runPolicy asks. The run goes on as it was, and the change is tried again.
+
+    Args:
+        refusal: what the API server said.
+        needs_edit: whether only an edit can mend it.
+    """
+    subject = situation.world.subject
+    base = carried_status(subject)
+    if base.phase in FINAL:  # it was the TTL: an end that is stored keeps its words
+        return Plan()
+    sentence = f"The API server refuses to change the Job as runPolicy asks: {clean(refusal, 800).rstrip('.')}; take the edit back, or correct the policy."
+    standing = Standing.STALLED if needs_edit else Standing.RECONCILING
+    verdict = Verdict(base.phase or Phase.PENDING, standing, Reason.CHANGE_REFUSED, clean(sentence))
+    return Plan(_write(situation, status_of(subject, base, verdict, situation.now)))
+
+
 def report_a_refused_status(subject: FineTuneJob, refusal: str, now: datetime) -> Plan:
     """The API server may refuse every status of an object whose spec is older than the CRD's rules. Only an event can say so."""
     event = JobEvent(Reason.INVALID_SPEC, clean(f"The API server takes no status for this object: {refusal}", 900))
@@ -242,6 +259,23 @@ def _write(situation: Situation, status: FineTuneJobStatus) -> tuple[Action, ...
     write = _write_status(subject, status)
     events = new_events(carried_status(subject), status) if write else ()
     return (*write, *(EmitEvent(build_event(subject, event, situation.now)) for event in events))
+
+
+def _going_on(situation: Situation, status: FineTuneJobStatus) -> tuple[Action, ...]:
+    """What is seen of a run that has not ended, and then the live fields: a refused change must not keep the status from being written."""
+    live = _live(situation)
+    return (*_write(situation, _with_refusal(situation, status) if live else status), *live)
+
+
+def _with_refusal(situation: Situation, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """The status with the refusal of a change that is still wanted: it stands until the change is let, and is not written anew at each attempt."""
+    subject = situation.world.subject
+    refusals = {item.type: item for item in carried_status(subject).conditions if item.reason == Reason.CHANGE_REFUSED}
+    if not refusals or status.phase is None:
+        return status
+    standing = Standing.STALLED if ConditionType.STALLED in refusals else Standing.RECONCILING
+    verdict = Verdict(status.phase, standing, Reason.CHANGE_REFUSED, refusals[ConditionType.READY].message)
+    return status_of(subject, status, verdict, situation.now)
 
 
 def _write_status(subject: FineTuneJob, status: FineTuneJobStatus) -> tuple[Action, ...]:

@@ -16,6 +16,10 @@ class JobRefusedError(ApiError):
     """The API server has refused to create a Job."""
 
 
+class ChangeRefusedError(ApiError):
+    """The API server has refused to change a Job."""
+
+
 class StatusRefusedError(ApiError):
     """The API server has refused a status as invalid."""
 
@@ -45,7 +49,7 @@ class Executor:
             case CreateJob(manifest):
                 await self._create(subject, manifest)
             case PatchJob(name, patch):
-                await self._update_unless_gone(self.cluster.patch_job(namespace, name, patch))
+                await self._patch(namespace, name, patch)
             case DeleteJob(name, uid):
                 await self._update_unless_gone(self.cluster.delete_job(namespace, name, uid))
             case EmitEvent(event):
@@ -87,6 +91,14 @@ class Executor:
             if found is None or not is_controlled_by(found, subject.uid):
                 raise
             return found
+
+    async def _patch(self, namespace: str, name: str, patch: Json) -> None:
+        try:
+            await self._update_unless_gone(self.cluster.patch_job(namespace, name, patch))
+        except ApiError as error:
+            if error.is_refusal:
+                raise ChangeRefusedError(error.status, error.reason, error.message) from error
+            raise
 
     async def _update_unless_gone(self, request: Awaitable[Json]) -> None:
         try:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from finetune_operator.cluster import FAILED, ApiError
-from finetune_operator.decide import Situation, decide, report_a_refused_job, report_a_refused_status
-from finetune_operator.execution import Executor, JobRefusedError, StatusRefusedError
+from finetune_operator.decide import Situation, decide, report_a_refused_change, report_a_refused_job, report_a_refused_status
+from finetune_operator.execution import ChangeRefusedError, Executor, JobRefusedError, StatusRefusedError
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import Observer
 from finetune_operator.plan import Plan, WriteStatus
@@ -78,11 +78,12 @@ class Reconciler:
         except StatusRefusedError as refusal:
             await self.executor.execute(subject, report_a_refused_status(subject, refusal.message, self.observer.now()))
             raise
-        except JobRefusedError as refusal:
+        except (JobRefusedError, ChangeRefusedError) as refusal:
             unedited = await self.observer.read_unedited(subject)
             if unedited:
                 situation = Situation(World(unedited), self.observer.now(), self.settings)
-                await self._execute(unedited, report_a_refused_job(situation, refusal.message, needs_edit=refusal.is_invalid))
+                report = report_a_refused_job if isinstance(refusal, JobRefusedError) else report_a_refused_change
+                await self._execute(unedited, report(situation, refusal.message, needs_edit=refusal.is_invalid))
             raise
 
 

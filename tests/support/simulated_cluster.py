@@ -179,6 +179,7 @@ class SimulatedCluster:
 
     Attributes:
         refusal: what creating a Job is answered with, such as a quota's; None lets it be made.
+        change_refusal: what a patch of a Job is answered with, such as a policy's; None lets it be made.
         loses_answer: the next request that writes does what it should, and nobody hears of it.
     """
 
@@ -189,6 +190,7 @@ class SimulatedCluster:
     now: datetime = NOW
     is_writing: bool = False
     refusal: ApiError | None = None
+    change_refusal: ApiError | None = None
     loses_answer: bool = False
     created: list[tuple[str, Json]] = field(default_factory=list)
     log: dict[Kind, list[tuple[str, Json]]] = field(default_factory=lambda: {kind: [] for kind in Kind})
@@ -408,6 +410,8 @@ class SimulatedCluster:
         await _Pause(writes=True)
         if name not in self.jobs:
             raise ApiError(404, "NotFound", "")
+        if self.change_refusal:
+            raise self.change_refusal
         self.is_writing = True
         self.jobs[name] = merged(self.jobs[name], patch)
         return self._answer(self.jobs[name])

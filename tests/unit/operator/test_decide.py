@@ -196,7 +196,7 @@ def rows() -> dict[str, Row]:
         "suspending": Row(
             "report_what_is_seen",
             world_of(suspended, job, pods=(build_pod(job, phase="Running", state=RUNNING),)),
-            ["PatchJob", "WriteStatus"],
+            ["WriteStatus", "PatchJob"],
             "Running",
             "Suspending",
         ),
@@ -621,14 +621,14 @@ def test_rerun_makes_a_new_job_after_an_end(phase: str) -> None:
 def test_a_live_edit_patches_the_job_and_nothing_restarts(edit: Json, patch: Json) -> None:
     job = job_for(build_finetunejob())
     plan = decide(world_of(build_finetunejob({"runPolicy": edit}), job), NOW, SETTINGS)
-    assert plan.actions[0] == PatchJob(job["metadata"]["name"], {"spec": patch})
+    assert plan.actions[-1] == PatchJob(job["metadata"]["name"], {"spec": patch})
     assert not {"CreateJob", "DeleteJob"} & set(kinds(plan))
 
 
 def test_a_deadline_that_was_taken_back_is_removed_from_the_job() -> None:
     job = job_for(build_finetunejob({"runPolicy": {"activeDeadlineSeconds": 60}}))
     plan = decide(world_of(build_finetunejob(), job), NOW, SETTINGS)
-    assert plan.actions[0] == PatchJob(job["metadata"]["name"], {"spec": {"activeDeadlineSeconds": None}})
+    assert plan.actions[-1] == PatchJob(job["metadata"]["name"], {"spec": {"activeDeadlineSeconds": None}})
 
 
 def test_a_job_that_runs_already_is_left_alone_when_the_allow_list_shrinks() -> None:

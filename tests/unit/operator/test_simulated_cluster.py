@@ -326,6 +326,59 @@ def test_a_refused_job_is_said_once_and_made_when_it_is_let(refusal: ApiError, w
     assert len(cluster.jobs) == 1
 
 
+def running() -> SimulatedCluster:
+    """A run whose pod is at work, and is said to be."""
+    cluster = SimulatedCluster()
+    cluster.apply({})
+    cluster.reconcile()
+    (job,) = cluster.jobs.values()
+    cluster.start_pod(job)
+    (name,) = cluster.pods
+    cluster.run_pod(name)
+    cluster.reconcile()
+    return cluster
+
+
+POLICY = ApiError(422, "Invalid", "ValidatingAdmissionPolicy 'cap' denied request: no deadline above an hour")
+WEBHOOK = ApiError(500, "InternalError", 'failed calling webhook "policy.example.com": connection refused')
+
+
+@pytest.mark.parametrize(
+    ("refusal", "words", "standing"), [(POLICY, "no deadline above an hour", "Stalled"), (WEBHOOK, "failed calling webhook", "Reconciling")]
+)
+def test_a_refused_change_of_a_job_at_work_is_said_once_and_made_when_it_is_let(refusal: ApiError, words: str, standing: str) -> None:
+    cluster = running()
+    assert cluster.finetunejob is not None
+    cluster.change_refusal = refusal
+    cluster.apply({"runPolicy": {"activeDeadlineSeconds": 7200}})
+    cluster.reconcile()
+    status = cluster.finetunejob["status"]
+    assert (status["phase"], status["observedGeneration"]) == ("Running", 2)
+    assert words in status["message"]
+    assert standing in {item["type"] for item in status["conditions"] if item["reason"] == "ChangeRefused"}
+    assert not cluster.reconcile(), "the second refusal is no news"
+    cluster.change_refusal = None
+    cluster.reconcile()
+    cluster.reconcile()
+    assert words not in cluster.finetunejob["status"]["message"]
+    assert next(iter(cluster.jobs.values()))["spec"]["activeDeadlineSeconds"] == 7200
+
+
+def test_a_refused_change_hides_no_end() -> None:
+    cluster = running()
+    assert cluster.finetunejob is not None
+    cluster.change_refusal = POLICY
+    cluster.apply({"runPolicy": {"activeDeadlineSeconds": 7200, "ttlSecondsAfterFinished": 60}})
+    cluster.reconcile()
+    (name,) = cluster.pods
+    cluster.end_pod(name, 11)
+    cluster.reconcile()
+    ended = cluster.finetunejob["status"]
+    assert ended["phase"] == "Failed"
+    cluster.reconcile()
+    assert cluster.finetunejob["status"] == ended, "the refused TTL is no word about the run"
+
+
 def test_a_ttl_that_is_edited_after_the_end_reaches_the_job() -> None:
     cluster = finished(0)
     process = cluster.start_process()
