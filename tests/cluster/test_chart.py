@@ -11,7 +11,7 @@ import yaml
 from finetune_api import names
 from finetune_operator.permissions import JOBS, LEASE, build_rules
 from finetune_operator.settings import Settings
-from support.chart import CHART, set_json
+from support.chart import CHART, set_json, settings_in
 from support.kubernetes import Cluster
 from support.network_policy import Peer, lets_in, lets_out, selects
 from support.operator_process import install_crd
@@ -43,8 +43,7 @@ def operators_container(kube: Cluster, *options: str) -> Manifest:
 
 def settings_of(kube: Cluster, *options: str) -> Settings:
     """What the operator reads of the chart's values."""
-    environment = operators_container(kube, *options)["env"]
-    given = {item["name"].removeprefix("FINETUNE_OPERATOR_").lower(): item["value"] for item in environment if "value" in item}
+    given = {name.lower(): value for name, value in settings_in(operators_container(kube, *options)).items()}
     plain = {"trainer_image", "trainer_image_pull_policy", "trainer_ca_config_map", "trainer_ca_key", "lease_name", "log_level"}
     return Settings(**{name: value if name in plain else json.loads(value) for name, value in given.items()})
 
@@ -319,11 +318,20 @@ def test_what_is_set_for_the_trainers_reaches_the_operator(kube: Cluster) -> Non
     assert (settings.trainer_ca_config_map, settings.trainer_ca_key) == ("company-ca", "bundle.pem")
 
 
+def test_a_dollar_sign_reaches_the_operator_as_it_was_set(kube: Cluster) -> None:
+    text = "a$$b $c $(FINETUNE_OPERATOR_LEASE_NAME)"
+    values = {"trainer": {"env": {"A": text}, "podAnnotations": {"a": text}, "gpuRuntimeClasses": [text]}}
+    settings = settings_of(kube, *set_json(values | {"allowedImages": [text], "allowedServiceAccounts": [text]}))
+    assert (settings.trainer_env, settings.trainer_pod_annotations) == ({"A": text}, {"a": text})
+    assert settings.gpu_runtime_classes == settings.allowed_images == settings.allowed_service_accounts == (text,)
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
     [
         ("resyncSeconds=0", "resyncSeconds"),
         ("namespaces=ml", "namespaces"),
+        ("namespaces={ml,ml}", "namespaces"),
         ("trainer.imge=x", "imge"),
         ("trainer.image=x", "image"),
         ("image.digest=latest", "digest"),

@@ -4,6 +4,7 @@ What tests/e2e installs is the same with the image; this needs no image, and sta
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,20 @@ def install(kube: Cluster, system: str, folder: Path, values: Values) -> Install
     kube.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(manifests))
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     # The one variable that is a reference is the pod's namespace.
-    settings = {item["name"].removeprefix(PREFIX): item.get("value", system) for item in container["env"]}
+    settings = {item["name"].removeprefix(PREFIX): system for item in container["env"]} | settings_in(container)
     account = deployment["spec"]["template"]["spec"]["serviceAccountName"]
     operator = OperatorProcess(kube, folder / "log", kubeconfig=kubeconfig_of(kube, system, account, folder), **settings)
     return InstalledChart(kube, system, operator)
+
+
+def settings_in(container: Values) -> dict[str, str]:
+    """The operator's settings in its container's environment, as the kubelet passes the plain values on: $$ is a $, $(NAME) another variable."""
+    plain = {item["name"]: item["value"] for item in container["env"] if "value" in item}
+
+    def put_in(found: re.Match[str]) -> str:
+        return "$" if found[0] == "$$" else plain.get(found[1], found[0])
+
+    return {name.removeprefix(PREFIX): re.sub(r"\$(?:\$|\(([^)]*)\))", put_in, value) for name, value in plain.items()}
 
 
 def kubeconfig_of(kube: Cluster, namespace: str, account: str, folder: Path) -> Path:

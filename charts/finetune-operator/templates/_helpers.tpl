@@ -22,6 +22,11 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- toJson $names }}
 {{- end }}
 
+{{- /* A variable's value as it was set: in one, a kubelet turns $$ into $, and puts other variables of the container in for $(NAME). */ -}}
+{{- define "finetune-operator.verbatim" -}}
+{{ replace "$" "$$" . | quote }}
+{{- end }}
+
 {{- /* An image's reference. A digest stands alone: not every container runtime takes it behind a tag. */ -}}
 {{- define "finetune-operator.image" -}}
 {{ .image.repository }}{{ if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .image.tag | default .version }}{{ end }}
