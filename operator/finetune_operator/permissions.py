@@ -21,12 +21,14 @@ class Permission:
         group: API group; empty for the core.
         resource: plural, with the subresource where it is one.
         why: what would not work without it.
+        name: the one object that it is about; empty for all. A create can't be confined so: its object has no name yet.
     """
 
     group: str
     resource: str
     verb: str
     why: str
+    name: str = ""
 
 
 # In the ClusterRole, or in a Role of each listed namespace.
@@ -47,11 +49,12 @@ JOBS: tuple[Permission, ...] = (
     Permission("", "events", "create", "tells the story of a run in `kubectl describe`"),
 )
 
-# In a Role of the operator's own namespace.
+# In a Role of the operator's own namespace, which may be one with Leases of others, such as kube-system.
+LEASE_NAME = "{{ .Release.Name }}"  # Helm puts it in
 LEASE: tuple[Permission, ...] = (
-    Permission("coordination.k8s.io", "leases", "get", "sees which operator acts"),
+    Permission("coordination.k8s.io", "leases", "get", "sees which operator acts", LEASE_NAME),
     Permission("coordination.k8s.io", "leases", "create", "makes the Lease when there is none"),
-    Permission("coordination.k8s.io", "leases", "update", "takes the Lease, renews it and gives it back"),
+    Permission("coordination.k8s.io", "leases", "update", "takes the Lease, renews it and gives it back", LEASE_NAME),
 )
 
 _HEAD = "# Generated from operator/finetune_operator/permissions.py by `make crd`; do not edit.\n"
@@ -65,15 +68,16 @@ _BEGIN, _END = "<!-- Generated from operator/finetune_operator/permissions.py by
 
 
 def build_rules(permissions: tuple[Permission, ...]) -> list[dict[str, Any]]:
-    """The RBAC rules: one for each resource, in the table's order."""
-    resources = dict.fromkeys((item.group, item.resource) for item in permissions)
+    """The RBAC rules: one for each resource, and for each object that is named, in the table's order."""
+    targets = dict.fromkeys((item.group, item.resource, item.name) for item in permissions)
     return [
         {
             "apiGroups": [group],
             "resources": [resource],
-            "verbs": [item.verb for item in permissions if (item.group, item.resource) == (group, resource)],
+            **({"resourceNames": [name]} if name else {}),
+            "verbs": [item.verb for item in permissions if (item.group, item.resource, item.name) == (group, resource, name)],
         }
-        for group, resource in resources
+        for group, resource, name in targets
     ]
 
 
@@ -95,7 +99,8 @@ def _rows() -> Iterator[str]:
         for item in permissions:
             plural, slash, subresource = item.resource.partition("/")
             resource = f"{plural}.{item.group}".rstrip(".") + slash + subresource
-            yield f"| {where} | `{resource}` | {item.verb} | {item.why} |\n"
+            named = ", the one of the release's name" if item.name else ""
+            yield f"| {where} | `{resource}`{named} | {item.verb} | {item.why} |\n"
     yield "\n"
 
 

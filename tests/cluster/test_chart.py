@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from finetune_api import names
-from finetune_operator.permissions import JOBS, LEASE, build_rules
+from finetune_operator.permissions import JOBS, LEASE, LEASE_NAME, build_rules
 from finetune_operator.settings import Settings
 from support.chart import CHART, set_json, settings_in
 from support.kubernetes import Cluster
@@ -64,7 +64,9 @@ def test_the_crd_can_be_left_to_someone_else(kube: Cluster) -> None:
 
 def test_the_lease_is_all_that_the_operator_may_write_in_its_own_namespace(kube: Cluster) -> None:
     (role,) = of_kind(render(kube), "Role")
-    assert role["rules"] == build_rules(LEASE)
+    allowed = {(verb, *rule.get("resourceNames", ())) for rule in role["rules"] for verb in rule["verbs"]}
+    assert allowed == {("get", "ft"), ("update", "ft"), ("create",)}
+    assert role["rules"] == json.loads(json.dumps(build_rules(LEASE)).replace(LEASE_NAME, "ft"))
 
 
 @pytest.mark.parametrize(("kind", "options"), [("ClusterRole", ()), ("Role", ("--set", "namespaces={ml}"))])

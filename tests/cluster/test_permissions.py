@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from finetune_operator.permissions import JOBS, LEASE, Permission
 from support.audit import Use, uses_of
-from support.chart import InstalledChart, install, uninstall
+from support.chart import RELEASE, InstalledChart, install, uninstall
 from support.finetunejobs import JobInCluster, merged
 from support.kubernetes import Cluster
 from support.operator_process import SMALL, get_ready
@@ -150,6 +150,15 @@ def test_the_api_server_grants_the_table_and_nothing_else(site: Site) -> None:
 def test_the_api_server_refuses_the_operator(site: Site, verb: str, resource: str) -> None:
     asked = site.chart.kube.kubectl("auth", "can-i", verb, resource, "-n", site.served[0], f"--as={site.chart.user}", check=False)
     assert asked.stdout.strip() == "no"
+
+
+def test_a_lease_of_another_program_is_out_of_reach(site: Site) -> None:
+    def allowed(verb: str, name: str) -> str:
+        asked = ("auth", "can-i", verb, f"leases.coordination.k8s.io/{name}", "-n", site.chart.system, f"--as={site.chart.user}")
+        return site.chart.kube.kubectl(*asked, check=False).stdout.strip()
+
+    assert [allowed(verb, "kube-scheduler") for verb in ("get", "update", "patch", "delete")] == ["no"] * 4
+    assert [allowed(verb, RELEASE) for verb in ("get", "update")] == ["yes"] * 2
 
 
 def test_jobs_elsewhere_are_run_only_by_an_operator_of_the_whole_cluster(site: Site) -> None:

@@ -42,6 +42,10 @@ def test_nothing_names_secrets_or_a_wildcard_and_everything_says_why(item: Permi
     assert item.why
 
 
+def test_of_leases_only_the_operators_own_is_read_and_written() -> None:
+    assert {item.verb: bool(item.name) for item in LEASE} == {"get": True, "create": False, "update": True}
+
+
 @each_permission
 def test_of_our_own_kind_only_the_status_is_written(item: Permission) -> None:
     assert item.verb not in WRITES or item.group != "finetune.dev" or item.resource == "finetunejobs/status"
