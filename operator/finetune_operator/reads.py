@@ -6,7 +6,7 @@ from finetune_api.states import Reason
 
 from finetune_operator.diagnosis import is_starting, waiting_sentence
 from finetune_operator.subject import FINAL, World, condition_of, is_being_deleted, is_finished, is_unfinished
-from finetune_operator.timing import NEW_POD_SECONDS, changed_at
+from finetune_operator.timing import NEW_POD_SECONDS, age_seconds
 
 _NEVER_MADE = (Reason.JOB_REFUSED, Reason.NOT_ALLOWED, Reason.INVALID_SPEC)
 
@@ -33,7 +33,7 @@ def must_be_read(world: World) -> bool:
 def unexplained(world: World, now: datetime) -> str | None:
     """UID of the object whose events may say why no pod runs: a Job without a pod, or a pod that takes long to start."""
     job, active = world.attended, world.active_pods
-    if job is None or is_finished(job) or is_being_deleted(job) or (now - changed_at(world)).total_seconds() < NEW_POD_SECONDS:
+    if job is None or is_finished(job) or is_being_deleted(job) or age_seconds(world, now) < NEW_POD_SECONDS:
         return None
     if not active:
         return None if job["spec"].get("suspend") else str(job["metadata"]["uid"])

@@ -1,6 +1,7 @@
 """When the state of a run is worth a status of its own, and when it is looked at again. Pure; used by decide.py, reads.py and observation.py."""
 
 from datetime import UTC, datetime
+from math import inf
 
 from finetune_api.states import Reason
 from finetune_api.status import ConditionType, Phase
@@ -29,7 +30,7 @@ def is_settling(world: World, now: datetime) -> bool:
     goes_on = stored.observed_generation == world.subject.generation and any(
         item.type is ConditionType.RECONCILING and item.reason in _PASSING for item in stored.conditions
     )
-    return goes_on and (now - changed_at(world)).total_seconds() < _settling_seconds(world)
+    return goes_on and age_seconds(world, now) < _settling_seconds(world)
 
 
 def again_seconds(world: World, now: datetime) -> float | None:
@@ -40,10 +41,10 @@ def again_seconds(world: World, now: datetime) -> float | None:
     active = world.active_pods
     if (active and not is_starting(active[-1])) or world.subject.spec.run_policy.suspend:
         return None
-    age_seconds, settled_seconds = (now - changed_at(world)).total_seconds(), _settling_seconds(world)
-    if age_seconds < settled_seconds:
-        return settled_seconds - age_seconds
-    return max(NEW_POD_SECONDS + 1 - age_seconds, min(60.0, age_seconds / 2), 1.0)
+    age, settled = age_seconds(world, now), _settling_seconds(world)
+    if age < settled:
+        return settled - age
+    return max(NEW_POD_SECONDS + 1 - age, min(60.0, age / 2), 1.0)
 
 
 def _settling_seconds(world: World) -> float:
@@ -51,6 +52,15 @@ def _settling_seconds(world: World) -> float:
     pods = world.attended_pods
     has_ended_well = any(pod["status"].get("phase") == "Succeeded" for pod in pods) and all(is_ended(pod) for pod in pods)
     return ENDING_SECONDS if has_ended_well else SETTLING_SECONDS
+
+
+def age_seconds(world: World, now: datetime) -> float:
+    """How long the state of a run has lasted; endless where the clock that wrote its begin is so far ahead of this one that the difference says nothing.
+
+    As a young state it would explain itself only once this clock has caught up.
+    """
+    seconds = (now - changed_at(world)).total_seconds()
+    return seconds if seconds > -SETTLING_SECONDS else inf
 
 
 def changed_at(world: World) -> datetime:

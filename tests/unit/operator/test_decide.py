@@ -908,6 +908,22 @@ def test_a_pod_that_starts_soon_costs_no_write() -> None:
     assert ready_reason(later) == "ContainerCreating"
 
 
+def test_a_clock_that_is_behind_keeps_no_waiting_pod_from_saying_why() -> None:
+    raw = build_finetunejob()
+    raw, job = build_finetunejob(status=status_after(raw, decide(world_of(raw), NOW, SETTINGS))), job_for(raw)
+    world, behind = world_of(raw, job, pods=(build_pod(job, state={"waiting": {"reason": "ContainerCreating"}}),)), NOW - timedelta(hours=1)
+    plan = decide(world, behind, SETTINGS)
+    assert unexplained(world, behind) == "pod-1-uid"
+    assert (ready_reason(status_after(raw, plan)), plan.again_seconds) == ("ContainerCreating", 60.0)
+
+
+def test_two_clocks_a_second_apart_cost_no_write() -> None:
+    raw = build_finetunejob()
+    raw, job = build_finetunejob(status=status_after(raw, decide(world_of(raw), NOW, SETTINGS))), job_for(raw)
+    plan = decide(world_of(raw, job, pods=(build_pod(job),)), NOW - timedelta(seconds=1), SETTINGS)
+    assert (plan.actions, plan.again_seconds) == ((), 4.0)
+
+
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
