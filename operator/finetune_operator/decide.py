@@ -128,6 +128,34 @@ def wait_until_orphaned_pods_are_gone(situation: Situation) -> Plan | None:
     return Plan(_pending(situation, Standing.RECONCILING, Reason.REPLACING, sentence), NEW_POD_SECONDS)
 
 
+def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
+    """A trainer that ends as "checkpointed" again and again, with nothing that disrupts it, would restart without end."""
+    job = situation.world.attended
+    if job is None or is_finished(job):
+        return None
+    undisturbed = [pod for pod in situation.world.ended_pods if not condition_of(pod, "DisruptionTarget")]
+    endings = [container_state(pod, "terminated") or {} for pod in undisturbed]
+    if sum(ending.get("exitCode") == ExitCode.CHECKPOINTED for ending in endings) < CHECKPOINTED_LIMIT:
+        return None
+    sentence = (
+        f"The trainer stopped {CHECKPOINTED_LIMIT} times by itself after saving a checkpoint; see the pods' logs, then set runPolicy.rerun."
+    )
+    return _stop(situation, job, Reason.CHECKPOINTED_TOO_OFTEN, sentence)
+
+
+def stop_what_fills_its_disk(situation: Situation) -> Plan | None:
+    """Kubernetes takes an eviction for a disruption and never counts it. After one for a full disk, the next pod would write as much again."""
+    job = situation.world.attended
+    if job is None or is_finished(job):
+        return None
+    for is_so, limit in ((has_filled_its_disk, EVICTED_LIMIT), (has_seen_a_full_disk, FULL_DISK_LIMIT)):
+        evicted = [pod for pod in situation.world.ended_pods if is_so(pod)]
+        if len(evicted) >= limit:
+            sentence = f"{ending_of(evicted[-1], situation.world.subject.spec).sentence} (Given up after {limit} evictions.)"
+            return _stop(situation, job, Reason.EVICTED, sentence)
+    return None
+
+
 def check_before_a_gpu_is_asked_for(situation: Situation) -> Plan | None:
     """The preflight Job comes first. That it has passed is stored before the training Job is made, and it is not run again."""
     world, base = situation.world, carried_status(situation.world.subject)
@@ -153,34 +181,6 @@ def create_what_is_missing(situation: Situation) -> Plan | None:
     return _creation(situation, build_job(world.subject, situation.settings)) if world.current is None else None
 
 
-def stop_what_only_checkpoints(situation: Situation) -> Plan | None:
-    """A trainer that ends as "checkpointed" again and again, with nothing that disrupts it, would restart without end."""
-    job = situation.world.current
-    if job is None or is_finished(job):
-        return None
-    undisturbed = [pod for pod in situation.world.ended_pods if not condition_of(pod, "DisruptionTarget")]
-    endings = [container_state(pod, "terminated") or {} for pod in undisturbed]
-    if sum(ending.get("exitCode") == ExitCode.CHECKPOINTED for ending in endings) < CHECKPOINTED_LIMIT:
-        return None
-    sentence = (
-        f"The trainer stopped {CHECKPOINTED_LIMIT} times by itself after saving a checkpoint; see the pods' logs, then set runPolicy.rerun."
-    )
-    return _stop(situation, job, Reason.CHECKPOINTED_TOO_OFTEN, sentence)
-
-
-def stop_what_fills_its_disk(situation: Situation) -> Plan | None:
-    """Kubernetes takes an eviction for a disruption and never counts it. After one for a full disk, the next pod would write as much again."""
-    job = situation.world.current
-    if job is None or is_finished(job):
-        return None
-    for is_so, limit in ((has_filled_its_disk, EVICTED_LIMIT), (has_seen_a_full_disk, FULL_DISK_LIMIT)):
-        evicted = [pod for pod in situation.world.ended_pods if is_so(pod)]
-        if len(evicted) >= limit:
-            sentence = f"{ending_of(evicted[-1], situation.world.subject.spec).sentence} (Given up after {limit} evictions.)"
-            return _stop(situation, job, Reason.EVICTED, sentence)
-    return None
-
-
 def report_what_is_seen(situation: Situation) -> Plan | None:
     """The Job exists: live fields follow the spec, the status follows the pods."""
     world, job = situation.world, situation.world.current
@@ -202,10 +202,10 @@ POLICIES: tuple[Policy, ...] = (
     wait_until_other_jobs_are_gone,
     stall_on_a_namesake,
     wait_until_orphaned_pods_are_gone,
-    check_before_a_gpu_is_asked_for,
-    create_what_is_missing,
     stop_what_only_checkpoints,
     stop_what_fills_its_disk,
+    check_before_a_gpu_is_asked_for,
+    create_what_is_missing,
     report_what_is_seen,
 )
 
@@ -246,11 +246,12 @@ def report_a_refused_status(subject: FineTuneJob, refusal: str, now: datetime) -
 
 
 def _stop(situation: Situation, job: Json, reason: Reason, sentence: str) -> Plan:
-    """Ends a run that Kubernetes would let go on."""
+    """Ends a run, or its preflight, that Kubernetes would let go on."""
     world, now = situation.world, situation.now
     verdict = Verdict(Phase.FAILED, Standing.STALLED, reason, clean(sentence))
-    seen = observed_status(world, job, now, situation.settings.stuck_after).model_copy(update={"completion_time": timestamp(now)})
-    return Plan(_fenced(_write(situation, status_of(world.subject, seen, verdict, now)), _delete([job])))
+    seen = observed_status(world, job, now, situation.settings.stuck_after) if world.current else preflight_status(world, job, now)
+    status = status_of(world.subject, seen.model_copy(update={"completion_time": timestamp(now)}), verdict, now)
+    return Plan(_fenced(_write(situation, status), _delete([job])))
 
 
 def _write(situation: Situation, status: FineTuneJobStatus) -> tuple[Action, ...]:

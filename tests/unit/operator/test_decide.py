@@ -157,6 +157,20 @@ def rows() -> dict[str, Row]:
             "Running",
             "Running",
         ),
+        "preflight whose node's disk is full again and again": Row(
+            "stop_what_fills_its_disk",
+            world_of(checked, pre, pods=tuple(build_pod(pre, name=f"pod-{index}", state=RUNNING, **full) for index in range(FULL_DISK_LIMIT))),
+            ["WriteStatus", "DeleteJob"],
+            "Failed",
+            "Evicted",
+        ),
+        "preflight that is told to stop too often": Row(
+            "stop_what_only_checkpoints",
+            world_of(checked, pre, pods=tuple(build_pod(pre, name=f"pod-{index}", phase="Failed", state=build_ended_state(18)) for index in range(CHECKPOINTED_LIMIT))),
+            ["WriteStatus", "DeleteJob"],
+            "Failed",
+            "CheckpointedTooOften",
+        ),
         "preflight that has passed": Row(
             "check_before_a_gpu_is_asked_for",
             world_of(checked, passed, pods=(build_pod(passed, phase="Succeeded", state=build_ended_state(0)),)),
@@ -828,6 +842,19 @@ def test_what_preflight_says_is_latched_and_it_is_not_run_again() -> None:
     training = status_after(passed, decide(world_of(passed, job_for(passed), pods=(pod,)), NOW, SETTINGS))
     assert training["preflight"] == passed["status"]["preflight"]
     assert "attempts" not in training, "its pod is no attempt at training"
+
+
+def test_a_preflight_that_is_stopped_leaves_no_attempt_at_training() -> None:
+    raw = build_finetunejob({"runPolicy": {"preflight": "Auto"}})
+    job = preflight_for(raw)
+    filled = {"phase": "Failed", "reason": "Evicted", "message": 'Usage of EmptyDir volume "workspace" exceeds the limit "50Gi".'}
+    pods = tuple(build_pod(job, name=f"pod-{index}", state=RUNNING, **filled) for index in range(EVICTED_LIMIT))
+    plan = decide(world_of(raw, job, pods=pods), NOW, SETTINGS)
+    ended = raw | {"status": status_after(raw, plan)}
+    assert plan.actions[-1] == DeleteJob(job["metadata"]["name"], "preflight-uid")
+    assert (ended["status"]["stage"], ended["status"]["completionTime"]) == ("Preflight", "2026-01-01T12:00:00Z")
+    assert not {"attempts", "gpuSeconds", "preflight"} & set(ended["status"])
+    assert decide(world_of(ended), NOW, SETTINGS) == Plan()
 
 
 def test_what_preflight_refuses_ends_the_run_before_a_gpu_is_asked_for() -> None:
