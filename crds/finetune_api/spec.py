@@ -301,7 +301,8 @@ class CheckpointsSpec(ApiModel):
     """Where checkpoints are mirrored when the workspace does not last."""
 
     uri: CheckpointUri = spec_field(
-        "s3://bucket/prefix; checkpoints lie in <trainDigest>/ under it. Default: .checkpoints under the first s3 destination. Ignored with a workspace claim.",
+        "s3://bucket/prefix; checkpoints lie in <trainDigest>/ under it, so two jobs of the same training need a prefix each: they would remove each other's. Default: .checkpoints under the first s3 "
+        "destination. Ignored with a workspace claim.",
         default="",
     )
     credentials: SecretReference = spec_field("Secret with write access. Default: the destination's.", default=SecretReference)
