@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer import atomic
 from finetune_trainer.reporting.quiet import quiet_bars, quiet_libraries
 
 RESULTS = Path(__file__).parent / "results" / "quality"
@@ -50,7 +51,7 @@ def make_missing(names: list[str], until: float) -> None:
 
     try:
         for name in names:
-            _write(name, result(name, until=until))
+            atomic.write_text(RESULTS / f"{name}.json", json.dumps(result(name, until=until)) + "\n")
     except Paused:
         print("The time is up; the same command goes on.")
 
@@ -60,13 +61,14 @@ def result(name: str, cache: Path | None = None, until: float = math.inf) -> dic
     import quality_cell
     import quality_grid
     import torch
+    from finetune_trainer import machine
 
     torch.set_num_threads(2)
     recipe = quality_grid.CELLS[name]
     made = quality_cell.make(
         recipe, cache or _cache(), lambda told: print(f"{time.strftime('%H:%M:%S')} {name}: {told}", flush=True), until
     )
-    return {"recipe": dataclasses.asdict(recipe), "commit": _commit(), "processor": _processor(), "versions": _versions(), **made}
+    return {"recipe": dataclasses.asdict(recipe), "commit": _commit(), "processor": machine.cpu(), "versions": _versions(), **made}
 
 
 def again(count: int) -> None:
@@ -74,12 +76,12 @@ def again(count: int) -> None:
     import tempfile
 
     import quality_grid
+    from finetune_trainer import machine
 
-    done = [
-        name for name in sorted(quality_grid.CELLS) if (RESULTS / f"{name}.json").is_file() and _known(name)["processor"] == _processor()
-    ]
+    here = machine.cpu()
+    done = [name for name in sorted(quality_grid.CELLS) if (RESULTS / f"{name}.json").is_file() and _known(name)["processor"] == here]
     if not done:
-        sys.exit(f"No cell was made on a processor like this ({_processor()}); on another one the last bits differ.")
+        sys.exit(f"No cell was made on a processor like this ({here}); on another one the last bits differ.")
     differing = []
     for name in random.sample(done, min(count, len(done))):
         with tempfile.TemporaryDirectory(dir=_cache()) as empty:
@@ -94,13 +96,6 @@ def _known(name: str) -> dict[str, Any]:
     return dict(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
 
 
-def _write(name: str, made: dict[str, Any]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    partial = RESULTS / f".{name}.partial"
-    partial.write_text(json.dumps(made) + "\n", encoding="utf-8")
-    partial.replace(RESULTS / f"{name}.json")
-
-
 def _commit() -> str:
     """The commit, with a + where files of the tree that decide a result have changed since."""
     here = Path(__file__).parent
@@ -108,14 +103,6 @@ def _commit() -> str:
     paths = ["../trainer", "../crds", *(str(path.relative_to(here)) for path in here.glob("quality*.py"))]
     changed = subprocess.run(["git", "status", "--porcelain", "--", *paths], cwd=here, capture_output=True, text=True, check=True).stdout
     return f"{commit}{'+' if changed.strip() else ''}"
-
-
-def _processor() -> str:
-    """Its name and the instructions that torch takes: other ones add up in another order."""
-    import torch
-
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _versions() -> dict[str, str]:

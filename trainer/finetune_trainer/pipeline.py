@@ -27,7 +27,10 @@ from finetune_trainer.stages import preflight as cheap_checks
 from finetune_trainer.termination_signal import nothing_left_to_stop
 
 if TYPE_CHECKING:
+    from finetune_trainer.stages.convert import Converted
     from finetune_trainer.stages.rehearse import Rehearsed
+    from finetune_trainer.stages.train import Trained
+    from finetune_trainer.stages.verify import Proof
 
 _LOCK_SECONDS = 150  # a lost node's lock on NFS lives for 90
 
@@ -106,7 +109,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     from finetune_trainer.results.hints import hints
     from finetune_trainer.results.measured import measured
     from finetune_trainer.results.report import build_report
-    from finetune_trainer.stages import convert, data, evaluate, load, train, verify
+    from finetune_trainer.stages import data, evaluate, load, train
 
     quiet_bars()
     load.require_gpu(ctx)
@@ -124,15 +127,11 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     device = trained.model.device.type
     save_adapter(trained.model, trained.tokenizer, ctx.job, loaded.resolved, ctx.adapter)
     # With the machine: this one rounds the same weights in its own way, and a proof holds logits that must be its own.
-    inputs = (
-        ctx.job.train_digest,
-        loaded.identity,
-        rows.digest,
-        machine.description(loaded.model),
-        *sorted(ctx.spec.wanted_artifacts),  # an adapter that is not shipped is not measured
-        ctx.adapter / "adapter_model.safetensors",
+    inputs = ctx.job.train_digest, loaded.identity, rows.digest, machine.description(loaded.model)
+    artifacts = sorted(ctx.spec.wanted_artifacts)  # an adapter that is not shipped is not measured
+    stages = finished.FinishedStages(
+        ctx.workdir / finished.FOLDER, finished.digest_of(*inputs, *artifacts, ctx.adapter / "adapter_model.safetensors")
     )
-    stages = finished.FinishedStages(ctx.workdir / finished.FOLDER, finished.digest_of(*inputs))
 
     reporter.enter(Stage.EVALUATING)
     quantized = ctx.spec.quantization.scheme is not Scheme.NONE
@@ -141,19 +140,7 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
         evaluate.Losses,
         lambda: evaluate.run(ctx, trained.model, rows, trained.switch, quantized=quantized, keep_codes=trained.plan.keeps_codes),
     )
-    converted = proof = None
-    if Artifact.QUANTIZED in ctx.spec.wanted_artifacts:
-        reporter.enter(Stage.CONVERTING)
-        converted = stages.once(
-            Stage.CONVERTING, convert.Converted, lambda: convert.run(ctx, trained, fetched.path), made=(ctx.quantized, ctx.proof)
-        )
-        convert.make_room(trained.model)
-        reporter.enter(Stage.VERIFYING)
-        try:
-            proof = stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=(ctx.quantized, ctx.proof))
-        except ProofError:
-            stages.undo_from(Stage.CONVERTING)  # the next run is not to prove the same files again
-            raise
+    converted, proof = _export(ctx, reporter, stages, trained, fetched.path)
     seconds = reporter.seconds()
     slow = hints(measured(ctx, seconds, reporter.part_seconds, rows, trained, device))
     for sentence in slow:
@@ -161,6 +148,26 @@ def _make(ctx: RunContext, reporter: RunReporter) -> dict[str, Any]:
     report = build_report(ctx.job, loaded, rows, trained, losses, converted, proof, seconds, slow) | {"digests": _digests(ctx)}
     atomic.write_text(ctx.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
+
+
+def _export(
+    ctx: RunContext, reporter: RunReporter, stages: finished.FinishedStages, trained: "Trained", base_folder: Path
+) -> tuple["Converted | None", "Proof | None"]:
+    """Converts and proves the quantized model; neither where the job ships none."""
+    from finetune_trainer.stages import convert, verify
+
+    if Artifact.QUANTIZED not in ctx.spec.wanted_artifacts:
+        return None, None
+    made = ctx.quantized, ctx.proof
+    reporter.enter(Stage.CONVERTING)
+    converted = stages.once(Stage.CONVERTING, convert.Converted, lambda: convert.run(ctx, trained, base_folder), made=made)
+    convert.make_room(trained.model)
+    reporter.enter(Stage.VERIFYING)
+    try:
+        return converted, stages.once(Stage.VERIFYING, verify.Proof, lambda: verify.run(ctx), made=made)
+    except ProofError:
+        stages.undo_from(Stage.CONVERTING)  # the next run is not to prove the same files again
+        raise
 
 
 def _finished_report(ctx: RunContext, identities: Callable[[], dict[str, str]]) -> dict[str, Any] | None:

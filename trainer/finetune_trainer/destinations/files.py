@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune_api.names import MANIFEST
 
+from finetune_trainer import atomic
 from finetune_trainer.context import RunContext
 from finetune_trainer.destinations.manifest import Publication, named_files
 from finetune_trainer.errors import AccessError, SpecError
@@ -55,19 +56,12 @@ def _stands(target: Path, publication: Publication) -> bool:
 
 
 def _replace(target: Path, publication: Publication) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    older = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(partial, ignore_errors=True)
-    for item in publication.files:
-        path = partial / item.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(item.local, path)
-    (partial / MANIFEST).write_bytes(publication.manifest)
-    if target.exists():
-        shutil.rmtree(older, ignore_errors=True)
-        target.rename(older)
-    partial.rename(target)
-    shutil.rmtree(older, ignore_errors=True)
+    with atomic.folder(target) as folder:
+        for item in publication.files:
+            path = folder / item.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(item.local, path)
+        (folder / MANIFEST).write_bytes(publication.manifest)
 
 
 def _target(ctx: RunContext, where: Location) -> Path:
