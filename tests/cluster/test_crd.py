@@ -101,7 +101,7 @@ def test_the_offline_verdict_is_the_servers(dry_run: DryRun) -> None:
     ("path", "sentence"),
     [
         ("ftj.spec", "What a user writes under"),
-        ("ftj.spec.quantization", "Share of the optimizer steps, at the end, under exact"),
+        ("ftj.spec.quantization", "Percent of the optimizer steps, the last ones, that train with rounded weights"),
         ("ftj.spec.training.learningRate", "Peak learning rate, as a string."),
         ("ftj.status.conditions", "A sentence a person can act on."),
     ],

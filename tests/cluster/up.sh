@@ -173,6 +173,7 @@ clusterDNS: [$dns_address]
 clusterDomain: cluster.local
 resolvConf: $dir/resolv.conf
 imageGCHighThresholdPercent: 100
+volumeStatsAggPeriod: 5s               # by default an emptyDir is measured every one to two minutes, at random
 # The machine is not the node's alone: tests and image builds fill its memory and disk too, and page cache counts as used. No pod may pay for that.
 evictionHard: {memory.available: 0%, nodefs.available: 0%, imagefs.available: 0%, nodefs.inodesFree: 0%}
 C
