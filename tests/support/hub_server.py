@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from huggingface_hub.repocard import metadata_load
 
 USER = "acme"
 LFS_FROM_BYTES = 10_000  # smaller than the real Hub's, so that tests of small models go both ways
@@ -212,7 +213,9 @@ class _Routes:
     async def info(self, request: web.Request) -> web.Response:
         repository, commit = self._find(request)
         files = [{"rfilename": path, "blobId": digest[:40]} for path, digest in sorted(repository.commits[commit].items())]
-        return web.json_response({"id": _name(request), "sha": commit, "siblings": files, "private": repository.private, "tags": []})
+        answer = {"id": _name(request), "sha": commit, "siblings": files, "private": repository.private, "tags": []}
+        readme = repository.commits[commit].get("README.md")
+        return web.json_response(answer | ({"cardData": metadata_load(self.server.blob(readme))} if readme else {}))
 
     async def auth_check(self, request: web.Request) -> web.Response:
         self._repository(request)

@@ -48,6 +48,13 @@ def test_the_front_matter_of_an_adapter_is_valid(tmp_path: Path) -> None:
     assert head["tags"] == ["finetune-operator", "lora"]
 
 
+@pytest.mark.parametrize("folders", [BOTH, ADAPTER])
+def test_the_base_models_licence_is_the_models(tmp_path: Path, folders: dict[Artifact, str]) -> None:
+    stated = {"license": "other", "license_name": "acme", "license_link": "https://hub.example/acme/base/blob/0123/LICENSE"}
+
+    assert front_matter(card(tmp_path, folders, license=stated)).items() >= stated.items()
+
+
 @pytest.mark.parametrize("model", ["s3://models/base", "file:///models/base", "pvc://models/base"])
 def test_a_base_model_that_is_not_on_the_hub_is_not_claimed_to_be(tmp_path: Path, model: str) -> None:
     head = front_matter(card(tmp_path, model=model))

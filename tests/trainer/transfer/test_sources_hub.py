@@ -46,6 +46,21 @@ def test_a_model_is_its_safetensors_configuration_and_tokenizer(hub: HubServer, 
     assert read_files(fetched.path) == MODEL_FILES
 
 
+def test_a_licence_is_known_by_the_card_and_no_part_of_what_the_model_is(hub: HubServer, tmp_path: Path) -> None:
+    hub.put("acme/base", MODEL_FILES)
+    without = sources.fetch_model(reading(tmp_path, "hf://acme/base"))
+    card = b"---\nlicense: other\nlicense_name: acme\nlicense_link: LICENSE\nbase_model: acme/older\n---\n# base"
+    commit = hub.put("acme/base", {"README.md": card})
+
+    fetched = sources.fetch_model(reading(tmp_path, "hf://acme/base"))
+
+    link = f"{hub.endpoint}/acme/base/blob/{commit}/LICENSE"
+    assert fetched.license == {"license": "other", "license_name": "acme", "license_link": link}
+    assert without.license == {}
+    assert fetched.identify() == without.identify()
+    assert read_files(fetched.path) == MODEL_FILES
+
+
 def test_python_files_come_along_where_their_code_may_run(hub: HubServer, tmp_path: Path) -> None:
     hub.put("acme/base", MODEL_FILES | {"modeling.py": b"code"})
     spec = run_spec("hf://acme/base")

@@ -22,6 +22,28 @@ def test_a_model_of_this_machine_is_used_where_it_lies(tmp_path: Path) -> None:
     assert (fetched.path, fetched.resolved) == (folder, f"file://{folder}")
 
 
+@pytest.mark.parametrize(
+    ("readme", "license"),
+    [
+        (b"---\nlicense: apache-2.0\ntags: [a]\n---\n# base", {"license": "apache-2.0"}),
+        (b"---\nlicense: [mit, apache-2.0]\n---\n", {"license": ["mit", "apache-2.0"]}),
+        (
+            b"---\nlicense: other\nlicense_name: acme\nlicense_link: LICENSE\n---\n",
+            {"license": "other", "license_name": "acme", "license_link": "LICENSE"},
+        ),
+        (b"---\nlicense_link: LICENSE\n---\n", {}),
+        (b"---\n- license\n---\n", {}),
+        (b"---\nlicense: [\n---\n", {}),
+        (b"# no front matter", {}),
+        (b"\xff", {}),
+    ],
+)
+def test_what_a_models_card_states_of_its_licence_is_kept(tmp_path: Path, readme: bytes, license: dict[str, Any]) -> None:  # noqa: A002
+    folder = write_files(tmp_path / "base", MODEL_FILES | {"README.md": readme})
+
+    assert sources.fetch_model(context(tmp_path, run_spec(f"file://{folder}"))).license == license
+
+
 def test_a_dataset_of_this_machine_is_resolved_to_its_digest(tmp_path: Path) -> None:
     path = write_files(tmp_path, {"rows.jsonl": ROWS}) / "rows.jsonl"
     ctx = context(tmp_path, run_spec(dataset=f"file://{path}"))

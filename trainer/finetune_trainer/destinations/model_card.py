@@ -48,7 +48,7 @@ def model_card(job: JobDescription, report: dict[str, Any], folders: dict[Artifa
         folders: where each artifact lies in the publication; "" is its root.
     """
     sections = [
-        _front_matter(job, folders),
+        _front_matter(job, report, folders),
         f"# {job.name}\n",
         _summary(job, report),
         _quality(report, folders),
@@ -72,12 +72,13 @@ def hub_revision(resolved: str) -> str:
     return resolved.partition("@")[2] if resolved.startswith("hf://") else ""
 
 
-def _front_matter(job: JobDescription, folders: dict[Artifact, str]) -> str:
+def _front_matter(job: JobDescription, report: dict[str, Any], folders: dict[Artifact, str]) -> str:
     quantized = Artifact.QUANTIZED in folders
     head: dict[str, Any] = {
         "library_name": "transformers" if quantized else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["finetune-operator", "lora", *(["torchao", "qat", job.spec.quantization.scheme.value] if quantized else [])],
+        **(report.get("license") or {}),
     }
     if base_model(job):
         head["base_model"] = base_model(job)

@@ -43,6 +43,7 @@ def build_report(
         "runDigest": job.run_digest,
         "artifacts": [artifact.value for artifact in job.spec.wanted_artifacts],
         "sources": {"model": loaded.resolved, "dataset": data.resolved, "heldOut": data.held_out_resolved},
+        "license": loaded.license,
         "identities": {"model": loaded.identity, **data.identities},
         "data": _data(data),
         "training": {

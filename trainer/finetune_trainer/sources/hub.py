@@ -14,6 +14,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.errors import DataError
 from finetune_trainer.sources.credentials import hub_api
 from finetune_trainer.sources.hub_errors import hub_errors
+from finetune_trainer.sources.license import stated_license
 from finetune_trainer.sources.location import HubAddress, Location, hub_address
 from finetune_trainer.sources.model_files import require_model, wanted_files
 
@@ -27,11 +28,13 @@ class Snapshot:
 
     Attributes:
         files: by name, git's own digest of each file's content, or of the pointer that has its sha256; the commit where no digest is known.
+        license: what the repository's card states of it.
     """
 
     address: HubAddress
     commit: str
     files: Mapping[str, str]
+    license: Mapping[str, Any]
 
 
 def check_model(ctx: RunContext, where: Location) -> None:
@@ -56,8 +59,8 @@ def check_file(ctx: RunContext, where: Location) -> None:
     _may_read(api, where, found, found.address.path, dataset=True)
 
 
-def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Path, str, str]:
-    """The model's folder in the cache (without `weights` only its small files are sure to be there), its URI at the commit, and a digest of what is loaded.
+def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Path, str, str, dict[str, Any]]:
+    """The model's folder in the cache (without `weights` only its small files are sure to be there), its URI at the commit, a digest of what is loaded, and its licence.
 
     Raises:
         AccessError, CapacityError, DataError, InfrastructureError, SpecError
@@ -76,7 +79,7 @@ def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Pat
             max_workers=_PARALLEL_DOWNLOADS,
         )
     identity = hashlib.sha256("".join(f"{name} {found.files[name]}\n" for name in loaded).encode()).hexdigest()
-    return Path(folder), f"hf://{found.address.repo_id}@{found.commit}", identity
+    return Path(folder), f"hf://{found.address.repo_id}@{found.commit}", identity, dict(found.license)
 
 
 def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str, str]:
@@ -110,7 +113,8 @@ def _find(api: Any, where: Location, *, dataset: bool, digests: bool = False) ->
         require_model(files, f"{where.field}: {where.uri}")
     elif address.path not in files:
         raise DataError(f"{where.field}: {where.uri} has no such file; correct the path after the repository's name.")
-    return Snapshot(address, info.sha, files)
+    home = f"{api.endpoint}/{address.repo_id}/blob/{info.sha}/"
+    return Snapshot(address, info.sha, files, stated_license(info.card_data or {}, home))
 
 
 def _metadata(api: Any, where: Location, found: Snapshot, name: str, *, dataset: bool) -> Any:

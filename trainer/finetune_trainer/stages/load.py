@@ -27,6 +27,7 @@ class Loaded:
     Attributes:
         resolved: the source with its commit or version.
         identity: changes with the base model's files and with nothing else.
+        license: what the base model's card states.
         backend: what it was loaded through.
     """
 
@@ -34,6 +35,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     resolved: str
     identity: str
+    license: dict[str, Any]
     backend: Backend
 
 
@@ -112,7 +114,8 @@ def run(ctx: RunContext, fetched: Fetched, tokenizer: PreTrainedTokenizerBase, b
     _require_finite(base)
     size, dtype = base.num_parameters() / 1e6, str(base.dtype).removeprefix("torch.")
     ctx.reporter.note(f"Loaded {size:,.0f} million parameters as {dtype} on the {base.device.type.upper()}.")
-    return Loaded(backend.add_adapter(base, ctx.spec.lora, ctx.spec.quantization.scheme), tokenizer, fetched.resolved, identity, backend)
+    adapted = backend.add_adapter(base, ctx.spec.lora, ctx.spec.quantization.scheme)
+    return Loaded(adapted, tokenizer, fetched.resolved, identity, fetched.license, backend)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
