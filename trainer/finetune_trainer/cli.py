@@ -25,6 +25,7 @@ from finetune_trainer.errors import FineTuneError, SpecError
 from finetune_trainer.failures import classify
 from finetune_trainer.reporting.quiet import quiet_libraries
 from finetune_trainer.termination_signal import Terminated, stopping_at_once
+from finetune_trainer.threads import wait_briefly
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -122,6 +123,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 def main() -> None:
     """The console script. Exit codes: finetune_api.exits; wrong usage counts as a wrong spec."""
     quiet_libraries()
+    wait_briefly()
     try:
         with stopping_at_once():  # the first process of a pod is sent no signal that it does not handle
             sys.exit(app(standalone_mode=False) or 0)  # a typer.Exit comes back as the value of the call
