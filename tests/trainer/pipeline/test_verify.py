@@ -74,7 +74,8 @@ def test_a_file_in_the_current_directory_is_no_module_of_the_fresh_process(tmp_p
 
 def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, *, accept: bool = False, **changes: Any) -> Proof:
     """The proof of a folder of which the fresh process says this."""
-    said = {"weights": {"a": "1"}, "max_logit_difference": 0.0, "kernel": "mslk on cuda", "kernel_errors": {}, "generated": "The"} | changes
+    said = {"weights": {"a": "1"}, "max_logit_difference": 0.0, "kernel": "mslk on cuda", "kernel_errors": {}} | changes
+    said = {"generated": "The", "generation_failure": ""} | said
     (folder / "work" / "proof").mkdir(parents=True)
     (folder / "work" / "proof" / names.PROOF_EXPECTED).write_text(json.dumps({"weights": {"a": "1"}}))
     (folder / "said.json").write_text(json.dumps(said))
@@ -133,6 +134,17 @@ def test_a_model_with_code_of_its_own_is_proved_with_that_code(own_code: Path) -
     report = run(own_code, own_code.parent / "work")
     assert report["proof"]["max_logit_difference"] == 0.0
     assert (own_code.parent / "published" / "model-torchao" / "own.py").is_file()
+
+
+def test_a_model_that_cannot_generate_is_proved_all_the_same(own_code: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hours of training are not lost to what transformers can't do with the base model either."""
+    own = own_code.parent / "model" / "own.py"
+    own.write_text(
+        f"{OWN_CODE}    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):\n        raise ValueError('no cache of this kind')\n"
+    )
+    proof = run(own_code, own_code.parent / "work")["proof"]
+    assert (proof["holds"], proof["generated"]) == (True, "")
+    assert "generate failed (ValueError: no cache of this kind)" in capsys.readouterr().out
 
 
 def test_the_record_says_whether_code_of_the_model_may_run(tmp_path: Path) -> None:

@@ -130,6 +130,15 @@ def test_less_than_half_of_the_weights_is_refused_with_what_would_fit() -> None:
 def test_a_mixture_is_refused_before_its_experts_are_trained_for_nothing() -> None:
     """peft puts its adapter on the experts too, which are no layers that export merges."""
     with pytest.raises(SpecError, match=r"spec\.lora\.targetModules: LoRA on model\.layers\.0\.mlp\.(experts|gate) .*choose scheme none"):
+        prepare(add_adapter(tiny_mixture(moe_intermediate_size=8), LoraSpec(rank=4)), quantization())
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # peft, of its own pattern
+def test_a_mixture_of_experts_alone_is_not_told_to_leave_them_out() -> None:
+    """Without their adapters it would be refused again: its attention is less than half of its weights."""
+    with pytest.raises(
+        SpecError, match=r"would quantize only \d+% of this model's linear weights.*its experts share tensors.*; choose scheme none\.$"
+    ):
         prepare(add_adapter(tiny_mixture(), LoraSpec(rank=4)), quantization())
 
 

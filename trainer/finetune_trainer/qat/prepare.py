@@ -62,12 +62,12 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
     Raises:
         SpecError: LoRA dropout, DoRA or another LoRA variant, an adapter on what is no plain linear layer, or less than half of the linear weights fit the scheme.
     """
-    _require_linear_adapters(model)
     layers = {plain_name(path): (module, _base(module)) for path, module in _linears(model)}
     outside = _outside(model, {name: base for name, (_, base) in layers.items()})
     shapes = {name: (base.out_features, base.in_features) for name, (_, base) in layers.items() if name not in outside}
     own_way = sum(layers[name][1].weight.numel() for name, reason in outside.items() if reason == _OWN_WAY)
     found = best_fit(quantization, shapes, _fused(model) + own_way)
+    _require_linear_adapters(model)  # behind the fit: of a mixture whose attention is too small, fewer adapters would be no mend
     mode = ExactMode(enabled=enabled)
     scheme = SCHEMES[quantization.scheme]
     quantizer = scheme.quantizer(found.group_size)

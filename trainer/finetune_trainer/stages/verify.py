@@ -2,7 +2,7 @@
 
 By weights: every dequantized weight of the exported folder has the digest of the one that training used. By logits: the largest difference
 on the recorded batch is 0.0. Kernels that dequantize give these logits themselves; of others each layer is held against the arithmetic of the
-training, on the same input, within rounding; where no kernel runs, that is said. And it writes a sentence.
+training, on the same input, within rounding; where no kernel runs, that is said. And it writes a sentence, if it can.
 """
 
 import json
@@ -38,7 +38,7 @@ class Proof:
         kernel: what computes the shipped model here; empty where nothing does, and the logits are those of its dequantized weights.
         kernel_error: of the worst layer, in rounding steps; None where the kernel dequantizes, so that the logits themselves show it, or did
             not run.
-        generated: a greedy continuation by the shipped model.
+        generated: a greedy continuation by the shipped model; empty where it can't generate.
     """
 
     weights_equal: bool
@@ -67,6 +67,10 @@ def run(ctx: RunContext) -> Proof:
     expected = json.loads((ctx.proof / names.PROOF_EXPECTED).read_text())["weights"]
     differing = sorted(name for name in expected.keys() | measured["weights"].keys() if expected.get(name) != measured["weights"].get(name))
     errors, logits = measured["kernel_errors"], measured["max_logit_difference"]
+    if measured["generation_failure"]:
+        ctx.reporter.note(
+            f"The shipped model wrote no sentence: transformers' generate failed ({measured['generation_failure']}); try it with the base model."
+        )
     _require_numbers({"the logits": logits} | errors)
     proof = Proof(
         weights_equal=not differing,

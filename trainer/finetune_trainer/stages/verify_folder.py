@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from finetune_trainer.failures import first_line, is_out_of_memory
 from finetune_trainer.qat.export import weight_digests
 from finetune_trainer.qat.kernels import REFERENCE, kernel_errors, kernel_of, reference_arithmetic
 
@@ -33,21 +34,28 @@ def main(folder: Path, reference: Path, expected: dict) -> dict:
     with torch.no_grad(), nullcontext() if exact else reference_arithmetic(model):
         logits = model(**batch, use_cache=False).logits.cpu()
     with nullcontext() if kernel else reference_arithmetic(model):
-        generated = _sentence(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted))
+        generated, failure = _sentence(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted))
     return {
         "weights": weight_digests(model),
         "max_logit_difference": float((logits.double() - recorded["logits"].double()).abs().max()),
         "kernel": f"{kernel} on {expected['device']}" if kernel else "",
         "kernel_errors": kernel_errors(model, batch) if kernel and not exact else {},
         "generated": generated,
+        "generation_failure": failure,
     }
 
 
-def _sentence(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+def _sentence(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A greedy continuation, or why there is none: generating takes more of transformers than a forward pass, and says nothing about weights."""
     prompt = tokenizer("The", return_tensors="pt").to(model.device)
     prompt.pop("token_type_ids", None)
-    generated = model.generate(**prompt, max_new_tokens=_NEW_TOKENS, do_sample=False)
-    return str(tokenizer.decode(generated[0], skip_special_tokens=True))
+    try:
+        generated = model.generate(**prompt, max_new_tokens=_NEW_TOKENS, do_sample=False)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return "", f"{type(error).__name__}: {first_line(error)}"
+    return str(tokenizer.decode(generated[0], skip_special_tokens=True)), ""
 
 
 if __name__ == "__main__":
