@@ -30,7 +30,15 @@ from support.run_contexts import RecordingReporter
 from support.tiny_jobs import STEPS, description, finetune, run, tiny_job
 from support.tiny_model import save_tiny_gemma3, save_tiny_model, tiny_tokenizer, write_jsonl
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where `run` trains
 BOTH = {"outputs": {"artifacts": ["adapter", "quantized"]}}
@@ -281,6 +289,16 @@ def test_gpt2_whose_linear_layers_are_of_another_class_is_adapted_by_their_names
     weights = load_file(tmp_path / "work" / "lora_model" / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in weights} == {"c_attn", "c_proj"}
     assert all(weight.any() for weight in weights.values())
+
+
+def test_a_model_with_weights_that_are_single_numbers_is_proved(tmp_path: Path) -> None:
+    """Apertus' activation function has them."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = ApertusConfig(vocab_size=260, max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=2, **sizes)
+    ApertusForCausalLM(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    proof = run(tiny_job(tmp_path, BOTH), tmp_path / "work")["proof"]
+    assert (proof["holds"], proof["max_logit_difference"]) == (True, 0.0)
 
 
 def test_qat_from_the_first_step_has_no_reference_losses(tmp_path: Path) -> None:

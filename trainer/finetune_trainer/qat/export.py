@@ -112,7 +112,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """sha256 over dtype, shape and bytes, which are not copied: an embedding may be the larger half of a model."""
     plain = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
-    digest.update(plain.view(torch.uint8).numpy())
+    digest.update(plain.flatten().view(torch.uint8).numpy())  # flat: a single number has no bytes to view
     return digest.hexdigest()
 
 
