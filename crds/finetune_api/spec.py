@@ -123,7 +123,7 @@ class LoraSpec(ApiModel):
     alpha: int | None = spec_field("Scale of the update: alpha / rank. Default: twice the rank.", default=None, ge=1, le=2048)
     target_modules: TargetModules = spec_field(
         "Linear layers that get an adapter: all-linear, or module name endings joined by commas, such as q_proj,v_proj. "
-        "Default all-linear (without the output head).",
+        "Default all-linear (without the output head, and layers that no adapter fits).",
         default="all-linear",
     )
 

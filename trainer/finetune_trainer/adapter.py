@@ -7,6 +7,7 @@ import torch
 from finetune_api.job import JobDescription
 from finetune_api.spec import LoraSpec
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba  # no public name says which layers it refuses
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +27,7 @@ def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
     config = lora_config(base, lora)
     try:
         return get_peft_model(base, config)
-    except ValueError as error:  # such as a Mamba block's projection, whose weight a kernel reads past any adapter
+    except ValueError as error:  # such as a Mamba block's projection, named in the spec
         raise SpecError(
             f"spec.lora.targetModules {lora.target_modules!r} does not suit this model ({first_line(error)}); name the layers that do, such as q_proj,v_proj."
         ) from error
@@ -35,11 +36,16 @@ def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
 def lora_config(base: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
     """What the spec asks for, in peft's words: no dropout, which no exported model has, and in a multimodal model only the language model.
 
+    "all-linear" leaves out what no adapter fits: the spec names none of them.
+
     Raises:
         SpecError: a target module that the model does not have, or its output head.
     """
     targets: Any = lora.target_modules
-    if targets != "all-linear":
+    left_out = foreign_linears(base)
+    if targets == "all-linear":
+        left_out = sorted({*left_out, *_unsuited(base)})
+    else:
         targets = targets.split(",")
         _require_targets(base, targets)
     return LoraConfig(
@@ -48,7 +54,7 @@ def lora_config(base: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
         lora_dropout=0.0,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         target_modules=targets,
-        exclude_modules=foreign_linears(base) or None,
+        exclude_modules=left_out or None,
         task_type="CAUSAL_LM",
     )
 
@@ -77,6 +83,32 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, job: JobD
 def published_base(job: JobDescription) -> str:
     """The base model's name for whoever loads the adapter elsewhere: on the Hub, or else the source as written, never a path of a cache."""
     return base_model(job) or job.spec.model.source.removeprefix("file://")
+
+
+def _unsuited(base: PreTrainedModel) -> list[str]:
+    """Names of linear layers that no adapter fits: those that peft refuses, and those that give something else than a linear map, such as Llama 4's router a pair."""
+    linears = ((name, module) for name, module in base.named_modules() if isinstance(module, torch.nn.Linear))
+    return [name for name, module in linears if not (_is_taken(base, name) and _is_linear_map(module))]
+
+
+def _is_taken(base: PreTrainedModel, name: str) -> bool:
+    """Whether peft has an adapter for it: not for a Mamba block's projection, whose weight a kernel reads past any adapter."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), base, name.rpartition(".")[2])
+    except ValueError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def _is_linear_map(module: torch.nn.Linear) -> bool:
+    if type(module).forward is torch.nn.Linear.forward:
+        return True
+    try:
+        output = module(torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
 
 
 def _require_targets(base: PreTrainedModel, targets: list[str]) -> None:

@@ -185,18 +185,53 @@ def linear_weights(model: PeftModel) -> int:
     return sum(layer.weight.numel() for name, layer in model.get_base_model().named_modules() if name.endswith("_proj"))
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_layer_that_peft_has_no_adapter_for_is_refused_in_a_sentence() -> None:
+def empty_hybrid() -> FalconH1ForCausalLM:
+    """Without weights."""
     config = FalconH1Config(
         vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, mamba_d_ssm=64,
         mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16,
     )  # fmt: skip
     with torch.device("meta"):
-        base = FalconH1ForCausalLM(config)
+        return FalconH1ForCausalLM(config)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_peft_has_no_adapter_for_is_refused_by_name_and_left_out_by_default() -> None:
     with pytest.raises(
-        SpecError, match=r"spec\.lora\.targetModules 'all-linear' does not suit this model \(.*out_proj.*name the layers that do"
+        SpecError, match=r"spec\.lora\.targetModules 'in_proj,out_proj' does not suit this model \(.*out_proj.*name the layers that do"
     ):
-        add_adapter(base, LoraSpec(rank=4))
+        add_adapter(empty_hybrid(), LoraSpec(rank=4, target_modules="in_proj,out_proj"))
+    adapted = adapted_names(add_adapter(empty_hybrid(), LoraSpec(rank=4)))
+    assert {"in_proj", "q_proj", "gate_proj"} <= adapted
+    assert "out_proj" not in adapted
+
+
+def adapted_names(model: PeftModel) -> set[str]:
+    """The last names of the layers with an adapter."""
+    return {name.removesuffix(".lora_A").rpartition(".")[2] for name, _ in model.named_modules() if name.endswith(".lora_A")}
+
+
+class Pair(torch.nn.Linear):
+    """As Llama 4's router."""
+
+    def forward(self, input: torch.Tensor) -> Any:  # noqa: A002 torch's name
+        return super().forward(input), input
+
+
+class Grouped(torch.nn.Linear):
+    """As DeepSeek 4's output projection: it takes rows in groups."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 torch's name
+        return super().forward(input.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("kind", "is_adapted"), [(Pair, False), (Grouped, False), (Transposing, True)])
+def test_by_default_what_computes_no_linear_map_gets_no_adapter(kind: type[torch.nn.Linear], is_adapted: bool) -> None:
+    base = tiny_llama()
+    base.model.layers[0].mlp.up_proj.__class__ = kind
+    names = {name for name, _ in add_adapter(base, LoraSpec(rank=4)).named_modules()}
+    assert ("base_model.model.model.layers.0.mlp.up_proj.lora_A" in names) == is_adapted
+    assert "base_model.model.model.layers.1.mlp.up_proj.lora_A" in names
 
 
 def test_lora_dropout_is_refused() -> None:
