@@ -19,7 +19,7 @@ export UV_SYSTEM_CERTS ?= 1
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-setup unsloth-setup test test-unsloth pytest lint format types demo crd lock images cluster soak soak-trainer bench-qat bench-quality bench-schemes bench-memory bench-padding bench-mirror bench-gpu bench-operator clean-images clean
+.PHONY: help setup cluster-setup unsloth-setup test test-unsloth pytest lint format types demo crd lock images cluster soak soak-trainer bench-architectures bench-qat bench-quality bench-schemes bench-memory bench-padding bench-mirror bench-gpu bench-operator clean-images clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -120,6 +120,9 @@ bench-schemes: setup ## size and held-out loss of each scheme on SmolLM2; measur
 
 bench-memory: setup ## the memory estimate against what training processes really take; the rows of docs/memory.md
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(BENCH_THREADS) $(PY) benchmarks/memory.py $(ARGS) && $(PY) -m finetune_trainer.memory.page
+
+bench-architectures: setup ## which models the line works for: each of transformers', tiny, through a whole job; tries what is missing, writes docs/models.md
+	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) -W ignore benchmarks/architectures.py $(ARGS)
 
 bench-padding: setup ## what rows of different lengths cost: tokens computed for each one there is, and micro-batches a step
 	@PYTHONPATH=$(PYTHONPATH):$(CURDIR)/tests $(PY) -W ignore benchmarks/padding.py

@@ -147,6 +147,17 @@ def test_a_mixture_whose_attention_alone_is_trained_counts_its_experts_as_not_qu
         prepare(add_adapter(tiny_mixture(), LoraSpec(rank=4, target_modules="q_proj,k_proj,v_proj,o_proj")), quantization())
 
 
+def test_layers_that_share_a_weight_are_refused() -> None:
+    """As Zamba's attention does: each has an adapter of its own, so the exported weights would differ, and be tied again."""
+    base = tiny_llama()
+    base.model.layers[1].mlp.up_proj.weight = base.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(
+        SpecError,
+        match=r"the layers model\.layers\.0\.mlp\.up_proj and model\.layers\.1\.mlp\.up_proj .* share one weight.*; choose scheme none\.$",
+    ):
+        prepare(add_adapter(base, LoraSpec(rank=4)), quantization())
+
+
 class Transposing(torch.nn.Linear):
     """As Falcon's layers: torchao's tensors can't be transposed, so what is shipped would not run."""
 

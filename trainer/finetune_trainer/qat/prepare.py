@@ -60,13 +60,14 @@ def prepare(model: PeftModel, quantization: QuantizationSpec, *, enabled: bool =
         enabled: whether fake quantization is on from now on.
 
     Raises:
-        SpecError: LoRA dropout, DoRA or another LoRA variant, an adapter on what is no plain linear layer, or less than half of the linear weights fit the scheme.
+        SpecError: LoRA dropout, DoRA or another LoRA variant, an adapter on what is no plain linear layer, layers that share a weight, or less than half of the linear weights fit the scheme.
     """
     layers = {plain_name(path): (module, _base(module)) for path, module in _linears(model)}
     outside = _outside(model, {name: base for name, (_, base) in layers.items()})
     shapes = {name: (base.out_features, base.in_features) for name, (_, base) in layers.items() if name not in outside}
     own_way = sum(layers[name][1].weight.numel() for name, reason in outside.items() if reason == _OWN_WAY)
     found = best_fit(quantization, shapes, _fused(model) + own_way)
+    _require_own_weights({name: base for name, (_, base) in layers.items() if name not in outside})
     _require_linear_adapters(model)  # behind the fit: of a mixture whose attention is too small, fewer adapters would be no mend
     mode = ExactMode(enabled=enabled)
     scheme = SCHEMES[quantization.scheme]
@@ -245,6 +246,17 @@ def _fused(model: PeftModel) -> int:
     """Weights of linear maps that are no layers: the experts of a mixture, which share tensors [experts, out, in]."""
     own = (item for module in model.modules() if not isinstance(module, nn.Conv1d) for item in module.parameters(recurse=False))
     return sum(parameter.numel() for parameter in own if parameter.dim() == _FUSED_DIMENSIONS)
+
+
+def _require_own_weights(layers: dict[str, nn.Linear]) -> None:
+    """Layers that share a weight, such as Zamba's attention, get an adapter each: merged they differ, and the exported model would tie them again."""
+    first: dict[int, str] = {}
+    for name, linear in layers.items():
+        other = first.setdefault(id(linear.weight), name)
+        if other != name:
+            raise SpecError(
+                f"spec.quantization: the layers {other} and {name} of this model share one weight, which no scheme can quantize; choose scheme none."
+            )
 
 
 def _require_linear_adapters(model: PeftModel) -> None:

@@ -1,0 +1,222 @@
+"""Which models the line works for: every causal language model that transformers knows, tiny and with random weights, through a whole job.
+
+`make bench-architectures` tries what is missing, each in a process of its own: LoRA, the switch, exact int8-int4 steps, export and proof; where the scheme is refused, scheme
+none. What came out is kept in benchmarks/results/architectures.json, and docs/models.md is written from it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.models.auto import modeling_auto
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
+PAGE = ROOT / "docs" / "models.md"
+SECONDS = 300
+LARGEST = 60_000_000  # weights; what its configuration does not make smaller is not tried
+
+ENCODERS = (
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES,
+)
+"""Whose models are no decoders of text alone, though transformers has a decoder of theirs; the language models of the multimodal ones have types of their own."""
+NO_TEXT = {"bert-generation", "moshi", "trocr", "whisper", "xlnet"}
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 260),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "lru_width"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "mamba_d_ssm"), 128),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "linear_num_value_heads", "mamba_n_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "linear_num_key_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "global_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("qk_head_dim", "v_head_dim", "index_head_dim", "index_topk", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "state_size", "mamba_d_state", "rotary_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "mamba_d_head", "mamba_dt_rank"), 32),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 512),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "time_step_rank"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "expand", "mamba_expand"), 2),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "n_groups"), 1),
+    "pad_token_id": 2,
+    "eos_token_id": 0,
+    "bos_token_id": 1,
+    "sliding_window": 64,
+}
+OWN_SIZES: dict[str, dict[str, Any]] = {  # an attribute that is None stays as the type's own configuration has it
+    "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
+    "falcon": {"head_dim": None, "new_decoder_architecture": True},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                     "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [128] * 4},
+    "gemma4_text": {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4, "num_kv_shared_layers": 0,
+                    "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 0},
+    "jamba": {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "mamba2": {"num_heads": 8},
+    "qwen3_5_text": {"num_hidden_layers": 4},
+    "qwen3_next": {"num_hidden_layers": 4},
+    "zamba": {"num_hidden_layers": None},
+    "zamba2": {"num_hidden_layers": None},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--types", nargs="+", default=candidates(), help="model types of transformers; all of them otherwise")
+    parser.add_argument("--fresh", action="store_true", help="try again what was tried already")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.one:
+        print(json.dumps(outcome(chosen.one)))
+        return
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if known.get("transformers") != transformers.__version__:
+        known = {"transformers": transformers.__version__, "types": {}}
+    wanted = [name for name in chosen.types if chosen.fresh or name not in known["types"]]
+    with ThreadPoolExecutor(2) as pool:
+        for name, found in zip(wanted, pool.map(tried, wanted), strict=True):
+            print(f"{name}: {found}", flush=True)
+            known["types"][name] = found
+            RESULTS.write_text(json.dumps(known | {"types": dict(sorted(known["types"].items()))}, indent=1) + "\n")
+    PAGE.write_text(page(known), encoding="utf-8")
+
+
+def candidates() -> list[str]:
+    return [
+        name
+        for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if name not in NO_TEXT and not any(name in kind for kind in ENCODERS)
+    ]
+
+
+def tried(name: str) -> dict[str, Any]:
+    """What came out for a type, in a process that may die or hang."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, "--one", name], capture_output=True, text=True, timeout=SECONDS, check=True
+        )
+    except subprocess.TimeoutExpired:
+        return {"outcome": "failed", "said": f"no end after {SECONDS} s"}
+    except subprocess.CalledProcessError as error:
+        return {"outcome": "failed", "said": f"exit code {error.returncode}: {(error.stderr.strip().splitlines() or [''])[-1][:200]}"}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def outcome(name: str) -> dict[str, Any]:
+    """proved (quantized, and equal to what was trained), adapter (scheme none alone), failed, or not tried; with the sentence that says why."""
+    from finetune_trainer.errors import FineTuneError, SpecError
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            save_tiny(name, Path(folder) / "model")
+        except Exception as error:  # noqa: BLE001 whatever a configuration says of sizes that are not its own
+            return {"outcome": "not tried", "said": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+        try:
+            report = job_of(Path(folder), "int8-int4")
+            return {"outcome": "proved", "layers": report["qat"]["layers"], "coverage": round(report["qat"]["coverage"], 2)}
+        except SpecError as refusal:
+            try:
+                job_of(Path(folder), "none")
+            except FineTuneError as error:
+                return {"outcome": "failed", "said": str(error)[:300]}
+            return {"outcome": "adapter", "said": str(refusal)}
+        except FineTuneError as error:
+            return {"outcome": "failed", "said": str(error)[:300]}
+
+
+def save_tiny(name: str, folder: Path) -> None:
+    """A model of this type with random weights, and the byte tokenizer."""
+    import torch
+    from support.tiny_model import tiny_tokenizer
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(name))
+    if model.num_parameters() > LARGEST:
+        raise ValueError(f"its configuration makes {model.num_parameters() / 1e6:.0f} million weights, whatever its common sizes are")
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def tiny_config(name: str) -> transformers.PreTrainedConfig:
+    """The type's configuration with those of the sizes that it has."""
+    kind = transformers.CONFIG_MAPPING[name]
+    usual = kind()
+    sizes = {size: value for size, value in SIZES.items() if _has(usual, size)}
+    if "kv_lora_rank" in sizes:  # latent attention: a head of keys for each of queries, and only a part of it rotated
+        sizes |= {"num_key_value_heads": 4, "head_dim": 8}
+    return kind(**{size: value for size, value in (sizes | OWN_SIZES.get(name, {})).items() if value is not None})
+
+
+def _has(config: transformers.PreTrainedConfig, size: str) -> bool:
+    """Whether a configuration has this attribute, and one value of it for all layers."""
+    try:
+        return hasattr(config, size) and not (size == "sliding_window" and config.sliding_window is None)
+    except RuntimeError:  # its layers have values of their own
+        return False
+
+
+def job_of(folder: Path, scheme: str) -> dict[str, Any]:
+    """The report of a job on the model in a folder."""
+    import torch
+    from support.tiny_jobs import run, tiny_job
+
+    torch.set_num_threads(1)
+    artifacts = ["adapter"] if scheme == "none" else ["adapter", "quantized"]
+    return run(
+        tiny_job(folder, {"quantization": {"scheme": scheme}, "quality": {"onFailure": "Warn"}, "outputs": {"artifacts": artifacts}}),
+        folder / scheme,
+    )
+
+
+def page(known: dict[str, Any]) -> str:
+    """docs/models.md."""
+    types = known["types"]
+    of = {
+        kind: {name: found for name, found in types.items() if found["outcome"] == kind}
+        for kind in ("proved", "adapter", "failed", "not tried")
+    }
+    return f"""# Models
+
+<!-- Written by `make bench-architectures`. -->
+
+Every causal language model of text that transformers {known["transformers"]} knows, made tiny with random weights and led through a whole job on a CPU: LoRA on all linear
+layers, the switch, exact int8-int4 steps, export, the proof and publication; where the scheme is refused, with `quantization.scheme: none`. That shows that
+the line works for an architecture's layers. It says nothing of the memory that a real one takes, or of how well it learns. Multimodal models are led through with their language
+model alone.
+
+**Trained, quantized and proved** ({len(of["proved"])}): {_names(of["proved"])}.
+
+**Adapter alone** ({len(of["adapter"])}), since the scheme refuses them, mostly mixtures of experts, whose experts are no linear layers: {_names(of["adapter"])}.
+
+**Fail** ({len(of["failed"])}):
+
+{_reasons(of["failed"])}
+
+**Not tried** ({len(of["not tried"])}), as no tiny model was made of them:
+
+{_reasons(of["not tried"])}
+"""
+
+
+def _names(found: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}`" for name in found)
+
+
+def _reasons(found: dict[str, Any]) -> str:
+    lines = ("| " + " | ".join((f"`{name}`", item["said"].replace("|", "\\|"))) + " |" for name, item in found.items())
+    return "\n".join(("| type | why |", "|---|---|", *lines))
+
+
+if __name__ == "__main__":
+    main()
