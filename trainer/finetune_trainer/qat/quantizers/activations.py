@@ -6,8 +6,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from finetune_trainer.qat.quantizers.arithmetic import fast_dtype
-
 
 class ActivationCodes(NamedTuple):
     """A quantized activation: what the backward pass keeps of it.
@@ -43,19 +41,15 @@ class Int8Activations:
     @torch.no_grad()
     def quantize(self, activation: Tensor) -> ActivationCodes:
         """int8 codes, scale in the activation's dtype."""
-        dtype, fast = activation.dtype, fast_dtype(activation, activation.dtype)
-        wide = activation.to(fast)
-        lowest = wide.amin(dim=-1, keepdim=True).clamp_(max=0).to(dtype)
-        highest = wide.amax(dim=-1, keepdim=True).clamp_(min=0).to(dtype)
-        del wide
-        scale = ((highest - lowest) / 255.0).clamp_(min=torch.finfo(dtype).smallest_normal)
+        lowest, highest = activation.amin(dim=-1, keepdim=True).clamp_(max=0), activation.amax(dim=-1, keepdim=True).clamp_(min=0)
+        scale = ((highest - lowest) / 255.0).clamp_(min=torch.finfo(activation.dtype).smallest_normal)
         zero_point = (-128 - torch.round(lowest / scale)).clamp_(-128, 127).to(torch.int8)
-        codes = (activation * (1.0 / scale)).to(fast).round_().add_(zero_point).clamp_(-128, 127)
+        codes = (activation * (1.0 / scale)).round_().add_(zero_point).clamp_(-128, 127)
         return ActivationCodes(codes.to(torch.int8), scale, zero_point)
 
     @torch.no_grad()
     def dequantize(self, quantized: ActivationCodes, dtype: torch.dtype) -> Tensor:
         """The activation that the codes stand for."""
         codes, scale, zero_point = quantized
-        values = codes.to(fast_dtype(codes, dtype))
-        return (values if zero_point is None else values.sub_(zero_point)).mul_(scale).to(dtype)
+        values = codes.to(dtype)
+        return (values if zero_point is None else values.sub_(zero_point.to(dtype))).mul_(scale)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune_trainer.qat.quantizers.arithmetic import fast_dtype
-
 
 @dataclass(frozen=True)
 class SymmetricGrid:
@@ -35,10 +33,9 @@ class SymmetricGrid:
         largest = grouped.abs().to(wide).amax(dim=-1)
         largest = (largest if clip_ratio is None else largest.mul_(clip_ratio)).to(grouped.dtype)
         scale = largest.div_((high - low) / 2).clamp_(min=torch.finfo(grouped.dtype).smallest_normal)
-        scaled = grouped * scale.reciprocal().unsqueeze(-1)
-        rounded = scaled.to(fast_dtype(scaled, scaled.dtype)).round_().clamp_(low, high)
+        rounded = (grouped * scale.reciprocal().unsqueeze(-1)).round_().clamp_(low, high)
         return rounded.to(torch.int8), scale, None
 
     def dequantize(self, grouped: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 all grids' own
         """`code * scale`, in the weight's dtype."""
-        return grouped.to(fast_dtype(grouped, dtype)).mul_(scale.unsqueeze(-1)).to(dtype)
+        return grouped.to(dtype).mul_(scale.unsqueeze(-1))
