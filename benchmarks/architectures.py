@@ -129,10 +129,15 @@ def outcome(name: str) -> dict[str, Any]:
             try:
                 job_of(Path(folder), "none")
             except FineTuneError as error:
-                return {"outcome": "failed", "said": str(error)[:300]}
+                return {"outcome": "failed", "said": _sentence(error, folder)}
             return {"outcome": "adapter", "said": str(refusal)}
         except FineTuneError as error:
-            return {"outcome": "failed", "said": str(error)[:300]}
+            return {"outcome": "failed", "said": _sentence(error, folder)}
+
+
+def _sentence(error: Exception, folder: str) -> str:
+    """Without the folder, which is another one each time."""
+    return str(error).replace(f"{folder}/", "")[:300]
 
 
 def save_tiny(name: str, folder: Path) -> None:

@@ -31,11 +31,13 @@ def empty_base(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     """The base model from config.json alone, on the meta device: its layers and their shapes, without a weight.
 
     Raises:
-        DataError: no such architecture, or a configuration that makes no model.
+        DataError: no such architecture, a configuration that makes no model, or one that can't be trained.
     """
     config = _config(folder, trust_remote_code=trust_remote_code)
     with refusing(folder), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    _require_body(model, folder)
+    return model
 
 
 def check_weights(folder: Path, *, trust_remote_code: bool) -> None:
@@ -89,7 +91,17 @@ def _from_safetensors(folder: Path, *, trust_remote_code: bool, **options: Any) 
             f"The model's weight {name} in {folder} has the shape {_shape(found)}, but config.json makes it {_shape(wanted)}; "
             "download both again from one place."
         )
+    _require_body(model, folder)
     return model
+
+
+def _require_body(model: PreTrainedModel, folder: Path) -> None:
+    """Training computes the loss from hidden states, which the model without its output head gives; Llama 4's class names that part wrongly."""
+    if model.base_model is model:
+        raise DataError(
+            f"The model in {folder} can't be trained: transformers {__version__} does not say which part of {type(model).__name__} lies in front of its output head "
+            f"(it has no {model.base_model_prefix!r}); choose another model."
+        )
 
 
 def _shape(size: Sequence[int]) -> str:
