@@ -88,7 +88,7 @@ def main() -> None:
         for name, found in zip(wanted, pool.map(tried, wanted), strict=True):
             print(f"{name}: {found}", flush=True)
             known["types"][name] = found
-            RESULTS.write_text(json.dumps(known | {"types": dict(sorted(known["types"].items()))}, indent=1) + "\n")
+            RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(page(known), encoding="utf-8")
 
 
@@ -143,14 +143,13 @@ def _sentence(error: Exception, folder: str) -> str:
 def save_tiny(name: str, folder: Path) -> None:
     """A model of this type with random weights, and the byte tokenizer."""
     import torch
-    from support.tiny_model import tiny_tokenizer
+    from support.tiny_model import save_with_tokenizer
 
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(name))
     if model.num_parameters() > LARGEST:
         raise ValueError(f"its configuration makes {model.num_parameters() / 1e6:.0f} million weights, whatever its common sizes are")
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_with_tokenizer(model, folder)
 
 
 def tiny_config(name: str) -> transformers.PreTrainedConfig:
@@ -186,7 +185,7 @@ def job_of(folder: Path, scheme: str) -> dict[str, Any]:
 
 def page(known: dict[str, Any]) -> str:
     """docs/models.md."""
-    types = known["types"]
+    types = dict(sorted(known["types"].items()))
     of = {
         kind: {name: found for name, found in types.items() if found["outcome"] == kind}
         for kind in ("proved", "adapter", "failed", "not tried")

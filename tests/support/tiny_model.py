@@ -10,12 +10,26 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 2,
+}
+"""Of a model shaped like Llama, in the words of transformers' configurations."""
 _SPECIAL = ("<|im_end|>", "<|im_start|>", "<|pad|>")
 
 
@@ -33,27 +47,19 @@ def tiny_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
 
 def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
     """Two layers, hidden size 64, random weights; `changes` go to LlamaConfig. The global random state is left alone."""
-    settings: dict[str, Any] = {
-        "vocab_size": 260,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 2,
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**(settings | changes))).to(dtype)
+        return LlamaForCausalLM(LlamaConfig(**(SIZES | changes))).to(dtype)
 
 
 def save_tiny_model(folder: Path, *, chat: bool = True, seed: int = 0, **changes: Any) -> Path:
     """Model and tokenizer as `save_pretrained` writes them; returns the folder."""
-    tiny_llama(seed=seed, **changes).save_pretrained(folder)
+    return save_with_tokenizer(tiny_llama(seed=seed, **changes), folder, chat=chat)
+
+
+def save_with_tokenizer(model: PreTrainedModel, folder: Path, *, chat: bool = True) -> Path:
+    """Any model with the byte tokenizer, as a base model's folder; returns the folder."""
+    model.save_pretrained(folder)
     tiny_tokenizer(chat=chat).save_pretrained(folder)
     return folder
 
@@ -82,9 +88,7 @@ def save_tiny_gemma3(folder: Path) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+        return save_with_tokenizer(AutoModelForCausalLM.from_config(config), folder)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

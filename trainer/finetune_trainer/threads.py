@@ -6,12 +6,11 @@ is seldom alone, nor is a laptop.
 """
 
 import os
-from collections.abc import MutableMapping
 
 _SPINS = "1000"  # GNU's own number where it knows of more threads than cores; sleeping at once takes longer on an idle machine
 
 
-def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
+def wait_briefly() -> None:
     """Shortens the spinning, unless the user has set how threads wait."""
-    if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", _SPINS)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

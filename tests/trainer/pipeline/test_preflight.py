@@ -17,7 +17,7 @@ from finetune_trainer.reporting.session import ENV_TERMINATION_LOG
 from finetune_trainer.stages import rehearse
 from support.run_contexts import context, notes, refused, run_spec
 from support.tiny_jobs import STEPS, description, finetune, tiny_job
-from support.tiny_model import sums, tiny_tokenizer
+from support.tiny_model import SIZES, save_with_tokenizer, sums, tiny_tokenizer
 from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaConfig
 
 
@@ -94,19 +94,8 @@ def test_a_pod_that_can_not_hold_the_training_is_never_asked_for(tmp_path: Path,
 
 
 def test_a_model_whose_body_has_another_name_than_its_class_says_is_refused_before_it_is_trained(tmp_path: Path) -> None:
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "intermediate_size_mlp": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    config = Llama4TextConfig(
-        vocab_size=260, num_hidden_layers=1, num_local_experts=2, bos_token_id=1, eos_token_id=0, pad_token_id=2, **sizes
-    )
-    Llama4ForCausalLM(config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    config = Llama4TextConfig(**SIZES, intermediate_size_mlp=64, head_dim=16, num_local_experts=2)
+    save_with_tokenizer(Llama4ForCausalLM(config), tmp_path / "model")
     job = description(tiny_job(tmp_path, {"quantization": {"scheme": "none"}}))
     for call in (pipeline.preflight, pipeline.run):
         with refused(DataError, "can't be trained", "Llama4ForCausalLM", "it has no 'language_model'", "choose another model"):

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from support.exact_models import SCHEMES, WIDE, tiny_mixture
 from support.run_contexts import RecordingReporter
 from support.tiny_jobs import STEPS, description, finetune, run, tiny_job
-from support.tiny_model import save_tiny_gemma3, save_tiny_model, tiny_tokenizer, write_jsonl
+from support.tiny_model import SIZES, save_tiny_gemma3, save_tiny_model, save_with_tokenizer, write_jsonl
 from torch.nn.functional import cross_entropy
 from transformers import (
     ApertusConfig,
@@ -258,8 +258,7 @@ def test_a_mixture_learns_from_its_rows_alone_and_keeps_its_switches_of_the_rout
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     switches = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
-    tiny_mixture(**switches).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_with_tokenizer(tiny_mixture(**switches), tmp_path / "model")
     base, learn, seen = AutoModelForCausalLM.from_pretrained(tmp_path / "model").to(DEVICE), train.run, []
 
     def noted(ctx: RunContext, loaded: Any, data: Data) -> Trained:
@@ -282,8 +281,7 @@ def test_a_mixture_learns_from_its_rows_alone_and_keeps_its_switches_of_the_rout
 
 def test_gpt2_whose_linear_layers_are_of_another_class_is_adapted_by_their_names(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=260, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, pad_token_id=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_with_tokenizer(GPT2LMHeadModel(config), tmp_path / "model")
     job = tiny_job(tmp_path, {"lora": {"targetModules": "c_attn,c_proj"}, "quantization": {"scheme": "none"}})
     run(job, tmp_path / "work")
     weights = load_file(tmp_path / "work" / "lora_model" / "adapter_model.safetensors")
@@ -293,10 +291,7 @@ def test_gpt2_whose_linear_layers_are_of_another_class_is_adapted_by_their_names
 
 def test_a_model_with_weights_that_are_single_numbers_is_proved(tmp_path: Path) -> None:
     """Apertus' activation function has them."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = ApertusConfig(vocab_size=260, max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=2, **sizes)
-    ApertusForCausalLM(config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_with_tokenizer(ApertusForCausalLM(ApertusConfig(**SIZES)), tmp_path / "model")
     proof = run(tiny_job(tmp_path, BOTH), tmp_path / "work")["proof"]
     assert (proof["holds"], proof["max_logit_difference"]) == (True, 0.0)
 

@@ -103,7 +103,7 @@ def _proof(report: dict[str, Any]) -> list[tuple[str, str]]:
     )
     return [
         (f"proof: shipped {'=' if proof['holds'] else '≠'} trained", f"{weights}, {largest}{_kernel(proof)}"),
-        ("the shipped model writes", proof["generated"].replace("\n", " ")[:160] or "nothing: generating failed"),
+        ("the shipped model writes", proof["generated"].replace("\n", " ")[:160] or "nothing"),
     ]
 
 

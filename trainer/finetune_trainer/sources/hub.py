@@ -14,7 +14,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.errors import DataError
 from finetune_trainer.sources.credentials import hub_api
 from finetune_trainer.sources.hub_errors import hub_errors
-from finetune_trainer.sources.license import stated_license
+from finetune_trainer.sources.license import Card, stated_license
 from finetune_trainer.sources.location import HubAddress, Location, hub_address
 from finetune_trainer.sources.model_files import require_model, wanted_files
 
@@ -28,13 +28,13 @@ class Snapshot:
 
     Attributes:
         files: by name, git's own digest of each file's content, or of the pointer that has its sha256; the commit where no digest is known.
-        license: what the repository's card states of it.
+        card: the front matter of the repository's README.md.
     """
 
     address: HubAddress
     commit: str
     files: Mapping[str, str]
-    license: Mapping[str, Any]
+    card: Card
 
 
 def check_model(ctx: RunContext, where: Location) -> None:
@@ -79,7 +79,8 @@ def fetch_model(ctx: RunContext, where: Location, *, weights: bool) -> tuple[Pat
             max_workers=_PARALLEL_DOWNLOADS,
         )
     identity = hashlib.sha256("".join(f"{name} {found.files[name]}\n" for name in loaded).encode()).hexdigest()
-    return Path(folder), f"hf://{found.address.repo_id}@{found.commit}", identity, dict(found.license)
+    stated = stated_license(found.card, home=f"{api.endpoint}/{found.address.repo_id}/blob/{found.commit}/")
+    return Path(folder), f"hf://{found.address.repo_id}@{found.commit}", identity, stated
 
 
 def fetch_file(ctx: RunContext, where: Location) -> tuple[Path, str, str]:
@@ -113,8 +114,7 @@ def _find(api: Any, where: Location, *, dataset: bool, digests: bool = False) ->
         require_model(files, f"{where.field}: {where.uri}")
     elif address.path not in files:
         raise DataError(f"{where.field}: {where.uri} has no such file; correct the path after the repository's name.")
-    home = f"{api.endpoint}/{address.repo_id}/blob/{info.sha}/"
-    return Snapshot(address, info.sha, files, stated_license(info.card_data or {}, home))
+    return Snapshot(address, info.sha, files, info.card_data or {})
 
 
 def _metadata(api: Any, where: Location, found: Snapshot, name: str, *, dataset: bool) -> Any:
