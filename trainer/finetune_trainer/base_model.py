@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, __version__
 
 from finetune_trainer.errors import DataError, SpecError
@@ -126,3 +127,8 @@ def refusing(folder: Path, mend: str = "download it again") -> Iterator[None]:
 def training_dtype(dtype: str, *, on_gpu: bool) -> torch.dtype:
     """The dtype of the weights: what `model.dtype` says, or bfloat16 on a GPU and float32 on a CPU."""
     return {"auto": torch.bfloat16 if on_gpu else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def recomputes_activations(model: nn.Module, *, on_gpu: bool) -> bool:
+    """Whether layers are computed again in the backward pass instead of kept: on a GPU, unless the model's class has no way to (CTRL, the first GPT)."""
+    return on_gpu and bool(model.supports_gradient_checkpointing)

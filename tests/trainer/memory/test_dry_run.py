@@ -165,7 +165,7 @@ def test_decoders_of_other_families_need_no_formula(kind: type[PreTrainedConfig]
 
 
 def kind(**changes: Any) -> Kind:
-    settings = {"on_gpu": False, "tunes": True, "adapts": True, "distills": True, "quantizes": True, "rounds": True}
+    settings = {"on_gpu": False, "checkpointed": False, "tunes": True, "adapts": True, "distills": True, "quantizes": True, "rounds": True}
     settings |= {"batch": 8, "lengths": Lengths(64, 64)}
     return Kind(**(settings | changes))
 
@@ -196,7 +196,9 @@ def test_the_adapter_at_the_switch_its_factors_and_kept_codes_come_on_top_of_an_
 
 def test_on_a_gpu_a_batch_of_one_micro_batch_keeps_codes_too() -> None:
     model = model_of()
-    needed = needed_by(model, kind(on_gpu=True, tunes=False, distills=False, quantizes=False, rounds=False, lengths=Lengths(64, 0)))
+    needed = needed_by(
+        model, kind(on_gpu=True, checkpointed=True, tunes=False, distills=False, quantizes=False, rounds=False, lengths=Lengths(64, 0))
+    )
     assert needed(8, True).peak - needed(8, False).peak == code_bytes(model)
 
 
@@ -205,7 +207,7 @@ def test_every_phase_is_looked_at_and_each_size_once(monkeypatch: pytest.MonkeyP
 
     seen: list[Step | HeldOutBatch] = []
     monkeypatch.setattr(estimate, "peak_bytes", lambda _, traced: seen.append(traced) or 10**6)
-    needed = needed_by(model_of(), kind(on_gpu=True))
+    needed = needed_by(model_of(), kind(on_gpu=True, checkpointed=True))
     assert [needed(rows, keeps) for rows in (2, 8, 2) for keeps in (False, True)]
     steps, batches = [[item for item in seen if isinstance(item, sort)] for sort in (Step, HeldOutBatch)]
     assert [(step.rows, step.quantized, step.taught, step.accumulated) for step in steps] == [

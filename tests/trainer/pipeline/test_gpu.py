@@ -1,12 +1,14 @@
 """What a GPU changes, as far as a machine without one can tell: a pod that was promised one and sees none, and a model that leaves it."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from finetune_trainer import pipeline, sources
+from finetune_trainer.base_model import recomputes_activations
 from finetune_trainer.errors import CapacityError
 from finetune_trainer.memory.gpus import GPU_BYTES
 from finetune_trainer.plan import Plan
@@ -16,6 +18,8 @@ from finetune_trainer.stages import convert, load, train, verify
 from support.exact_models import exact_model, logits_of, token_ids
 from support.run_contexts import context, refused, run_spec
 from support.tiny_jobs import run, tiny_job
+from support.tiny_model import save_with_tokenizer, tiny_llama
+from transformers import CTRLConfig, CTRLLMHeadModel, PreTrainedModel
 from trl import SFTConfig
 
 
@@ -144,5 +148,28 @@ def test_a_machine_with_several_gpus_trains_on_one(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(SFTConfig, "_setup_devices", property(found))
     steps = Plan(steps=2, switch_step=1, micro_batch=4, accumulation=2, warmup_steps=0)
-    arguments = train._arguments(context(tmp_path, run_spec()), steps, on_gpu=False)
+    arguments = train._arguments(context(tmp_path, run_spec()), steps, on_gpu=False, checkpointed=False)
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
+
+
+def tiny_ctrl() -> CTRLLMHeadModel:
+    return CTRLLMHeadModel(CTRLConfig(vocab_size=260, n_positions=512, n_embd=64, dff=128, n_layer=2, n_head=4))
+
+
+@pytest.mark.parametrize(("model", "can"), [(tiny_llama, True), (tiny_ctrl, False)])
+def test_activations_that_are_computed_again_as_on_a_gpu_change_no_bit(
+    model: Callable[[], PreTrainedModel], can: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_with_tokenizer(model(), tmp_path / "model")
+    made: list[SFTConfig] = []
+    monkeypatch.setattr(train, "SFTConfig", lambda **options: made.append(SFTConfig(**options)) or made[-1])
+
+    def adapter_of(name: str) -> bytes:
+        (tmp_path / name).mkdir()
+        run(tiny_job(tmp_path / name, {"model": {"source": f"file://{base}"}}), tmp_path / name / "work")
+        return (tmp_path / name / "published" / "lora_model" / "adapter_model.safetensors").read_bytes()
+
+    kept = adapter_of("kept")
+    monkeypatch.setattr(train, "recomputes_activations", lambda model, on_gpu: recomputes_activations(model, on_gpu=True))
+    assert adapter_of("computed-again") == kept
+    assert [arguments.activation_checkpointing for arguments in made] == [False, can]

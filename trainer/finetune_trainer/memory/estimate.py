@@ -10,6 +10,7 @@ from functools import cache
 from finetune_api.spec import FineTuneJobSpec, Scheme
 from peft import PeftModel
 
+from finetune_trainer.base_model import recomputes_activations
 from finetune_trainer.example import Example
 from finetune_trainer.held_out import TOKENS_AT_ONCE
 from finetune_trainer.memory.dry_run import HeldOutBatch, Step, code_bytes, factor_bytes, peak_bytes
@@ -81,7 +82,8 @@ class Kind:
     """What a training does, as far as it takes memory.
 
     Attributes:
-        on_gpu: with activation checkpointing and fused loss kernels.
+        on_gpu: with fused loss kernels.
+        checkpointed: with activation checkpointing.
         tunes: whether it has steps without fake quantization.
         adapts: whether it has steps under exact quantization-aware training.
         distills: whether those learn from the adapter at the switch.
@@ -92,6 +94,7 @@ class Kind:
     """
 
     on_gpu: bool
+    checkpointed: bool
     tunes: bool
     adapts: bool
     distills: bool
@@ -105,7 +108,8 @@ class Kind:
         """That of this job, its prepared model and its plan."""
         tunes, adapts = plan.switch_step > 0, plan.switch_step < plan.steps
         distills, rounds = spec.quantization.distill and tunes and adapts, tunes and gains_from_a_choice(model)
-        return cls(on_gpu, tunes, adapts, distills, spec.quantization.scheme is not Scheme.NONE, rounds, plan.batch, lengths)
+        quantizes, checkpointed = spec.quantization.scheme is not Scheme.NONE, recomputes_activations(model, on_gpu=on_gpu)
+        return cls(on_gpu, checkpointed, tunes, adapts, distills, quantizes, rounds, plan.batch, lengths)
 
     def traced(self, rows: int) -> list[Step | HeldOutBatch]:
         """One step of each phase, with several rows that differ in length, the pass that chooses the rounding, and a batch of held-out rows."""
@@ -113,7 +117,7 @@ class Kind:
             rows,
             self.lengths.trained,
             padded=rows > 1,
-            checkpointed=self.on_gpu,
+            checkpointed=self.checkpointed,
             fused_loss=self.on_gpu,
             accumulated=rows < self.batch,
         )

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from finetune_trainer import checkpoints, finished
+from finetune_trainer.base_model import recomputes_activations
 from finetune_trainer.batch import pad
 from finetune_trainer.checkpoints import Checkpoint
 from finetune_trainer.context import RunContext
@@ -172,9 +173,10 @@ def _prepare(ctx: RunContext, loaded: Loaded, data: Data) -> Prepared | None:
 
 def _trainer(ctx: RunContext, loaded: Loaded, data: Data, steps: Plan, phases: Phases) -> SFTTrainer:
     pad_token_id = int(loaded.tokenizer.pad_token_id or 0)
+    on_gpu = loaded.model.device.type == "cuda"
     trainer = _PhasedTrainer(
         model=loaded.model,
-        args=_arguments(ctx, steps, on_gpu=loaded.model.device.type == "cuda"),
+        args=_arguments(ctx, steps, on_gpu=on_gpu, checkpointed=recomputes_activations(loaded.model, on_gpu=on_gpu)),
         train_dataset=HfDataset.from_dict(
             {"row": range(len(data.train))}
         ),  # trl takes no other kind, and the tokens need not lie in it again
@@ -190,7 +192,7 @@ def _trainer(ctx: RunContext, loaded: Loaded, data: Data, steps: Plan, phases: P
     return trainer
 
 
-def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
+def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool, checkpointed: bool) -> SFTConfig:
     training = ctx.spec.training
     arguments = SFTConfig(
         output_dir=str(ctx.outputs),
@@ -201,7 +203,7 @@ def _arguments(ctx: RunContext, steps: Plan, *, on_gpu: bool) -> SFTConfig:
         seed=training.seed,
         bf16=False,  # the weights' own dtype decides: autocast would compute another function than the exported model
         use_cpu=not on_gpu,
-        **{_CHECKPOINTING: on_gpu},
+        **{_CHECKPOINTING: checkpointed},
         max_length=None,
         router_aux_loss_coef=0.0,  # else trl has a mixture of experts return its router's logits, and the shipped model would too
         dataset_kwargs={"skip_prepare_dataset": True},
