@@ -1,5 +1,6 @@
 """The LoRA adapter: put on a base model by the backends, saved as plain peft loads it by pipeline.py."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from finetune_api.job import JobDescription
 from finetune_api.spec import LoraSpec
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba  # no public name says which layers it refuses
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -57,6 +59,16 @@ def lora_config(base: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
         exclude_modules=left_out or None,
         task_type="CAUSAL_LM",
     )
+
+
+def summary(model: PeftModel) -> str:
+    """For the user: how much is trained, and which linear layers "all-linear" has left out."""
+    config, (trained, every) = model.peft_config["default"], model.get_nb_trainable_parameters()
+    layers = sum(isinstance(module, LoraLayer) for module in model.modules())
+    kinds = Counter(name.rpartition(".")[2] for name in config.exclude_modules or ())
+    left_out = ", ".join(f"{name} ({count})" for name, count in sorted(kinds.items()))
+    adapters = f"LoRA of rank {config.r} trains {trained:,} parameters ({trained / every:.1%}) in {layers} layers"
+    return f"{adapters}; without an adapter: {left_out}." if left_out else f"{adapters}."
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, job: JobDescription, resolved: str, target: Path) -> None:

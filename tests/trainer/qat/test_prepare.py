@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_api.spec import LoraSpec, Scheme
-from finetune_trainer.adapter import add_adapter
+from finetune_trainer.adapter import add_adapter, summary
 from finetune_trainer.errors import ProofError, SpecError
 from finetune_trainer.qat.linear import ExactFrozenLinear, ExactLoraLinear, fake_quantized_weight
 from finetune_trainer.qat.prepare import (
@@ -212,9 +212,11 @@ def test_a_layer_that_peft_has_no_adapter_for_is_refused_by_name_and_left_out_by
         SpecError, match=r"spec\.lora\.targetModules 'in_proj,out_proj' does not suit this model \(.*out_proj.*name the layers that do"
     ):
         add_adapter(empty_hybrid(), LoraSpec(rank=4, target_modules="in_proj,out_proj"))
-    adapted = adapted_names(add_adapter(empty_hybrid(), LoraSpec(rank=4)))
+    model = add_adapter(empty_hybrid(), LoraSpec(rank=4))
+    adapted = adapted_names(model)
     assert {"in_proj", "q_proj", "gate_proj"} <= adapted
     assert "out_proj" not in adapted
+    assert summary(model).endswith("in 8 layers; without an adapter: out_proj (1).")
 
 
 def adapted_names(model: PeftModel) -> set[str]:

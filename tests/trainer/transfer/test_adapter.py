@@ -1,4 +1,4 @@
-"""The saved adapter names the base model that it was trained on, as whoever loads it elsewhere can get it."""
+"""The saved adapter names the base model that it was trained on, as whoever loads it elsewhere can get it; the summary says what it trains."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from finetune_api.spec import LoraSpec
-from finetune_trainer.adapter import add_adapter, save_adapter
+from finetune_trainer.adapter import add_adapter, save_adapter, summary
 from support.run_contexts import context, run_spec
 from support.tiny_model import tiny_llama, tiny_tokenizer
 
@@ -28,3 +28,9 @@ def test_a_base_model_on_the_hub_is_named_with_its_commit(tmp_path: Path) -> Non
 def test_a_base_model_from_elsewhere_has_no_revision(resolved: str, tmp_path: Path) -> None:
     config = saved_config(tmp_path, "s3://models/base", resolved)
     assert (config["base_model_name_or_path"], config["revision"]) == ("s3://models/base", None)
+
+
+def test_the_summary_counts_what_is_trained() -> None:
+    model = add_adapter(tiny_llama(), LoraSpec(rank=4, target_modules="q_proj"))
+    adapter, base = 2 * (4 * 64 + 64 * 4), sum(weight.numel() for weight in tiny_llama().parameters())
+    assert summary(model) == f"LoRA of rank 4 trains {adapter:,} parameters ({adapter / (base + adapter):.1%}) in 2 layers."

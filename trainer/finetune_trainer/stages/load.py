@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from finetune_trainer import base_model
+from finetune_trainer import adapter, base_model
 from finetune_trainer.backends import Backend
 from finetune_trainer.context import RunContext
 from finetune_trainer.errors import CapacityError, DataError, SpecError
@@ -115,6 +115,7 @@ def run(ctx: RunContext, fetched: Fetched, tokenizer: PreTrainedTokenizerBase, b
     size, dtype = base.num_parameters() / 1e6, str(base.dtype).removeprefix("torch.")
     ctx.reporter.note(f"Loaded {size:,.0f} million parameters as {dtype} on the {base.device.type.upper()}.")
     adapted = backend.add_adapter(base, ctx.spec.lora, ctx.spec.quantization.scheme)
+    ctx.reporter.note(adapter.summary(adapted))
     return Loaded(adapted, tokenizer, fetched.resolved, identity, fetched.license, backend)
 
 
