@@ -17,7 +17,7 @@ from finetune_trainer import atomic
 from finetune_trainer.destinations.model_card import base_model, hub_revision
 from finetune_trainer.errors import SpecError
 from finetune_trainer.failures import first_line
-from finetune_trainer.language_model import foreign_linears
+from finetune_trainer.language_model import bypassed_linears, foreign_linears
 
 
 def add_adapter(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
@@ -98,9 +98,13 @@ def published_base(job: JobDescription) -> str:
 
 
 def _unsuited(base: PreTrainedModel) -> list[str]:
-    """Names of linear layers that no adapter fits: those that peft refuses, and those that give something else than a linear map, such as Llama 4's router a pair."""
+    """Names of linear layers that no adapter fits.
+
+    Those that peft refuses, those whose weight the model reads past them, and those that give something else than a linear map, such as Llama 4's router a pair.
+    """
+    bypassed = set(bypassed_linears(base))
     linears = ((name, module) for name, module in base.named_modules() if isinstance(module, torch.nn.Linear))
-    return [name for name, module in linears if not (_is_taken(base, name) and _is_linear_map(module))]
+    return [name for name, module in linears if name in bypassed or not (_is_taken(base, name) and _is_linear_map(module))]
 
 
 def _is_taken(base: PreTrainedModel, name: str) -> bool:
@@ -126,11 +130,16 @@ def _is_linear_map(module: torch.nn.Linear) -> bool:
 def _require_targets(base: PreTrainedModel, targets: list[str]) -> None:
     head = base.get_output_embeddings()
     known = {name: module for name, module in base.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
+    bypassed = set(bypassed_linears(base))
     for target in targets:
-        found = [module for name, module in known.items() if name == target or name.endswith(f".{target}")]
-        if any(module is head for module in found):  # trl computes the loss from the head's own weight
+        found = {name: module for name, module in known.items() if name == target or name.endswith(f".{target}")}
+        if any(module is head for module in found.values()):  # trl computes the loss from the head's own weight
             raise SpecError(
                 f"spec.lora.targetModules names {target!r}, which is this model's output head, where an adapter would not be trained; leave it out."
+            )
+        if not bypassed.isdisjoint(found):
+            raise SpecError(
+                f"spec.lora.targetModules names {target!r}, whose weight this model's code reads by itself, so that an adapter there would change nothing; leave it out."
             )
         if not found:
             linears = sorted({name.rpartition(".")[2] for name, module in known.items() if module is not head})

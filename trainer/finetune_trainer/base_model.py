@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, __version__
+from transformers.utils import ModelOutput
 
 from finetune_trainer.errors import DataError, SpecError
 from finetune_trainer.failures import first_line, is_out_of_memory
@@ -56,6 +57,17 @@ def note_untied(model: PreTrainedModel) -> None:
     if head is not None and head.weight is not embeddings.weight:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
+
+
+def cast_last_hidden_state(model: PreTrainedModel) -> None:
+    """The last hidden state comes in the output head's dtype, for a loss that takes it from in front of the head: Mamba's is float32, and its own forward pass casts it."""
+    dtype = model.get_output_embeddings().weight.dtype
+
+    def cast(_: nn.Module, __: object, output: Any) -> None:
+        if isinstance(output, ModelOutput):
+            output.last_hidden_state = output.last_hidden_state.to(dtype)
+
+    model.base_model.register_forward_hook(cast)
 
 
 def _config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:

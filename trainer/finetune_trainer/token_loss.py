@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from finetune_trainer.errors import DataError
 from finetune_trainer.example import IGNORED
 
 _LOGITS_AT_ONCE = 2**23  # 32 MB in float32
+_ALIKE = {True: 1e-3, False: 2e-2}  # of the largest logit, in 32 bits or more, and in fewer: the order of scale and cast differs
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [tokens, features] to logits [tokens, vocabulary]."""
@@ -61,6 +63,32 @@ def output_head(model: PreTrainedModel) -> Head:
         return wide if cap is None else torch.tanh(wide / cap) * cap
 
     return logits
+
+
+@torch.no_grad()
+def require_own_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Refuses a model that computes its logits otherwise than `output_head`: every loss would be that of another function.
+
+    Args:
+        model: a causal language model.
+        input_ids: [1, tokens].
+
+    Raises:
+        DataError: such as a cap that is named otherwise than Gemma's, or layers between the last hidden state and the output head.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        own = model(input_ids=input_ids, use_cache=False).logits[0].float()
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+        difference = (output_head(model)(hidden).float() - own).abs().max()
+    finally:
+        model.train(was_training)
+    if difference > _ALIKE[model.dtype.itemsize >= torch.float32.itemsize] * own.abs().max():  # NaN is the loss's business
+        raise DataError(
+            f"This model can't be trained: {type(model).__name__} makes its logits otherwise than by its output head from its last hidden state, so its loss would be "
+            "that of another model; choose another one."
+        )
 
 
 def summed_loss(head: Head, student: Prediction, teacher: Tensor | None = None, weight: float = 0.0) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from finetune_api.spec import LoraSpec, Scheme
 from finetune_trainer.backends import Backend, has_unsloth, import_unsloth, native
 from finetune_trainer.errors import DataError, SpecError
-from finetune_trainer.qat.prepare import prepare, require_effect
+from finetune_trainer.qat.prepare import prepare
+from finetune_trainer.qat.trial import require_effect
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file

@@ -1,15 +1,34 @@
 """The chunked loss is the dense formula, in value and gradient, whatever the chunks, in the memory of one; and it knows what architectures do to their logits."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import pytest
 import torch
 from finetune_trainer import token_loss
+from finetune_trainer.base_model import cast_last_hidden_state
 from finetune_trainer.batch import pad
+from finetune_trainer.errors import DataError
 from finetune_trainer.example import IGNORED, Example
 from finetune_trainer.memory.tracking import LiveBytes
-from finetune_trainer.token_loss import Head, Prediction, output_head, predict, summed_loss, token_losses
+from finetune_trainer.token_loss import Head, Prediction, output_head, predict, require_own_logits, summed_loss, token_losses
 from support.tiny_model import tiny_llama
 from torch.nn import functional as F
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 TOKENS, FEATURES, VOCABULARY = 23, 8, 31
 
@@ -143,3 +162,34 @@ def test_the_head_does_to_logits_what_the_architecture_does(model: object) -> No
     input_ids = torch.arange(1, 9)[None]
     hidden = made.base_model(input_ids=input_ids).last_hidden_state[0]
     torch.testing.assert_close(output_head(made)(hidden), made(input_ids=input_ids).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("model", "own"),
+    [
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=3.0)), True),
+        (lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)), True),
+        (
+            lambda: RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SMALL | {"num_hidden_layers": 3}, lru_width=32, logits_soft_cap=0.1)),
+            False,
+        ),
+        (
+            lambda: ModernBertDecoderForCausalLM(
+                ModernBertDecoderConfig(**{key: value for key, value in SMALL.items() if "key" not in key})
+            ),
+            False,
+        ),
+    ],
+    ids=["Gemma caps", "Mamba's hidden state is float32", "a cap of another name", "layers in front of the head"],
+)
+def test_a_model_whose_logits_are_made_in_another_way_is_refused(
+    model: Callable[[], PreTrainedModel], own: bool, dtype: torch.dtype
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = model().to(dtype)
+    cast_last_hidden_state(made)
+    with nullcontext() if own else pytest.raises(DataError, match=rf"can't be trained: {type(made).__name__} makes its logits otherwise"):
+        require_own_logits(made, torch.arange(3, 20)[None])
+    assert made.training

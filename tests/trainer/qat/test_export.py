@@ -17,9 +17,10 @@ from finetune_trainer.qat import export
 from finetune_trainer.qat.export import exported_tensor, plain_model, tensor_digest, trained_digests, weight_digests
 from finetune_trainer.qat.kernels import reference_arithmetic
 from finetune_trainer.qat.linear import base_linear, fake_quantized_weight, merged_weight
-from finetune_trainer.qat.prepare import exact_layers, prepare, training_logits
+from finetune_trainer.qat.prepare import exact_layers, prepare
 from finetune_trainer.qat.schemes import SCHEMES as TABLE
 from finetune_trainer.qat.tensors import QUANTIZED, dequantized
+from finetune_trainer.qat.trial import training_logits
 from finetune_trainer.stages.convert import reference_batch
 from peft import PeftModel
 from safetensors import safe_open

@@ -7,9 +7,9 @@ import torch
 from finetune_api.spec import Scheme
 from finetune_trainer.qat.export import plain_model
 from finetune_trainer.qat.kernels import REFERENCE, kernel_errors, kernel_of, quantized_layers, reference_arithmetic, steps_off
-from finetune_trainer.qat.prepare import training_logits
 from finetune_trainer.qat.schemes import SCHEMES as TABLE
 from finetune_trainer.qat.tensors import activations_of, dequantized, reference_linear
+from finetune_trainer.qat.trial import training_logits
 from finetune_trainer.stages import verify
 from finetune_trainer.stages.convert import reference_batch
 from support.exact_models import DTYPES, KERNELS, exact_model

@@ -14,10 +14,10 @@ from finetune_trainer.qat.prepare import (
     merged_layers,
     mode_of,
     prepare,
-    require_effect,
     serving_note,
     set_fake_quantization,
 )
+from finetune_trainer.qat.trial import require_effect, require_served_function
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.exact_models import (
     SCHEMES,
@@ -353,6 +353,14 @@ def test_a_model_that_draws_random_numbers_in_training_is_refused_before_the_fir
         with pytest.raises(SpecError, match=r"spec\.model\.source.*training mode.*scheme none"):
             require_effect(model, token_ids(rows=1))
         assert model.training == (mode == model.train)
+
+
+def test_a_model_that_computes_another_function_in_training_is_refused_before_the_first_step() -> None:
+    model = exact_model()
+    require_served_function(model, token_ids(rows=1))
+    model.get_base_model().model.layers[0].register_forward_hook(lambda module, _, output: output * 1.01 if module.training else output)
+    with pytest.raises(SpecError, match=r"spec\.model\.source.*other logits in training mode than where it serves.*acceptInexact"):
+        require_served_function(model, token_ids(rows=1))
 
 
 def test_a_preparation_without_an_effect_is_refused() -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune_trainer.adapter import add_adapter
+from finetune_trainer.base_model import cast_last_hidden_state
 from finetune_trainer.failures import first_line, is_out_of_memory
 from finetune_trainer.memory.tracking import LiveBytes
 from finetune_trainer.qat.gptq import run_quantized, scratch_bytes
@@ -86,6 +87,7 @@ def empty_model(config: PreTrainedConfig, spec: FineTuneJobSpec, dtype: torch.dt
     """
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=spec.model.trust_remote_code)
+        cast_last_hidden_state(base)
         model = add_adapter(base, spec.lora)
     if spec.quantization.scheme is not Scheme.NONE:
         prepare(model, spec.quantization, enabled=False)

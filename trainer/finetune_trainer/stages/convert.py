@@ -20,7 +20,8 @@ from finetune_trainer import atomic, heap
 from finetune_trainer.canonical import sort_metadata
 from finetune_trainer.context import RunContext
 from finetune_trainer.qat.export import free_weight, plain_model, trained_digests
-from finetune_trainer.qat.prepare import drop_caches, exact_layers, free_codes, mode_of, training_logits
+from finetune_trainer.qat.prepare import drop_caches, exact_layers, free_codes, mode_of
+from finetune_trainer.qat.trial import training_logits
 from finetune_trainer.sources.model_files import companions
 from finetune_trainer.stages.train import Trained
 

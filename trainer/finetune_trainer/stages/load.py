@@ -111,6 +111,7 @@ def run(ctx: RunContext, fetched: Fetched, tokenizer: PreTrainedTokenizerBase, b
     set_seed(ctx.spec.training.seed)
     base = backend.load_base(fetched.path, ctx.spec.model.dtype, trust_remote_code=ctx.spec.model.trust_remote_code)
     base_model.note_untied(base)
+    base_model.cast_last_hidden_state(base)
     _require_finite(base)
     size, dtype = base.num_parameters() / 1e6, str(base.dtype).removeprefix("torch.")
     ctx.reporter.note(f"Loaded {size:,.0f} million parameters as {dtype} on the {base.device.type.upper()}.")

@@ -33,8 +33,9 @@ from finetune_trainer.mirror import Mirror
 from finetune_trainer.phases import Phases, StepDropped, Work
 from finetune_trainer.plan import Plan, plan
 from finetune_trainer.qat.gptq import calibration_rows
-from finetune_trainer.qat.prepare import Prepared, free_codes, prepare, require_effect, serving_note
+from finetune_trainer.qat.prepare import Prepared, free_codes, prepare, serving_note
 from finetune_trainer.qat.roundtrip import require_roundtrip
+from finetune_trainer.qat.trial import require_effect, require_served_function
 from finetune_trainer.row_order import GroupedByLength, micro_batches
 from finetune_trainer.schedule import ADAPT_PEAK, rate_factor
 from finetune_trainer.stages.data import Data, require_known_tokens
@@ -42,7 +43,7 @@ from finetune_trainer.stages.load import Loaded
 from finetune_trainer.switch import Switch
 from finetune_trainer.teacher import teacher_hidden
 from finetune_trainer.termination_signal import stopping_later
-from finetune_trainer.token_loss import output_head, predict, summed_loss
+from finetune_trainer.token_loss import output_head, predict, require_own_logits, summed_loss
 
 _KEPT_CHECKPOINTS = 2  # transformers deletes the oldest before the new one is sealed: with 1, a kill in between would leave none
 _TEACHER_WEIGHT = 0.5
@@ -83,6 +84,7 @@ def run(ctx: RunContext, loaded: Loaded, data: Data) -> Trained:
     """
     require_known_tokens(data, loaded.model)
     inputs = finished.digest_of(loaded.identity, data.digest, loaded.backend.NAME, str(loaded.model.dtype))
+    require_own_logits(loaded.model.get_base_model(), _few_tokens(loaded, data))
     prepared = _prepare(ctx, loaded, data)
     start = find_checkpoint(ctx, inputs)
     _remove_others(ctx, start)
@@ -163,12 +165,19 @@ def _prepare(ctx: RunContext, loaded: Loaded, data: Data) -> Prepared | None:
         return None
     prepared = prepare(loaded.model, ctx.spec.quantization, enabled=False)
     require_roundtrip(loaded.model, ctx.spec.quantization.scheme)
-    require_effect(loaded.model, torch.tensor([data.train[0].input_ids[:32]], device=loaded.model.device))
+    require_effect(loaded.model, _few_tokens(loaded, data))
+    if not ctx.spec.quantization.accept_inexact:
+        require_served_function(loaded.model, _few_tokens(loaded, data))
     free_codes(loaded.model, frozen=True)  # plain LoRA comes first, which reads none
     ctx.reporter.note(prepared.sentence)
     if note := serving_note(loaded.model, ctx.spec.quantization.scheme):
         ctx.reporter.note(note)
     return prepared
+
+
+def _few_tokens(loaded: Loaded, data: Data) -> torch.Tensor:
+    """[1, tokens] of the data, to try the model on."""
+    return torch.tensor([data.train[0].input_ids[:32]], device=loaded.model.device)
 
 
 def _trainer(ctx: RunContext, loaded: Loaded, data: Data, steps: Plan, phases: Phases) -> SFTTrainer:
