@@ -73,7 +73,7 @@ def _row(case: int) -> dict[str, Any]:
 
 def _estimated(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> dict[str, dict[str, int]]:
     """The parts of each phase's peak."""
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
     import torch
     from finetune_trainer.memory.dry_run import HeldOutBatch, Step, empty_model
@@ -81,20 +81,20 @@ def _estimated(folder: Path, rows: int, tokens: int, *, checkpointed: bool) -> d
     from transformers import AutoConfig
 
     class Phase(Kind):
-        """A job looks at all its phases, and on a CPU never checkpoints; this row shows that the estimate could tell."""
+        """One phase of a job, which looks at all of them."""
 
         def traced(self, rows: int) -> list[Step | HeldOutBatch]:
             found = super().traced(rows)
             if self.rounds:  # the switch
                 return [item for item in found if isinstance(item, HeldOutBatch)]
-            return [replace(item, checkpointed=checkpointed) for item in found if isinstance(item, Step)]
+            return [item for item in found if isinstance(item, Step)]
 
     model = empty_model(AutoConfig.from_pretrained(folder), _spec(), torch.float32)
 
     def phase(name: str) -> dict[str, int]:
         at_switch = name == "switch"
         lengths = Lengths(tokens, tokens if at_switch else 0)
-        kind = Phase(False, name != "adapt", name == "adapt", True, at_switch, at_switch, ACCUMULATION * rows, lengths)
+        kind = Phase(False, checkpointed, name != "adapt", name == "adapt", True, at_switch, at_switch, ACCUMULATION * rows, lengths)
         found = needed_by(model, kind)(rows, True)
         return {**asdict(found), "peak": found.peak}
 

@@ -10,9 +10,8 @@ from finetune_trainer.memory import fit
 from finetune_trainer.memory.estimate import Needed
 from finetune_trainer.memory.gpus import GPU_BYTES
 from finetune_trainer.plan import Plan
-from support.exact_models import tiny_mixture
 from support.tiny_jobs import finetune, tiny_job
-from transformers import PreTrainedConfig
+from transformers import JetMoeConfig, JetMoeForCausalLM, PreTrainedConfig
 
 
 def estimate(job: Path, *options: str) -> int:
@@ -54,10 +53,11 @@ def test_a_share_of_steps_under_quantization_leaves_no_phase_out(percent: int, t
     assert asked
 
 
-def test_a_mixture_of_experts_that_cant_be_traced_is_told_in_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """torch would say it before us, with a traceback."""
-    tiny_mixture().save_pretrained(tmp_path / "model")
-    job = tiny_job(tmp_path, {"lora": {"targetModules": "q_proj,v_proj"}, "quantization": {"scheme": "none"}})
+def test_a_model_that_cant_be_traced_is_told_in_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """JetMoE counts the tokens of each of its experts in Python."""
+    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    JetMoeForCausalLM(JetMoeConfig(**sizes, kv_channels=16, num_local_experts=4)).save_pretrained(tmp_path / "model")
+    job = tiny_job(tmp_path, {"lora": {"targetModules": "kv_proj"}, "quantization": {"scheme": "none"}})
     assert estimate(job) == ExitCode.CAPACITY
     [said] = capfd.readouterr().err.strip().splitlines()
     assert "This model can't be estimated" in said

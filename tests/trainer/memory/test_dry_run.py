@@ -1,11 +1,13 @@
 """The dry run: shapes without values come to the same bytes as the real step does."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from finetune_api.spec import FineTuneJobSpec, LoraSpec, QuantizationSpec
 from finetune_trainer.adapter import add_adapter
+from finetune_trainer.base_model import cast_last_hidden_state
 from finetune_trainer.example import Example
 from finetune_trainer.memory import dry_run
 from finetune_trainer.memory.dry_run import (
@@ -26,9 +28,20 @@ from finetune_trainer.qat.gptq import choose_rounding
 from finetune_trainer.qat.linear import weight_codes
 from finetune_trainer.qat.prepare import exact_layers, mode_of, prepare
 from peft import PeftModel
+from support.exact_models import tiny_mixture
 from support.run_contexts import run_spec
 from support.tiny_model import tiny_llama
-from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1024}
@@ -54,6 +67,10 @@ def real_peak(traced: Step | HeldOutBatch) -> int:
     model = real_model(enabled=traced.quantized)
     if isinstance(traced, Step) and traced.checkpointed:
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    return bytes_of(model, traced)
+
+
+def bytes_of(model: PeftModel, traced: Step | HeldOutBatch) -> int:
     with LiveBytes() as tracker:
         for held in (*model.parameters(), *model.buffers()):
             tracker.count(held)
@@ -162,6 +179,31 @@ def test_decoders_of_other_families_need_no_formula(kind: type[PreTrainedConfig]
     model = model_of(kind(**settings, head_dim=16, vocab_size=260, tie_word_embeddings=True))
     weights = sum(item.numel() for item in model.parameters()) * 4
     assert peak_bytes(model, Step(1, 64, quantized=True)) > weights
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "experts in groups": lambda: tiny_mixture(num_hidden_layers=3),
+    "positions counted in the mask": lambda: OPTForCausalLM(
+        OPTConfig(vocab_size=260, hidden_size=64, word_embed_proj_dim=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4)
+    ),
+    "no attention": lambda: FalconMambaForCausalLM(
+        FalconMambaConfig(vocab_size=260, hidden_size=64, num_hidden_layers=2, state_size=8, time_step_rank=8)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # peft, of its own pattern
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_take_what_the_real_step_does(family: str, dtype: torch.dtype) -> None:
+    base = FAMILIES[family]()
+    for parameter in base.parameters():
+        parameter.data = parameter.data.to(dtype)
+    cast_last_hidden_state(base)
+    real = add_adapter(base, LoraSpec(rank=4)).train()
+    add_fused_lm_head(real.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    step = Step(2, 96, padded=True)
+    assert peak_bytes(empty_model(base.config, spec("none"), dtype), step) == pytest.approx(bytes_of(real, step), rel=0.05)
 
 
 def kind(**changes: Any) -> Kind:

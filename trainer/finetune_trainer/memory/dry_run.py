@@ -5,9 +5,10 @@ For a GPU the step is traced with a CPU's operators, whose attention keeps what 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -15,6 +16,7 @@ from finetune_api.spec import FineTuneJobSpec, Scheme
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
@@ -228,9 +230,10 @@ def _taught_loss(model: PeftModel, input_ids: Tensor, mask: Tensor | None) -> Te
 
 
 def _batch(rows: int, tokens: int, *, padded: bool) -> tuple[Tensor, Tensor | None]:
-    """input_ids [rows, tokens], and the mask that attention makes for rows of different lengths."""
-    mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool) if padded else None
-    return torch.zeros(rows, tokens, dtype=torch.long), mask
+    """input_ids and attention_mask, both [rows, tokens]; rows of different lengths have padding, for which attention makes a mask of its own."""
+    input_ids, mask = torch.zeros(rows, tokens, dtype=torch.long), torch.ones(rows, tokens, dtype=torch.long)
+    mask[-1, -1] = 0
+    return input_ids, mask if padded else None
 
 
 def _hidden(base: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -249,7 +252,7 @@ def _traced(model: PeftModel) -> Iterator[LiveBytes]:
     tracker = LiveBytes()
     drop_caches(model)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), tracker, _faked(model):
+        with FakeTensorMode(allow_non_fake_inputs=True), _GroupedProducts(), tracker, _faked(model):
             yield tracker
     except Exception as error:
         if is_out_of_memory(error):
@@ -258,6 +261,16 @@ def _traced(model: PeftModel) -> Iterator[LiveBytes]:
     finally:
         free_codes(model, frozen=True)
         drop_caches(model)
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """A mixture's experts are multiplied in groups; what stands in for that product on fake tensors takes bfloat16 alone (torch 2.13), the product itself other dtypes too."""
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        factors = (item.bfloat16() for item in args[:2])
+        return func(*factors, *args[2:], **(kwargs or {})).to(args[0].dtype)
 
 
 def _checkpoint(model: PeftModel, enabled: bool) -> None:
