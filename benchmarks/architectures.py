@@ -1,7 +1,7 @@
 """Which models the line works for: every causal language model that transformers knows, tiny and with random weights, through a whole job.
 
 `make bench-architectures` tries what is missing, each in a process of its own: LoRA, the switch, exact int8-int4 steps, export and proof; where the scheme is refused, scheme
-none. What came out is kept in benchmarks/results/architectures.json, and docs/models.md is written from it.
+none. Each twice: in float32 as on a CPU, and in bfloat16 with activations computed again, as on a GPU. What came out is kept in benchmarks/results/architectures.json, and docs/models.md is written from it.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import transformers
 from transformers.models.auto import modeling_auto
@@ -37,20 +38,26 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "mamba_d_ssm"), 128),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "linear_num_value_heads", "mamba_n_heads"), 4),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "linear_num_value_heads", "linear_num_heads", "mamba_n_heads"), 4
+    ),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "linear_num_key_heads", "index_n_heads"), 2),
-    **dict.fromkeys(("head_dim", "attention_head_dim", "global_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(
+        ("head_dim", "attention_head_dim", "global_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16
+    ),
     **dict.fromkeys(("qk_head_dim", "v_head_dim", "index_head_dim", "index_topk", "hidden_size_per_layer_input"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "state_size", "mamba_d_state", "rotary_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "mamba_d_head", "mamba_dt_rank"), 32),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "mamba_d_head", "mamba_dt_rank", "time_step_rank"), 32),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 512),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "time_step_rank"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "expand", "mamba_expand"), 2),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "n_groups"), 1),
     "pad_token_id": 2,
     "eos_token_id": 0,
     "bos_token_id": 1,
     "sliding_window": 64,
+    "final_logit_softcapping": 0.5,
+    "logits_soft_cap": 0.5,
 }
 OWN_SIZES: dict[str, dict[str, Any]] = {  # an attribute that is None stays as the type's own configuration has it
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
@@ -123,11 +130,11 @@ def outcome(name: str) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001 whatever a configuration says of sizes that are not its own
             return {"outcome": "not tried", "said": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
         try:
-            report = job_of(Path(folder), "int8-int4")
+            report = jobs_of(Path(folder), "int8-int4")
             return {"outcome": "proved", "layers": report["qat"]["layers"], "coverage": round(report["qat"]["coverage"], 2)}
         except SpecError as refusal:
             try:
-                job_of(Path(folder), "none")
+                jobs_of(Path(folder), "none")
             except FineTuneError as error:
                 return {"outcome": "failed", "said": _sentence(error, folder)}
             return {"outcome": "adapter", "said": str(refusal)}
@@ -170,16 +177,27 @@ def _has(config: transformers.PreTrainedConfig, size: str) -> bool:
         return False
 
 
-def job_of(folder: Path, scheme: str) -> dict[str, Any]:
-    """The report of a job on the model in a folder."""
+def jobs_of(folder: Path, scheme: str) -> dict[str, Any]:
+    """The report of the second of two jobs on the model in a folder: as on a CPU, and as on a GPU."""
     import torch
-    from support.tiny_jobs import run, tiny_job
+    from finetune_trainer import base_model
+    from finetune_trainer.stages import train
 
     torch.set_num_threads(1)
+    job_of(folder, scheme, "float32")
+    with mock.patch.object(train, "recomputes_activations", lambda model, **_: base_model.recomputes_activations(model, on_gpu=True)):
+        return job_of(folder, scheme, "bfloat16")
+
+
+def job_of(folder: Path, scheme: str, dtype: str) -> dict[str, Any]:
+    """The report of a job on the model in a folder."""
+    from support.tiny_jobs import run, tiny_job
+
     artifacts = ["adapter"] if scheme == "none" else ["adapter", "quantized"]
+    changes = {"model": {"dtype": dtype}, "quantization": {"scheme": scheme}, "quality": {"onFailure": "Warn"}}
+    destinations = [{"uri": f"file://{folder}/published-{scheme}-{dtype}"}]
     return run(
-        tiny_job(folder, {"quantization": {"scheme": scheme}, "quality": {"onFailure": "Warn"}, "outputs": {"artifacts": artifacts}}),
-        folder / scheme,
+        tiny_job(folder, changes | {"outputs": {"artifacts": artifacts, "destinations": destinations}}), folder / f"{scheme}-{dtype}"
     )
 
 
@@ -194,8 +212,8 @@ def page(known: dict[str, Any]) -> str:
 
 <!-- Written by `make bench-architectures`. -->
 
-Every causal language model of text that transformers {known["transformers"]} knows, made tiny with random weights and led through a whole job on a CPU: LoRA on all linear
-layers, the switch, exact int8-int4 steps, export, the proof and publication; where the scheme is refused, with `quantization.scheme: none`. That shows that
+Every causal language model of text that transformers {known["transformers"]} knows, made tiny with random weights and led through two whole jobs on a CPU, in float32 and,
+as on a GPU, in bfloat16 with activations computed again: LoRA on all linear layers, the switch, exact int8-int4 steps, export, the proof and publication; where the scheme is refused, with `quantization.scheme: none`. That shows that
 the line works for an architecture's layers. It says nothing of the memory that a real one takes, or of how well it learns. Multimodal models are led through with their language
 model alone.
 

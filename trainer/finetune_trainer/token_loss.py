@@ -81,10 +81,11 @@ def require_own_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
     try:
         own = model(input_ids=input_ids, use_cache=False).logits[0].float()
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
-        difference = (output_head(model)(hidden).float() - own).abs().max()
+        ours = output_head(model)(hidden).float()
     finally:
         model.train(was_training)
-    if difference > _ALIKE[model.dtype.itemsize >= torch.float32.itemsize] * own.abs().max():  # NaN is the loss's business
+    alike = _ALIKE[model.dtype.itemsize >= torch.float32.itemsize] * own.abs().max()
+    if ours.shape != own.shape or (ours - own).abs().max() > alike:  # NaN is the loss's business
         raise DataError(
             f"This model can't be trained: {type(model).__name__} makes its logits otherwise than by its output head from its last hidden state, so its loss would be "
             "that of another model; choose another one."
