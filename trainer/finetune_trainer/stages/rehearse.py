@@ -1,7 +1,7 @@
 """Rehearse: everything up to the first step, with the layers and shapes of the model instead of its weights. Needs no GPU and little memory.
 
-Called by pipeline.preflight after stages/preflight.py. It calls what load, data and train call, so that none of them can refuse later what
-passed here. What only a GPU can show is said to be unchecked.
+Called by pipeline.preflight after stages/preflight.py. It calls what load, data and train call, so that they refuse little later that has
+passed here: what only weights can show (train's trials on a few tokens), and what only a GPU can, which is said to be unchecked.
 """
 
 from dataclasses import dataclass
