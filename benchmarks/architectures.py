@@ -116,6 +116,8 @@ def tried(name: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"outcome": "failed", "said": f"no end after {SECONDS} s"}
     except subprocess.CalledProcessError as error:
+        if error.returncode < 0:
+            return {"outcome": "failed", "said": f"killed by signal {-error.returncode}"}
         return {"outcome": "failed", "said": f"exit code {error.returncode}: {(error.stderr.strip().splitlines() or [''])[-1][:200]}"}
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -152,11 +154,12 @@ def save_tiny(name: str, folder: Path) -> None:
     import torch
     from support.tiny_model import save_with_tokenizer
 
+    with torch.device("meta"):
+        size = transformers.AutoModelForCausalLM.from_config(tiny_config(name)).num_parameters()
+    if size > LARGEST:
+        raise ValueError(f"its configuration makes {size / 1e6:,.0f} million weights, whatever its common sizes are")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(name))
-    if model.num_parameters() > LARGEST:
-        raise ValueError(f"its configuration makes {model.num_parameters() / 1e6:.0f} million weights, whatever its common sizes are")
-    save_with_tokenizer(model, folder)
+    save_with_tokenizer(transformers.AutoModelForCausalLM.from_config(tiny_config(name)), folder)
 
 
 def tiny_config(name: str) -> transformers.PreTrainedConfig:
