@@ -1,5 +1,7 @@
 """`finetune estimate`: the parts, this machine and the GPUs, from the configuration alone."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from finetune_trainer.memory import fit
 from finetune_trainer.memory.estimate import Needed
 from finetune_trainer.memory.gpus import GPU_BYTES
 from finetune_trainer.plan import Plan
+from support.exact_models import tiny_mixture
 from support.tiny_jobs import finetune, tiny_job
 from transformers import JetMoeConfig, JetMoeForCausalLM, PreTrainedConfig
 
@@ -62,6 +65,19 @@ def test_a_model_that_cant_be_traced_is_told_in_one_sentence(tmp_path: Path, cap
     [said] = capfd.readouterr().err.strip().splitlines()
     assert "This model can't be estimated" in said
     assert "; give it a run" in said
+
+
+def test_a_mixture_of_experts_is_estimated_and_no_library_says_anything(tmp_path: Path) -> None:
+    tiny_mixture().save_pretrained(tmp_path / "model")
+    job = tiny_job(tmp_path, {"quantization": {"scheme": "none"}})
+    ended = subprocess.run(
+        [sys.executable, "-m", "finetune_trainer.cli", "estimate", str(job), "--gpu", "nvidia-l4"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stderr == ""
+    assert "nvidia-l4" in ended.stdout
 
 
 def test_a_gpu_that_is_not_in_the_table_is_refused_with_those_that_are(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

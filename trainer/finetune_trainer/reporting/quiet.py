@@ -22,6 +22,8 @@ def quiet_libraries() -> None:
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     for module in ("torchao", "transformers", "trl", "peft", "accelerate"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{module}\b")
+    # Patterns that peft itself has made, for a mixture's experts.
+    warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
 
 
 def quiet_bars() -> None:
