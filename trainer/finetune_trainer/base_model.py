@@ -130,6 +130,10 @@ def refusing(folder: Path, mend: str = "download it again") -> Iterator[None]:
     """
     try:
         yield
+    except ImportError as error:  # such as Gemma 3n, whose other senses need timm and Pillow
+        raise DataError(
+            f"The model in {folder} needs a Python package that is not installed here ({first_line(error)}); add it to the trainer's image, or choose another model."
+        ) from error
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -96,6 +96,7 @@ TOPICS: dict[str, tuple[Symptom, ...]] = {
     "A model that will not load: its format": (
         Symptom("has weights only as .bin or .pt, which can run code when loaded; convert them to safetensors.", "Pickle files run whatever code they hold.", "Convert them on a machine that may: `save_pretrained` writes safetensors."),
         Symptom("has a config.json but no .safetensors file; upload the weights as safetensors.", "The weights are missing, or in another format such as GGUF.", "Upload them as safetensors."),
+        Symptom("needs a Python package that is not installed here (", "transformers' code of this architecture imports more than the trainer brings, as Gemma 3n's timm and Pillow.", "Build the trainer's image with the package, or choose another model."),
         Symptom("The model in … does not load (…); ", "A file is damaged or a shard is missing.", "Download it again; the words in the brackets are the library's own."),
         Symptom("choose a model whose architecture transformers … knows, or download this one again", "The architecture is newer than the trainer image, or config.json is damaged.", "Use a newer image, choose another model, or download it again."),
         Symptom("which is no causal language model; choose one that is.", "It reads images or sound, or fills gaps in a text.", "Choose a model that writes text."),

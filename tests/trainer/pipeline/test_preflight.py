@@ -18,7 +18,7 @@ from finetune_trainer.stages import rehearse
 from support.run_contexts import context, notes, refused, run_spec
 from support.tiny_jobs import STEPS, description, finetune, tiny_job
 from support.tiny_model import SIZES, save_with_tokenizer, sums, tiny_tokenizer
-from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaConfig
+from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
 
 
 def preflight(job: Path) -> int:
@@ -91,6 +91,19 @@ def test_a_pod_that_can_not_hold_the_training_is_never_asked_for(tmp_path: Path,
     rows = SimpleNamespace(train=[SimpleNamespace(input_ids=range(64))], held_out=[])
     with refused(CapacityError, told):
         rehearse._require_fit(ctx, config, rows)
+
+
+def test_a_model_that_needs_a_package_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs_package(*_: Any, **__: Any) -> None:
+        raise ImportError("\nTimmWrapperModel requires the timm library but it was not found in your environment. You can install it")
+
+    job = tiny_job(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", needs_package)
+    for call in (pipeline.preflight, pipeline.run):
+        with refused(
+            DataError, "needs a Python package that is not installed here (TimmWrapperModel requires the timm library", "trainer's image"
+        ):
+            call(description(job), tmp_path / "work", tmp_path / "cache")
 
 
 def test_a_model_whose_body_has_another_name_than_its_class_says_is_refused_before_it_is_trained(tmp_path: Path) -> None:
