@@ -26,12 +26,12 @@ LARGEST = 60_000_000  # weights; what its configuration does not make smaller is
 ENCODERS = (
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES,
 )
-"""Whose models are no decoders of text alone, though transformers has a decoder of theirs; the language models of the multimodal ones have types of their own."""
-NO_TEXT = {"bert-generation", "moshi", "trocr", "whisper", "xlnet"}
+"""Whose models are no decoders, though transformers has a decoder of theirs."""
+NO_TEXT = {"bert-generation", "git", "moshi", "trocr", "whisper", "xlnet"}
 
+UNLESS_NONE = {"sliding_window": 64, "final_logit_softcapping": 0.5, "logits_soft_cap": 0.5}
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 260),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "lru_width"), 64),
@@ -55,10 +55,11 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 2,
     "eos_token_id": 0,
     "bos_token_id": 1,
-    "sliding_window": 64,
-    "final_logit_softcapping": 0.5,
-    "logits_soft_cap": 0.5,
+    **UNLESS_NONE,
 }
+SENSES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "depth": 1, "num_heads": 2}
+SENSES |= {"image_size": 28, "patch_size": 14, "out_hidden_size": SIZES["hidden_size"]}
+"""Of the towers of a multimodal model."""
 OWN_SIZES: dict[str, dict[str, Any]] = {  # an attribute that is None stays as the type's own configuration has it
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
     "falcon": {"head_dim": None, "new_decoder_architecture": True},
@@ -72,6 +73,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {  # an attribute that is None stays as t
     "mamba2": {"num_heads": 8},
     "qwen3_5_text": {"num_hidden_layers": 4},
     "qwen3_next": {"num_hidden_layers": 4},
+    "rwkv": {"rescale_every": 1},  # as in a deep one, whose weights are divided where it serves
     "zamba": {"num_hidden_layers": None},
     "zamba2": {"num_hidden_layers": None},
     "zaya": {"num_experts_per_tok": 1},
@@ -163,19 +165,32 @@ def save_tiny(name: str, folder: Path) -> None:
 
 
 def tiny_config(name: str) -> transformers.PreTrainedConfig:
-    """The type's configuration with those of the sizes that it has."""
+    """The type's configuration with those of the sizes that it has, or, of a multimodal model, that its parts have."""
     kind = transformers.CONFIG_MAPPING[name]
     usual = kind()
-    sizes = {size: value for size, value in SIZES.items() if _has(usual, size)}
+    parts = {part: config for part in kind.sub_configs if (config := getattr(usual, part, None)) is not None}
+    if usual.get_text_config() is usual:
+        return kind(**sizes_of(usual))
+    return kind(
+        **{part: sizes_of(config) if config is usual.get_text_config() else _known(config, SENSES) for part, config in parts.items()}
+    )
+
+
+def sizes_of(usual: transformers.PreTrainedConfig) -> dict[str, Any]:
+    sizes = _known(usual, SIZES)
     if "kv_lora_rank" in sizes:  # latent attention: a head of keys for each of queries, and only a part of it rotated
         sizes |= {"num_key_value_heads": 4, "head_dim": 8}
-    return kind(**{size: value for size, value in (sizes | OWN_SIZES.get(name, {})).items() if value is not None})
+    return {size: value for size, value in (sizes | OWN_SIZES.get(usual.model_type, {})).items() if value is not None}
+
+
+def _known(config: transformers.PreTrainedConfig, sizes: dict[str, Any]) -> dict[str, Any]:
+    return {size: value for size, value in sizes.items() if _has(config, size)}
 
 
 def _has(config: transformers.PreTrainedConfig, size: str) -> bool:
     """Whether a configuration has this attribute, and one value of it for all layers."""
     try:
-        return hasattr(config, size) and not (size == "sliding_window" and config.sliding_window is None)
+        return hasattr(config, size) and not (size in UNLESS_NONE and getattr(config, size) is None)
     except RuntimeError:  # its layers have values of their own
         return False
 
@@ -215,10 +230,10 @@ def page(known: dict[str, Any]) -> str:
 
 <!-- Written by `make bench-architectures`. -->
 
-Every causal language model of text that transformers {known["transformers"]} knows, made tiny with random weights and led through two whole jobs on a CPU, in float32 and,
+Every causal language model that transformers {known["transformers"]} knows, made tiny with random weights and led through two whole jobs on a CPU, in float32 and,
 as on a GPU, in bfloat16 with activations computed again: LoRA on all linear layers, the switch, exact int8-int4 steps, export, the proof and publication; where the scheme is refused, with `quantization.scheme: none`. That shows that
-the line works for an architecture's layers. It says nothing of the memory that a real one takes, or of how well it learns. Multimodal models are led through with their language
-model alone.
+the line works for an architecture's layers. It says nothing of the memory that a real one takes, or of how well it learns. Of multimodal models the language model is
+trained, on text.
 
 **Trained, quantized and proved** ({len(of["proved"])}): {_names(of["proved"])}.
 
