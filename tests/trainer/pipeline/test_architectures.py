@@ -45,8 +45,9 @@ def test_a_common_architecture_is_proved(name: str, known: dict[str, Any]) -> No
     assert known["types"][name]["outcome"] == "proved"
 
 
-def test_a_hybrid_goes_through_the_whole_line() -> None:
-    assert architectures.outcome("falcon_h1") == {"outcome": "proved", "layers": 18, "coverage": 1.0}
+@pytest.mark.parametrize(("name", "layers"), [("falcon_h1", 18), ("got_ocr2", 14)], ids=["a hybrid", "two kinds of attention"])
+def test_it_goes_through_the_whole_line(name: str, layers: int) -> None:
+    assert architectures.outcome(name) == {"outcome": "proved", "layers": layers, "coverage": 1.0}
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # peft, of its own pattern

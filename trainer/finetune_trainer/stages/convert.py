@@ -13,7 +13,7 @@ import torch
 from finetune_api import names
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from finetune_trainer import atomic, heap
@@ -85,13 +85,19 @@ def write_reference(ctx: RunContext, trained: Trained) -> None:
         "weights": trained_digests(trained.model),
         "threads": torch.get_num_threads(),
         "device": device.type,
-        "attention": trained.model.config._attn_implementation,
+        "attention": _attention(trained.model.config),
         "dtype": str(trained.model.dtype).removeprefix("torch."),
         "trust_remote_code": ctx.spec.model.trust_remote_code,
     }
     with atomic.folder(ctx.proof) as folder:
         save_file({"input_ids": input_ids, "attention_mask": attention_mask, "logits": logits}, folder / names.PROOF_REFERENCE)
         (folder / names.PROOF_EXPECTED).write_text(json.dumps(expected, indent=1))
+
+
+def _attention(config: PreTrainedConfig) -> str | dict[str, str]:
+    """As from_pretrained takes it; each part of a multimodal model may have another, as GOT-OCR 2's."""
+    parts = {part: found._attn_implementation for part in config.sub_configs if (found := getattr(config, part, None)) is not None}
+    return {"": config._attn_implementation, **parts} if parts else config._attn_implementation
 
 
 def make_room(model: PeftModel) -> None:
