@@ -168,15 +168,15 @@ def tiny_config(name: str) -> transformers.PreTrainedConfig:
     """The type's configuration with those of the sizes that it has, or, of a multimodal model, that its parts have."""
     kind = transformers.CONFIG_MAPPING[name]
     usual = kind()
-    parts = {part: config for part in kind.sub_configs if (config := getattr(usual, part, None)) is not None}
-    if usual.get_text_config() is usual:
+    text = usual.get_text_config()
+    if text is usual:
         return kind(**sizes_of(usual))
-    return kind(
-        **{part: sizes_of(config) if config is usual.get_text_config() else _known(config, SENSES) for part, config in parts.items()}
-    )
+    parts = {part: config for part in kind.sub_configs if (config := getattr(usual, part, None)) is not None}
+    return kind(**{part: sizes_of(config) if config is text else _known(config, SENSES) for part, config in parts.items()})
 
 
 def sizes_of(usual: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """For a language model's configuration."""
     sizes = _known(usual, SIZES)
     if "kv_lora_rank" in sizes:  # latent attention: a head of keys for each of queries, and only a part of it rotated
         sizes |= {"num_key_value_heads": 4, "head_dim": 8}

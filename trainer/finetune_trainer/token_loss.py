@@ -18,7 +18,7 @@ from finetune_trainer.errors import DataError
 from finetune_trainer.example import IGNORED
 
 _LOGITS_AT_ONCE = 2**23  # 32 MB in float32
-_ALIKE = {True: 1e-3, False: 2e-2}  # of the largest logit, in 32 bits or more, and in fewer: the order of scale and cast differs
+_ALIKE, _ALIKE_IN_16_BITS = 1e-3, 2e-2  # of the largest logit: the order of scale and cast differs
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [tokens, features] to logits [tokens, vocabulary]."""
@@ -84,8 +84,8 @@ def require_own_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
         ours = output_head(model)(hidden).float()
     finally:
         model.train(was_training)
-    alike = _ALIKE[model.dtype.itemsize >= torch.float32.itemsize] * own.abs().max()
-    if ours.shape != own.shape or (ours - own).abs().max() > alike:  # NaN is the loss's business
+    alike = _ALIKE if model.dtype.itemsize >= torch.float32.itemsize else _ALIKE_IN_16_BITS
+    if ours.shape != own.shape or (ours - own).abs().max() > alike * own.abs().max():  # NaN is the loss's business
         raise DataError(
             f"This model can't be trained: {type(model).__name__} makes its logits otherwise than by its output head from its last hidden state, so its loss would be "
             "that of another model; choose another one."
